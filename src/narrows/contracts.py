@@ -1,0 +1,215 @@
+"""The protocols and shared records that packages speak to each other with.
+
+Tensors are token-major: queries ``[n, heads, key_dim]``, keys ``[n, kv_heads, key_dim]``,
+values ``[n, kv_heads, value_dim]``, where ``n`` counts tokens of one sequence.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Span = tuple[int, int]
+"""Half-open character (or token) range ``[start, end)`` in the original text."""
+
+
+# ------------------------------------------------------------------------------ model and cache
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What a cache must know of one decoder layer. ``window`` is None for full attention,
+    else the number of newest tokens (the query's own included) a query may see."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What caches, the scheduler and error messages need to know of a model."""
+
+    family: str
+    layers: tuple[LayerShape, ...]
+    heads: int
+    hidden_size: int
+    vocab_size: int
+    max_tokens: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class LayerCache(ABC):
+    """Keys and values of one decoder layer of one sequence.
+
+    ``append`` then ``attend`` is one step: the ``n`` queries are the newest ``n`` tokens.
+    """
+
+    length: int
+    """Tokens the model believes are stored (appended and not rolled back)."""
+
+    @abstractmethod
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Store ``k`` ``[n, kv_heads, key_dim]`` and ``v`` ``[n, kv_heads, value_dim]``, after RoPE.
+        Any chunking of the same tokens gives the same state."""
+
+    @abstractmethod
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        """Causal attention of ``q`` ``[n, heads, key_dim]`` -> ``[n, heads, value_dim]``, q's dtype."""
+
+    @abstractmethod
+    def rollback(self, n: int) -> None:
+        """Forget the newest ``n`` tokens; a later append gives the state as if they never were."""
+
+    @abstractmethod
+    def materialize(self) -> tuple[Tensor, Tensor]:
+        """The keys and values attended to, dense and token-major (for tests and adapters)."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the distinct storages this layer owns."""
+
+    def seal(self) -> None:  # noqa: B027 - most layers have nothing to do
+        """Told once, when the prompt has been read; a compressing layer may compress now."""
+
+    @classmethod
+    def attend_many(
+        cls, caches: Sequence[LayerCache], q: Tensor, spans: Sequence[Span], scale: float
+    ) -> Tensor:
+        """``attend`` for sequences laid end to end: ``q`` ``[T, heads, key_dim]``, rows
+        ``spans[i]`` belong to ``caches[i]``. Override where one call for all is faster."""
+        return torch.cat([c.attend(q[a:b], scale) for c, (a, b) in zip(caches, spans, strict=True)])
+
+
+@dataclass(slots=True)
+class FlatBatch:
+    """Which rows of a flat forward pass belong to which sequence's cache.
+
+    ``spans[i]`` are the token rows of sequence ``i``; ``caches[i][layer]`` its layer caches.
+    """
+
+    spans: list[Span]
+    caches: list[list[LayerCache]]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Append each sequence's rows to its own cache of ``layer``, then attend. Token-major."""
+        column = [c[layer] for c in self.caches]
+        for cache, (a, b) in zip(column, self.spans, strict=True):
+            cache.append(k[a:b], v[a:b])
+        kinds = {type(c) for c in column}
+        if len(kinds) == 1:
+            return kinds.pop().attend_many(column, q, self.spans, scale)
+        return LayerCache.attend_many(column, q, self.spans, scale)
+
+
+class CachePolicy(Protocol):
+    """Builds the layer caches of one sequence for a model. Made from a spec string."""
+
+    @property
+    def spec(self) -> str:
+        """The spec string that makes this policy again."""
+
+    def build(self, shape: ModelShape) -> list[LayerCache]:
+        """One cache a layer, empty. Raises ConfigError if the model cannot take this policy."""
+
+    def estimate(self, shape: ModelShape, tokens: int) -> int:
+        """Upper bound on the bytes one sequence of ``tokens`` tokens will hold."""
+
+
+# ---------------------------------------------------------------------------------- compression
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedPrompt:
+    """A shortened text: kept spans of the original, in order, and nothing else.
+
+    ``kept`` are half-open character spans of the original whose concatenation is ``text``;
+    ``tokens`` and ``original_tokens`` count with the compressor's tokenizer (fields named
+    ``target_*`` with the target's, when one was given). ``report`` holds numbers only a curious
+    user wants: stages, timings in seconds, warnings, diagnostics, a settings fingerprint.
+    """
+
+    text: str
+    tokens: int
+    original_tokens: int
+    kept: tuple[Span, ...]
+    requested_tokens: int
+    method: str
+    kept_token_indices: tuple[int, ...] = ()
+    target_tokens: int | None = None
+    scores: tuple[float, ...] | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """Share of the original tokens that were kept (1.0 for an empty text)."""
+        return self.tokens / self.original_tokens if self.original_tokens else 1.0
+
+
+class Compressor(Protocol):
+    """Shortens a text to a token budget. Give exactly one of the two budgets."""
+
+    def compress(
+        self,
+        text: str,
+        *,
+        target_tokens: int | None = None,
+        keep_ratio: float | None = None,
+        question: str | None = None,
+    ) -> CompressedPrompt:
+        """Raises ConfigError for a bad budget, BudgetError if protected text exceeds it.
+        ``question`` is used only by question-aware methods."""
+
+
+# ----------------------------------------------------------------------------------- generation
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Seconds and counts of one finished request; ``cache_bytes`` is the peak held."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    queued_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    cache_bytes: int = 0
+    preemptions: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed; the first token belongs to prefill."""
+        steps = self.generated_tokens - 1
+        return steps / self.decode_s if steps > 0 and self.decode_s > 0 else 0.0
+
+
+@dataclass(slots=True)
+class Completion:
+    """What a request produced. ``finish_reason`` is ``"stop"``, ``"length"`` or ``"cancelled"``.
+    ``logprobs``, if asked for, has one ``{token_id: log-probability}`` a token, the sampled
+    token always among them."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    metrics: RequestMetrics
+    logprobs: list[dict[int, float]] | None = None
+
+
+# -------------------------------------------------------------------------------------- documents
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A source read to text. ``name`` is what the user called it (a path, or ``"-"``)."""
+
+    name: str
+    text: str

@@ -1,0 +1,113 @@
+"""The flat forward pass: all tokens of all sequences end to end through one model.
+
+The model is transformers' own. ``FlatModel.hidden`` runs it over ``[T]`` token ids with a
+``FlatBatch`` that says which rows belong to which sequence's caches.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from narrows.contracts import FlatBatch, ModelShape
+from narrows.errors import ConfigError, ModelError, UnsupportedModel
+from narrows.model import attention, hub
+from narrows.model.adapter import check_supported, model_shape
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class FlatModel:
+    """A causal language model and its tokenizer, run over ragged rows.
+
+    Args:
+        model: a transformers causal LM loaded with ``attn_implementation="narrows"``.
+        tokenizer: its fast tokenizer (None is allowed where only ids are used, as in tests).
+        name: what the user called the model.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        parameter = next(model.parameters())
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.config = model.config
+        self.shape: ModelShape = model_shape(model.config, parameter.dtype, parameter.device)
+        self._head: nn.Module = model.get_output_embeddings()
+        self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self._probe()
+
+    @classmethod
+    def load(
+        cls, name: str, *, dtype: str = "bfloat16", device: str | None = None
+    ) -> FlatModel:
+        """Load a model by name (see ``narrows.model.hub.resolve``).
+
+        ``dtype`` is one of DTYPES; ``device`` None takes CUDA where there is one, else the CPU.
+        Raises ModelError, UnsupportedModel or ConfigError.
+        """
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        folder = hub.resolve(name)
+        attention.install()
+        config = _load(AutoConfig, folder)
+        check_supported(config)
+        model = _load(
+            AutoModelForCausalLM,
+            folder,
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention.NAME,
+        )
+        tokenizer = _load(AutoTokenizer, folder)
+        return cls(model.to(device), tokenizer, name)
+
+    @torch.inference_mode()
+    def hidden(self, ids: Tensor, positions: Tensor, batch: FlatBatch) -> Tensor:
+        """Run the decoder: ``ids`` and ``positions`` int64 ``[T]`` -> hidden states after the
+        final norm, ``[T, hidden_size]``. Appends to the batch's caches."""
+        states: Tensor = self.model.base_model(
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, flat=batch
+        ).last_hidden_state[0]
+        return states
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits of ``hidden`` ``[n, hidden_size]`` -> float32 ``[n, vocab_size]``."""
+        scores: Tensor = self._head(hidden).float()
+        if self._softcap is not None:
+            scores = torch.tanh(scores / self._softcap) * self._softcap
+        return scores
+
+    def _probe(self) -> None:
+        """Refuse a model whose layers do not pass our batch to the attention function; passing
+        keyword arguments through is a convention of transformers, not a contract."""
+        seen: set[int] = set()
+
+        class Probe(FlatBatch):
+            def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+                seen.add(layer)
+                return q.new_zeros((*q.shape[:2], v.shape[-1]))
+
+        ids = torch.zeros(2, dtype=torch.long, device=self.shape.device)
+        self.hidden(ids, torch.arange(2, device=self.shape.device), Probe([], []))
+        if seen != set(range(len(self.shape.layers))):
+            raise UnsupportedModel(
+                f"{self.name}: {len(self.shape.layers) - len(seen)} of {len(self.shape.layers)} "
+                "attention layers do not use the registered attention function"
+            )
+
+
+def _load(auto: Any, folder: Path, **options: Any) -> Any:
+    """``auto.from_pretrained`` from a local folder, with any failure as one clear line."""
+    try:
+        return auto.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options) \
+            if auto is AutoModelForCausalLM else auto.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"cannot read the model in {folder}: {reason}") from error

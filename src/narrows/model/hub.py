@@ -1,0 +1,5 @@
+from pathlib import Path
+
+
+def resolve(name: str) -> Path:
+    return Path(name)

@@ -1,0 +1,61 @@
+"""Causal attention of the newest tokens of one sequence over its stored keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+BLOCK = 256
+"""Query rows scored at once when a mask is needed; the mask is at most BLOCK x keys."""
+
+
+def visible(first: int, rows: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys each of ``rows`` queries, standing at key index ``first`` on, may see:
+    boolean ``[rows, keys]``."""
+    query = torch.arange(first, first + rows, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None, :]
+    mask = key <= query
+    if window is not None:
+        mask &= key > query - window
+    return mask
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
+) -> Tensor:
+    """Attention of ``q`` ``[n, heads, d]``, the newest ``n`` of ``m`` tokens.
+
+    ``k`` ``[kv_heads, m, d]`` and ``v`` ``[kv_heads, m, dv]`` -> ``[n, heads, dv]`` in q's
+    dtype. Query heads share key heads in consecutive groups. A query sees at most ``window``
+    tokens, its own included. No tensor of size n x m is made beyond BLOCK rows.
+    """
+    n, m = q.shape[0], k.shape[1]
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    grouped = q.shape[1] != k.shape[0]
+    heads_first = q.transpose(0, 1)
+
+    def sdpa(rows: Tensor, keys: slice, mask: Tensor | None, causal: bool) -> Tensor:
+        return scaled_dot_product_attention(
+            rows[None],
+            k[None, :, keys],
+            v[None, :, keys],
+            attn_mask=mask,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=grouped,
+        )[0]
+
+    if n == 1:
+        start = max(0, m - window) if window is not None else 0
+        return sdpa(heads_first, slice(start, m), None, False).transpose(0, 1)
+    if n == m and (window is None or m <= window):
+        return sdpa(heads_first, slice(0, m), None, True).transpose(0, 1)
+    parts = []
+    for a in range(0, n, BLOCK):
+        b = min(n, a + BLOCK)
+        stop = m - n + b
+        start = max(0, stop - (b - a) - window + 1) if window is not None else 0
+        mask = visible(m - n + a - start, b - a, stop - start, window, q.device)
+        parts.append(sdpa(heads_first[:, a:b], slice(start, stop), mask, False))
+    return torch.cat(parts, dim=1).transpose(0, 1)
