@@ -38,6 +38,7 @@ class FlatModel:
         self.config = model.config
         self.shape: ModelShape = model_shape(model.config, parameter.dtype, parameter.device)
         self._head: nn.Module = model.get_output_embeddings()
+        self.eos_ids = _eos_ids(model, tokenizer)
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self._probe()
 
@@ -101,6 +102,15 @@ class FlatModel:
                 f"{self.name}: {len(self.shape.layers) - len(seen)} of {len(self.shape.layers)} "
                 "attention layers do not use the registered attention function"
             )
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every token id that ends a text, by the generation config, the config or the tokenizer."""
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        found.update(value if isinstance(value, list | tuple) else () if value is None else [value])
+    return frozenset(found)
 
 
 def _load(auto: Any, folder: Path, **options: Any) -> Any:

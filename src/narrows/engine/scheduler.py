@@ -1,0 +1,116 @@
+"""Who runs in the next step, and how many tokens each reads. Holds no tensors.
+
+Admission is in bytes. A request enters when its tokens so far fit beside those running; if the
+running ones later outgrow the budget, the newest gives its cache back and waits at the front.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from narrows.config import EngineConfig
+from narrows.contracts import CachePolicy, LayerCache, ModelShape
+from narrows.engine.sequence import Sequence, State
+from narrows.errors import RequestRejected
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """``count`` tokens of ``sequence`` to read in one step, from its first uncached one."""
+
+    sequence: Sequence
+    count: int
+
+
+class Scheduler:
+    """Queues and byte budget of one engine.
+
+    Args:
+        shape: the model.
+        policy: what caches cost.
+        config: limits.
+        cache_bytes: the byte budget in force.
+        build: makes the empty caches of a sequence that enters.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        policy: CachePolicy,
+        config: EngineConfig,
+        cache_bytes: int,
+        build: Callable[[], list[LayerCache]],
+    ) -> None:
+        self.shape = shape
+        self.policy = policy
+        self.config = config
+        self.cache_bytes = cache_bytes
+        self.build = build
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a request. Raises RequestRejected if it could never run here."""
+        prompt, window = sequence.prompt_length, self.shape.max_tokens
+        if prompt == 0:
+            raise RequestRejected("the prompt has no tokens; give at least one")
+        if prompt >= window:
+            raise RequestRejected(
+                f"the prompt has {prompt} tokens but the model takes {window} with the answer; "
+                "shorten or compress it"
+            )
+        longest = min(window, prompt + sequence.params.max_tokens)
+        need = self.policy.estimate(self.shape, longest)
+        if need > self.cache_bytes:
+            raise RequestRejected(
+                f"the request may need {need:,} cache bytes but the budget is "
+                f"{self.cache_bytes:,}; lower max_tokens or raise the budget"
+            )
+        self.waiting.append(sequence)
+
+    def plan(self) -> list[Work]:
+        """The next step: one token of every sequence that decodes, and prompt chunks up to
+        ``prefill_chunk`` tokens in all, oldest first. Empty when there is nothing to do."""
+        self._shrink()
+        self._admit()
+        left = self.config.prefill_chunk
+        work = []
+        for sequence in self.running:
+            count = sequence.pending
+            if count > 1:
+                count = min(count, left)
+                left -= count
+            if count:
+                work.append(Work(sequence, count))
+        return work
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence that ended, wherever it stands."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def _cost(self, sequence: Sequence) -> int:
+        return self.policy.estimate(self.shape, len(sequence.tokens) + 1)
+
+    def _shrink(self) -> None:
+        used = sum(map(self._cost, self.running))
+        while used > self.cache_bytes and len(self.running) > 1:
+            newest = self.running.pop()
+            used -= self._cost(newest)
+            newest.preempt()
+            self.waiting.appendleft(newest)
+
+    def _admit(self) -> None:
+        used = sum(map(self._cost, self.running))
+        while self.waiting and len(self.running) < self.config.max_sequences:
+            used += self._cost(self.waiting[0])
+            if used > self.cache_bytes and self.running:
+                return
+            sequence = self.waiting.popleft()
+            sequence.start(self.build())
+            assert sequence.state is State.RUNNING
+            self.running.append(sequence)
