@@ -81,12 +81,23 @@ class LayerCache(ABC):
         """Told once, when the prompt has been read; a compressing layer may compress now."""
 
     @classmethod
-    def attend_many(
-        cls, caches: Sequence[LayerCache], q: Tensor, spans: Sequence[Span], scale: float
+    def step(
+        cls,
+        caches: Sequence[LayerCache],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spans: Sequence[Span],
+        scale: float,
     ) -> Tensor:
-        """``attend`` for sequences laid end to end: ``q`` ``[T, heads, key_dim]``, rows
-        ``spans[i]`` belong to ``caches[i]``. Override where one call for all is faster."""
-        return torch.cat([c.attend(q[a:b], scale) for c, (a, b) in zip(caches, spans, strict=True)])
+        """``append`` then ``attend`` for sequences laid end to end: rows ``spans[i]`` of ``q``
+        ``[T, heads, key_dim]``, ``k`` and ``v`` belong to ``caches[i]``. Override where one call
+        for all is faster."""
+        outs = []
+        for cache, (a, b) in zip(caches, spans, strict=True):
+            cache.append(k[a:b], v[a:b])
+            outs.append(cache.attend(q[a:b], scale))
+        return torch.cat(outs)
 
 
 @dataclass(slots=True)
@@ -102,12 +113,9 @@ class FlatBatch:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Append each sequence's rows to its own cache of ``layer``, then attend. Token-major."""
         column = [c[layer] for c in self.caches]
-        for cache, (a, b) in zip(column, self.spans, strict=True):
-            cache.append(k[a:b], v[a:b])
         kinds = {type(c) for c in column}
-        if len(kinds) == 1:
-            return kinds.pop().attend_many(column, q, self.spans, scale)
-        return LayerCache.attend_many(column, q, self.spans, scale)
+        kind = kinds.pop() if len(kinds) == 1 else LayerCache
+        return kind.step(column, q, k, v, self.spans, scale)
 
 
 class CachePolicy(Protocol):

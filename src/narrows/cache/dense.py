@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from narrows.contracts import LayerCache, LayerShape, ModelShape
+from narrows.contracts import LayerCache, LayerShape, ModelShape, Span
+from narrows.ops import ragged
 from narrows.ops.attention import causal_attention
 
 BLOCK = 128
@@ -16,6 +18,10 @@ BLOCK = 128
 ROLLBACK = 128
 """Tokens beyond the window a sliding layer still holds, so that they can come back into
 sight after a rollback; no draft may be longer."""
+
+
+FEW = 16
+"""New tokens of a sequence up to which the kernel for ragged decoding is faster than SDPA."""
 
 
 def capacity(tokens: int) -> int:
@@ -44,14 +50,16 @@ class DenseLayer(LayerCache):
     def append(self, k: Tensor, v: Tensor) -> None:
         """See LayerCache. Grows the buffers when they are full."""
         n = k.shape[0]
-        if self.held + n > self.k.shape[1]:
-            self._make_room(n)
+        self.reserve(n)
         stop = self.held + n
         self.k[:, stop - n : stop] = k.transpose(0, 1)
         self.v[:, stop - n : stop] = v.transpose(0, 1)
         self.length += n
 
-    def _make_room(self, n: int) -> None:
+    def reserve(self, n: int) -> None:
+        """Make sure the buffers take ``n`` more tokens."""
+        if self.held + n <= self.k.shape[1]:
+            return
         keep = self.held
         if self.shape.window is not None:
             keep = min(keep, self.shape.window - 1 + ROLLBACK)
@@ -68,6 +76,45 @@ class DenseLayer(LayerCache):
         """See LayerCache."""
         k, v = self.k[:, : self.held], self.v[:, : self.held]
         return causal_attention(q, k, v, scale, self.shape.window)
+
+    @classmethod
+    def step(
+        cls,
+        caches: Sequence[LayerCache],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spans: Sequence[Span],
+        scale: float,
+    ) -> Tensor:
+        """See LayerCache. On the CPU all sequences with few new tokens go in one kernel call."""
+        few = [(c, s) for c, s in zip(caches, spans, strict=True) if s[1] - s[0] <= FEW]
+        if not few or not ragged.supported(q, caches[0].k):  # type: ignore[attr-defined]
+            return super().step(caches, q, k, v, spans, scale)
+        if len(few) == len(caches):
+            return cls._step_few(few, q, k, v, scale)
+        out = q.new_empty((*q.shape[:2], v.shape[2]))
+        done = cls._step_few(few, q, k, v, scale)
+        for _, (a, b) in few:
+            out[a:b] = done[a:b]
+        for cache, (a, b) in zip(caches, spans, strict=True):
+            if b - a > FEW:
+                cache.append(k[a:b], v[a:b])
+                out[a:b] = cache.attend(q[a:b], scale)
+        return out
+
+    @staticmethod
+    def _step_few(
+        few: list[tuple[LayerCache, Span]], q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Tensor:
+        places = []
+        for cache, (a, b) in few:
+            assert isinstance(cache, DenseLayer)
+            cache.reserve(b - a)
+            cache.length += b - a
+            places.append(ragged.Place(cache.k, cache.v, cache.held, a, b - a))
+        window = few[0][0].shape.window  # type: ignore[attr-defined]
+        return ragged.append_attend(places, q, k, v, scale, window)
 
     def rollback(self, n: int) -> None:
         """See LayerCache. A sliding layer can give back at most ROLLBACK tokens once it has

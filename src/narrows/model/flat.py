@@ -17,6 +17,7 @@ from narrows.contracts import FlatBatch, ModelShape
 from narrows.errors import ConfigError, ModelError, UnsupportedModel
 from narrows.model import attention, hub
 from narrows.model.adapter import check_supported, model_shape
+from narrows.model.fast import FastDecoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,6 +42,7 @@ class FlatModel:
         self.eos_ids = _eos_ids(model, tokenizer)
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self._probe()
+        self._fast = FastDecoder.of(model, self.shape)
 
     @classmethod
     def load(
@@ -72,6 +74,13 @@ class FlatModel:
     def hidden(self, ids: Tensor, positions: Tensor, batch: FlatBatch) -> Tensor:
         """Run the decoder: ``ids`` and ``positions`` int64 ``[T]`` -> hidden states after the
         final norm, ``[T, hidden_size]``. Appends to the batch's caches."""
+        if self._fast is not None:
+            return self._fast.hidden(ids, positions, batch)
+        return self.reference_hidden(ids, positions, batch)
+
+    @torch.inference_mode()
+    def reference_hidden(self, ids: Tensor, positions: Tensor, batch: FlatBatch) -> Tensor:
+        """``hidden`` by transformers' own model code, whatever faster path there is."""
         states: Tensor = self.model.base_model(
             input_ids=ids[None], position_ids=positions[None], use_cache=False, flat=batch
         ).last_hidden_state[0]
@@ -80,6 +89,8 @@ class FlatModel:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of ``hidden`` ``[n, hidden_size]`` -> float32 ``[n, vocab_size]``."""
+        if self._fast is not None:
+            return self._fast.logits(hidden)
         scores: Tensor = self._head(hidden).float()
         if self._softcap is not None:
             scores = torch.tanh(scores / self._softcap) * self._softcap
@@ -96,7 +107,7 @@ class FlatModel:
                 return q.new_zeros((*q.shape[:2], v.shape[-1]))
 
         ids = torch.zeros(2, dtype=torch.long, device=self.shape.device)
-        self.hidden(ids, torch.arange(2, device=self.shape.device), Probe([], []))
+        self.reference_hidden(ids, torch.arange(2, device=self.shape.device), Probe([], []))
         if seen != set(range(len(self.shape.layers))):
             raise UnsupportedModel(
                 f"{self.name}: {len(self.shape.layers) - len(seen)} of {len(self.shape.layers)} "

@@ -1,0 +1,189 @@
+"""The CPU kernels of ``native.c``: compiled once with the machine's C compiler, called by ctypes.
+
+Each operator here has its definition in plain torch and uses the kernel where it can: float32
+activations on the CPU, and a compiler found. ``status()`` says which runs and why.
+``NARROWS_NATIVE=0`` turns the kernels off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import platformdirs
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as torch_linear
+from torch.nn.functional import silu
+
+SOURCE = Path(__file__).with_name("native.c")
+FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11"),
+    # Reassociation lets sums use vector registers; NaN and infinity keep their meaning.
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
+)
+P, I, F, N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+SIGNATURES = {
+    "linear_bf16": (None, (P, P, P, P, I, I, I, N)),
+    "add_rms_norm": (None, (P, P, P, F, P, I, I, N)),
+    "norm_rotate": (None, (P, I, I, I, P, F, P, P, I, N)),
+    "silu_mul": (None, (P, P, I, I, N)),
+    "append_attend": (I, (P, I, P, I, P, P, I, P, I, I, I, I, F, I, N, P, P, I, N)),
+}
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get("NARROWS_NATIVE") == "0":
+        return None, "turned off by NARROWS_NATIVE=0"
+    compiler = shutil.which(os.environ.get("CC") or "gcc") or shutil.which("cc")
+    if compiler is None:
+        return None, "no C compiler found; install gcc for faster decoding"
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        return None, f"compiling failed: {output.strip().splitlines()[-1]}"
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library, f"compiled with {Path(compiler).name}"
+
+
+def _compiled(compiler: str) -> Path:
+    """The shared library for this source, compiler, processor and torch; built if need be."""
+    openmp = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    parts = (SOURCE.read_text(), version.stdout, _processor(), str(FLAGS), str(openmp))
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    cache = os.environ.get("NARROWS_CACHE") or platformdirs.user_cache_dir("narrows")
+    target = Path(cache) / "native" / f"{key}{sysconfig.get_config_var('SHLIB_SUFFIX')}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made, built = Path(folder) / "native.o", Path(folder) / target.name
+            # torch's own OpenMP runtime, so that both share one pool of threads.
+            runtime = [str(openmp)] if openmp else ["-fopenmp"]
+            for command in (
+                [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(made)],
+                [compiler, "-shared", str(made), "-o", str(built), *runtime, "-lm"],
+            ):
+                subprocess.run(command, capture_output=True, text=True, check=True)
+            os.replace(built, target)
+    return target
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on; a cache folder may be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.platform()
+    return "\n".join(dict.fromkeys(x for x in lines if x.startswith(("model name", "flags"))))
+
+
+def status() -> str:
+    """Which implementation runs and why, in a few words."""
+    library, reason = _load()
+    return f"{'native' if library else 'torch'} ({reason})"
+
+
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, or None; see ``status``."""
+    return _load()[0]
+
+
+def wide_matmul_dtype() -> torch.dtype:
+    """In which precision this CPU multiplies large matrices fastest: bfloat16 where it has units
+    for it, else float32 (a processor without them is several times slower in bfloat16)."""
+    return torch.bfloat16 if _has_bf16_units() else torch.float32
+
+
+@functools.cache
+def _has_bf16_units() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _rows_for_kernel() -> int:
+    # Above this many rows a matrix product is bound by arithmetic, where oneDNN and MKL win.
+    return 8 if _has_bf16_units() else 48
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x`` float32 ``[m, k]`` times ``weight`` ``[n, k]`` transposed, plus ``bias`` float32
+    ``[n]`` -> float32 ``[m, n]``. A bfloat16 weight is read as it is, never rounded again."""
+    if weight.dtype == torch.float32:
+        return torch_linear(x, weight, bias)
+    rows, inner = x.shape
+    native = library()
+    if native is not None and weight.dtype == torch.bfloat16 and rows <= _rows_for_kernel():
+        out = x.new_empty((rows, weight.shape[0]))
+        native.linear_bf16(
+            *(x.contiguous().data_ptr(), weight.data_ptr(), _pointer(bias), out.data_ptr()),
+            *(rows, weight.shape[0], inner, torch.get_num_threads()),
+        )
+        return out
+    if weight.dtype == torch.bfloat16 and wide_matmul_dtype() is torch.bfloat16:
+        out = torch_linear(x.bfloat16(), weight).float()
+    else:
+        out = torch_linear(x, weight.float())
+    return out if bias is None else out.add_(bias)
+
+
+def add_rms_norm(h: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """Add ``delta`` to ``h`` in place (both float32 ``[m, n]``), then return ``h`` over its root
+    mean square, times ``weight`` float32 ``[n]``."""
+    native = library()
+    if native is None:
+        if delta is not None:
+            h += delta
+        return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight
+    out = torch.empty_like(h)
+    native.add_rms_norm(
+        *(h.data_ptr(), _pointer(delta), weight.data_ptr(), eps, out.data_ptr()),
+        *(*h.shape, torch.get_num_threads()),
+    )
+    return out
+
+
+def norm_rotate_(
+    x: Tensor, weight: Tensor | None, eps: float, cosine: Tensor, sine: Tensor
+) -> None:
+    """In place on ``x`` float32 ``[m, heads, dim]`` (rows may be strided): each head vector over
+    its root mean square times ``weight`` ``[dim]`` (if given), then rotary embedding by
+    ``cosine``, ``sine`` float32 ``[m, dim]`` (halves rotated against each other)."""
+    m, heads, dim = x.shape
+    native = library()
+    if native is None:
+        if weight is not None:
+            x *= torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+        a, b = x.chunk(2, dim=-1)
+        x.copy_(x * cosine[:, None] + torch.cat([-b, a], -1) * sine[:, None])
+        return
+    native.norm_rotate(
+        *(x.data_ptr(), x.stride(0), heads, dim, _pointer(weight), eps),
+        *(cosine.data_ptr(), sine.data_ptr(), m, torch.get_num_threads()),
+    )
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """``gate_up`` float32 ``[m, 2 n]`` -> ``silu(first half) * second half`` ``[m, n]``."""
+    m, n = gate_up.shape[0], gate_up.shape[1] // 2
+    native = library()
+    if native is None:
+        return silu(gate_up[:, :n]) * gate_up[:, n:]
+    out = gate_up.new_empty((m, n))
+    native.silu_mul(gate_up.data_ptr(), out.data_ptr(), m, n, torch.get_num_threads())
+    return out
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
