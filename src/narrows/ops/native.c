@@ -5,6 +5,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define WIDTH 16
 typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
@@ -14,7 +17,11 @@ typedef uint16_t bf16;
 
 static inline vec load_f32(const float *p) { return *(const vec *)p; }
 static inline vec load_bf16(const bf16 *p) {
+#ifdef __AVX512F__ /* compilers widen 16-bit vectors in halves when left alone */
+  __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
+#else
   uvec wide = __builtin_convertvector(*(const hvec *)p, uvec) << 16;
+#endif
   vec out;
   memcpy(&out, &wide, sizeof out);
   return out;
@@ -31,10 +38,16 @@ static inline bf16 to_bf16(float x) { /* round to nearest even; NaN stays NaN */
   if ((bits & 0x7fffffffu) > 0x7f800000u) return (bf16)((bits >> 16) | 0x40u);
   return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
-static inline float sum(vec v) {
-  float total = 0;
-  for (int i = 0; i < WIDTH; i++) total += v[i];
-  return total;
+static inline float sum(vec v) { /* halves onto halves: log2(WIDTH) vector additions */
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  v8 half[2];
+  memcpy(half, &v, sizeof v);
+  v8 a = half[0] + half[1];
+  v4 quarter[2];
+  memcpy(quarter, &a, sizeof a);
+  v4 b = quarter[0] + quarter[1];
+  return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
 /* ---- y[m,n] = x[m,:] . w[n,:] (+ bias[n]), w bfloat16 ------------------------------------- */

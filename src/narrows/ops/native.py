@@ -114,7 +114,7 @@ def _has_bf16_units() -> bool:
 
 def _rows_for_kernel() -> int:
     # Above this many rows a matrix product is bound by arithmetic, where oneDNN and MKL win.
-    return 8 if _has_bf16_units() else 48
+    return 8 if _has_bf16_units() else 64
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
