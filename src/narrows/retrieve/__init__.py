@@ -1,0 +1,1 @@
+"""Finding what matters: documents, passages, and their scores against a question."""

@@ -1,0 +1,128 @@
+"""Scoring texts against a question: by shared words, or by what an encoder makes of them."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import bm25s
+import numpy as np
+import regex
+import torch
+from numpy.typing import NDArray
+from transformers import AutoTokenizer, BertModel
+
+from narrows.errors import InputError, ModelError
+from narrows.model import hub
+
+_WORD = regex.compile(
+    r"(?V1)[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]"
+    r"|[\w--[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]]+"
+)
+
+
+class Ranker(Protocol):
+    """Tells how well each text answers a question."""
+
+    def score(self, question: str, texts: Sequence[str]) -> NDArray[np.float64]:
+        """One score a text, ``[len(texts)]``; higher is better, the scale is the ranker's own.
+        Raises InputError for an empty question."""
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words of any language; of scripts written without spaces, the characters."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+class BM25:
+    """Okapi BM25 (Lucene's form) over the given texts, without stemming or stop words."""
+
+    def __init__(self, *, k1: float = 1.5, b: float = 0.75) -> None:
+        self.k1 = k1
+        self.b = b
+
+    def score(self, question: str, texts: Sequence[str]) -> NDArray[np.float64]:
+        """See Ranker. The word statistics are those of ``texts``; a text that shares no word
+        with the question scores 0."""
+        asked = words(_checked(question))
+        found = [words(text) for text in texts]
+        known = {word for text in found for word in text}
+        asked = [word for word in asked if word in known]
+        if not asked:
+            return np.zeros(len(texts))
+        index = bm25s.BM25(k1=self.k1, b=self.b, method="lucene")
+        index.index(found, show_progress=False)
+        return np.asarray(index.get_scores(asked), dtype=np.float64)
+
+
+class Embedder:
+    """Sentence embeddings by a BERT encoder, and their cosine to the question's.
+
+    Args:
+        model: a transformers ``BertModel``.
+        tokenizer: its tokenizer, with a padding token.
+        batch: texts a forward pass.
+        max_tokens: what of a text is read, special tokens included; the rest is not seen.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, batch: int = 32, max_tokens: int = 256
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.batch = batch
+        self.max_tokens = max_tokens
+
+    @classmethod
+    def load(cls, name: str = "all-minilm-l6-v2", *, device: str | None = None) -> Embedder:
+        """Load an encoder by name (see ``narrows.model.hub.resolve``); ``device`` None takes
+        CUDA where there is one. Raises ModelError."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        folder = hub.resolve(name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model = BertModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, add_pooling_layer=False
+            )
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"cannot read the text encoder in {folder}: {reason}") from error
+        return cls(model.to(device), tokenizer)
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit vectors ``[len(texts), hidden_size]``: the mean over each text's tokens.
+
+        Texts run in batches of like length; a text's vector does not depend on its neighbours
+        beyond rounding.
+        """
+        ids = [
+            self.tokenizer.encode(text, truncation=True, max_length=self.max_tokens)
+            for text in texts
+        ]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        vectors = np.zeros((len(ids), self.model.config.hidden_size), np.float32)
+        for start in range(0, len(order), self.batch):
+            chosen = order[start : start + self.batch]
+            vectors[chosen] = self._embed_batch([ids[i] for i in chosen])
+        return vectors
+
+    def _embed_batch(self, ids: list[list[int]]) -> NDArray[np.float32]:
+        batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
+        states = self.model(**batch).last_hidden_state.float()
+        mask = batch["attention_mask"][:, :, None]
+        mean = (states * mask).sum(1) / mask.sum(1)
+        unit: NDArray[np.float32] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
+        return unit
+
+    def score(self, question: str, texts: Sequence[str]) -> NDArray[np.float64]:
+        """See Ranker. Cosines, between -1 and 1."""
+        asked, *found = self.embed([_checked(question), *texts])
+        return np.array([vector @ asked for vector in found], dtype=np.float64)
+
+
+def _checked(question: str) -> str:
+    if not question.strip():
+        raise InputError("the question is empty: say what to look for")
+    return question
