@@ -28,6 +28,7 @@ class SamplingParams(Settings):
     """How one request picks its tokens. Names and meanings are those of vLLM's class.
 
     ``temperature`` 0 is greedy. ``top_k`` 0 means no limit. ``seed`` None draws a fresh one.
+    ``logit_bias`` is added to the scores of single tokens; -100 all but bans one.
     ``stop`` strings end the text and are left out of it. ``logprobs`` n returns the n best
     log-probabilities (after penalties and bias, before temperature and truncation) beside the
     sampled token's.
@@ -39,11 +40,13 @@ class SamplingParams(Settings):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0.0)] = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
-    logit_bias: dict[int, float] = Field(default_factory=dict)
-    seed: int | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
+        default_factory=dict
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
