@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import bm25s
@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, BertModel
 
 from narrows.errors import InputError, ModelError
 from narrows.model import hub
+from narrows.registry import Registry
 
 _WORD = regex.compile(
     r"(?V1)[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]"
@@ -82,9 +83,7 @@ class Embedder:
         folder = hub.resolve(name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = BertModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, add_pooling_layer=False
-            )
+            model = BertModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(f"cannot read the text encoder in {folder}: {reason}") from error
@@ -120,6 +119,13 @@ class Embedder:
         """See Ranker. Cosines, between -1 and 1."""
         asked, *found = self.embed([_checked(question), *texts])
         return np.array([vector @ asked for vector in found], dtype=np.float64)
+
+
+RANKERS: Registry[Callable[[], Ranker]] = Registry("ranker")
+"""Name -> callable that makes the ranker with its defaults (loading its model, if it has one)."""
+
+RANKERS.add("bm25", BM25)
+RANKERS.add("minilm", Embedder.load)
 
 
 def _checked(question: str) -> str:

@@ -109,6 +109,11 @@ def test_empty_question(embedder, question):
             ranker.score(question, TEXTS)
 
 
+def test_rankers_by_name():
+    assert isinstance(rank.RANKERS.get("bm25")(), BM25)
+    assert list(rank.RANKERS) == ["bm25", "minilm"]
+
+
 def test_load_refuses_a_folder_without_a_model(tmp_path, monkeypatch):
     monkeypatch.setattr(rank.hub, "resolve", lambda name: tmp_path)
     with pytest.raises(ModelError, match="cannot read the text encoder") as caught:
