@@ -1,0 +1,1 @@
+"""Benchmarks: one module a command, each measuring ratios in one run."""
