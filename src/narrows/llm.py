@@ -71,8 +71,10 @@ class LLM:
         called after each engine step. Raises RequestRejected before any work if a prompt can
         never run, NumericalError if the model gives NaN.
         """
-        requests = [self.submit(p, params) for p in _as_list(prompts)]
+        requests: list[Request] = []
         try:
+            for prompt in _as_list(prompts):
+                requests.append(self.submit(prompt, params))
             for _ in self.engine.run(on_step):
                 pass
         finally:

@@ -1,0 +1,229 @@
+"""The command line: thin commands over the Python interface.
+
+A NarrowsError is printed as one line on standard error and ends the program with code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from narrows.errors import ConfigError, InputError, NarrowsError
+
+if TYPE_CHECKING:
+    from narrows.llm import LLM
+    from narrows.pipeline import Answer
+
+app = typer.Typer(
+    name="narrows",
+    help="Long-context LLM inference made cheap at every stage a token passes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(help="Measure, as ratios within one run.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+stderr = Console(stderr=True, highlight=False)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Known name, hub id, folder or GGUF.")]
+Cache = Annotated[str, typer.Option(help="Cache policy spec.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if present.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to write.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Nucleus: smallest set with this probability.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+DEFAULT_MODEL = "smollm2-135m"
+
+
+def _load(model: str, cache: str, dtype: str, device: str | None) -> LLM:
+    from narrows.llm import LLM
+
+    return LLM(model, cache=cache, dtype=dtype, device=device)
+
+
+def _params(max_tokens: int, temperature: float, top_p: float, seed: int | None) -> Any:
+    from narrows.config import SamplingParams
+
+    return SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to answer.")],
+    doc: Annotated[
+        list[str] | None,
+        typer.Option("--doc", "-d", help="Text, Markdown, HTML or PDF; - for standard input."),
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="Most document tokens given to the model.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="rank, a compression method, rank+METHOD, or none.")
+    ] = "rank",
+    ranker: Annotated[str, typer.Option(help="bm25 or minilm.")] = "bm25",
+    model: Model = DEFAULT_MODEL,
+    cache: Cache = "dense",
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question from documents of any length, and say what was saved."""
+    from narrows.pipeline import ask as answer_question
+    from narrows.retrieve.documents import read_documents
+
+    params = _params(max_tokens, temperature, top_p, seed)
+    if not question.strip():
+        raise InputError("the question is empty; say what to answer")
+    documents = read_documents(doc or [])  # before the model is loaded, which takes longer
+    llm = _load(model, cache, dtype, device)
+    answer = answer_question(
+        llm,
+        question,
+        documents=documents,
+        budget=budget,
+        method=method,
+        ranker=ranker,
+        params=params,
+        on_text=None if as_json else _write,
+    )
+    if as_json:
+        _write(json.dumps(answer.to_dict(), ensure_ascii=False) + "\n")
+        return
+    _write("\n")
+    _print_savings(answer)
+
+
+def _print_savings(answer: Answer) -> None:
+    saved = answer.savings
+    share = saved.kept_tokens / max(1, saved.document_tokens)
+    times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in saved.seconds.items())
+    stderr.print(
+        f"\n[dim]tokens   {saved.document_tokens:,} in the documents -> {saved.kept_tokens:,} "
+        f"given to the model ({share:.1%})\n"
+        f"cache    {saved.cache_bytes / 2**20:.1f} MiB (whole input: "
+        f"{saved.full_cache_bytes / 2**20:.1f} MiB)\n"
+        f"seconds  {times}\n"
+        f"speed    {saved.tokens_per_second:.1f} tokens/s[/dim]"
+    )
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - for standard input.")],
+    model: Model = DEFAULT_MODEL,
+    cache: Cache = "dense",
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text as it stands, without a chat template."""
+    params = _params(max_tokens, temperature, top_p, seed)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise InputError("the prompt is empty; give some text to continue")
+    llm = _load(model, cache, dtype, device)
+    request = llm.submit(text, params)
+    for piece in llm.follow(request):
+        if not as_json:
+            _write(piece)
+    if as_json:
+        done = request.completion()
+        row = {
+            "text": done.text,
+            "token_ids": done.token_ids,
+            "finish_reason": done.finish_reason,
+            "prompt_tokens": done.metrics.prompt_tokens,
+            "tokens_per_second": done.metrics.tokens_per_second,
+        }
+        _write(json.dumps(row, ensure_ascii=False))
+    _write("\n")
+
+
+@app.command()
+def chat(
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    model: Model = DEFAULT_MODEL,
+    cache: Cache = "dense",
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+) -> None:
+    """Talk to the model, a line a turn; an empty line or end of input leaves."""
+    params = _params(max_tokens, temperature, top_p, seed)
+    llm = _load(model, cache, dtype, device)
+    messages = [{"role": "system", "content": system}] if system else []
+    while True:
+        if sys.stdin.isatty():
+            stderr.print("[bold]> [/bold]", end="")
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        messages.append({"role": "user", "content": line})
+        reply = ""
+        for piece in llm.stream_chat(messages, params):
+            reply += piece
+            _write(piece)
+        _write("\n")
+        messages.append({"role": "assistant", "content": reply})
+
+
+@app.command()
+def models() -> None:
+    """List the known models and which of them are here."""
+    from narrows.model.hub import known_models
+
+    table = Table(box=None)
+    for column in ("name", "for", "source", "download", "licence", "here"):
+        table.add_column(column)
+    for info in known_models():
+        table.add_row(
+            info.name,
+            info.role,
+            info.source,
+            f"{info.size / 1e6:.0f} MB",
+            info.licence,
+            "yes" if info.cached else "no",
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point of the ``narrows`` program."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except NarrowsError as error:
+        stderr.print(f"narrows: error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+

@@ -1,0 +1,229 @@
+"""The main job: answer a question from documents of any length.
+
+read -> choose passages -> compress -> prefill -> answer, each stage timed, each optional:
+text that fits the budget goes to the model unchanged.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from narrows.compression import METHODS, make_compressor
+from narrows.config import SamplingParams
+from narrows.contracts import Completion, Document, Span
+from narrows.errors import BudgetError, ConfigError, InputError
+from narrows.retrieve.documents import read_documents
+from narrows.retrieve.passages import Passage, split_passages
+from narrows.retrieve.rank import RANKERS, Ranker
+
+if TYPE_CHECKING:
+    from narrows.llm import LLM
+
+PASSAGE_TOKENS = 192
+"""Size of the passages that are ranked: a few paragraphs."""
+
+HEADROOM = 3
+"""With a compressor behind the ranker, passages of this many times the budget reach it."""
+
+SEPARATOR = "\n\n"
+INSTRUCTION = "Answer the question from the text above, in one or two sentences."
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A stretch of a document the answer was given to read; ``span`` in characters of the
+    document, ``score`` from the ranker (None where nothing was ranked)."""
+
+    document: str
+    span: Span
+    score: float | None = None
+
+
+@dataclass(slots=True)
+class Savings:
+    """What narrowing the input saved. ``full_cache_bytes`` is what the same cache policy would
+    hold for the whole input, had the model been able to take it."""
+
+    document_tokens: int = 0
+    kept_tokens: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    cache_bytes: int = 0
+    full_cache_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float = 0.0
+
+
+@dataclass(slots=True)
+class Answer:
+    """``text``, the ``sources`` it was given in document order, and the ``savings``."""
+
+    text: str
+    sources: list[Source]
+    savings: Savings
+    completion: Completion
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "text": self.text,
+            "finish_reason": self.completion.finish_reason,
+            "sources": [asdict(s) for s in self.sources],
+            "savings": asdict(self.savings),
+        }
+
+
+def ask(
+    llm: LLM,
+    question: str,
+    docs: Sequence[str] = (),
+    *,
+    documents: Sequence[Document] = (),
+    budget: int | None = None,
+    method: str = "rank",
+    ranker: str = "bm25",
+    params: SamplingParams | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> Answer:
+    """Answer ``question`` from ``docs`` (paths, ``"-"`` for standard input) and ``documents``.
+
+    Args:
+        llm: the loaded model.
+        question: what to answer.
+        docs: files to read: text, Markdown, HTML or PDF.
+        documents: texts already read.
+        budget: most tokens of document text the model is given; None for what its window takes.
+        method: how a text beyond the budget is cut down: ``"rank"`` (best passages),
+            a compression method over everything (``"dac"``), both (``"rank+dac"``), or ``"none"``.
+        ranker: ``"bm25"`` or ``"minilm"``.
+        params: sampling; greedy, 128 tokens by default.
+        on_text: called with each piece of the answer as it becomes final.
+
+    Raises InputError, ConfigError or BudgetError, each saying what to do.
+    """
+    ranked, compressor = _parse_method(method)
+    if not question.strip():
+        raise InputError("the question is empty; say what to answer")
+    if budget is not None and budget < 1:
+        raise ConfigError(f"budget must be at least 1 token (given: {budget})")
+    params = params or SamplingParams(max_tokens=128)
+    savings = Savings()
+    clock = _Clock(savings.seconds)
+    with clock("read"):
+        texts = [*documents, *read_documents(docs)]
+        if not texts:
+            raise InputError("no document given; name at least one file, or - for standard input")
+        pieces = [Passage(d.name, (0, len(d.text)), d.text) for d in texts]
+        savings.document_tokens = sum(_count(llm, p.text) for p in pieces)
+    room = _room(llm, question, params)
+    limit = room if budget is None else min(budget, room)
+    scores: list[float | None] = [None] * len(pieces)
+    fits = savings.document_tokens + 2 * len(pieces) <= limit
+    if not fits and not ranked and compressor is None:
+        raise InputError(
+            f"the documents have {savings.document_tokens} tokens but {limit} fit; choose a "
+            "method other than none"
+        )
+    if not fits and ranked:
+        with clock("rank"):
+            target = limit if compressor is None else HEADROOM * limit
+            pieces, scores = _best(llm, texts, question, RANKERS.get(ranker)(), target)
+    context = SEPARATOR.join(p.text.strip() for p in pieces)
+    if not fits and compressor is not None:
+        with clock("compress"):
+            made = make_compressor(compressor, llm.model)
+            context = made.compress(context, target_tokens=limit, question=question).text
+    ids = _prompt(llm, context, question)
+    if len(ids) + params.max_tokens > llm.model.shape.max_tokens:
+        raise BudgetError(
+            f"the prompt has {len(ids)} tokens and the answer may take {params.max_tokens}, but "
+            f"the model takes {llm.model.shape.max_tokens}; lower the budget or max_tokens"
+        )
+    request = llm.submit(ids, params)
+    for text in llm.follow(request):
+        if on_text is not None:
+            on_text(text)
+    done = request.completion()
+    savings.kept_tokens = _count(llm, context)
+    savings.prompt_tokens = done.metrics.prompt_tokens
+    savings.answer_tokens = done.metrics.generated_tokens
+    savings.cache_bytes = done.metrics.cache_bytes
+    whole = savings.document_tokens + len(ids) - savings.kept_tokens + savings.answer_tokens
+    savings.full_cache_bytes = llm.engine.policy.estimate(llm.model.shape, whole)
+    savings.seconds["prefill"] = done.metrics.prefill_s
+    savings.seconds["decode"] = done.metrics.decode_s
+    savings.tokens_per_second = done.metrics.tokens_per_second
+    sources = [Source(p.document, p.span, s) for p, s in zip(pieces, scores, strict=True)]
+    return Answer(done.text.strip(), sources, savings, done)
+
+
+class _Clock:
+    """Adds the seconds a ``with clock(stage)`` block took to a table."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start
+
+
+def _parse_method(method: str) -> tuple[bool, str | None]:
+    """Whether passages are ranked, and the compression method after it."""
+    if method == "none":
+        return False, None
+    first, _, rest = method.partition("+")
+    ranked = first == "rank"
+    compressor = rest or None if ranked else method
+    if compressor is not None and compressor not in METHODS:
+        METHODS.get(compressor)  # raises, naming the choices
+    return ranked, compressor
+
+
+def _count(llm: LLM, text: str) -> int:
+    return len(llm.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _room(llm: LLM, question: str, params: SamplingParams) -> int:
+    """Tokens of document text that fit beside the question, the template and the answer."""
+    window = llm.model.shape.max_tokens
+    room = window - params.max_tokens - len(_prompt(llm, "", question))
+    if room < 1:
+        raise BudgetError(
+            f"question and answer leave no room for text in the model's {window} tokens; shorten "
+            "the question or lower max_tokens"
+        )
+    return room
+
+
+def _best(
+    llm: LLM, texts: Sequence[Document], question: str, ranker: Ranker, target: int
+) -> tuple[list[Passage], list[float | None]]:
+    """The passages that answer best, up to ``target`` tokens, in document order."""
+    size = min(PASSAGE_TOKENS, target)
+    passages = [p for d in texts for p in split_passages(d, size, lambda t: _count(llm, t))]
+    passages = [p for p in passages if p.text.strip()]
+    scores = ranker.score(question, [p.text for p in passages])
+    gap = _count(llm, SEPARATOR)
+    used, chosen = 0, []
+    for i in sorted(range(len(passages)), key=lambda i: (-scores[i], i)):
+        cost = _count(llm, passages[i].text) + gap
+        if used + cost <= target or not chosen:
+            used += cost
+            chosen.append(i)
+    chosen.sort()
+    return [passages[i] for i in chosen], [float(scores[i]) for i in chosen]
+
+
+def _prompt(llm: LLM, context: str, question: str) -> list[int]:
+    """Token ids of the whole prompt; a model without a chat template gets plain text."""
+    body = f"{context}{SEPARATOR}{INSTRUCTION}\nQuestion: {question.strip()}"
+    if llm.tokenizer.chat_template is None:
+        return llm.encode(f"{body}\nAnswer:")
+    return llm.chat_ids([{"role": "user", "content": body}])
