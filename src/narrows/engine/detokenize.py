@@ -82,12 +82,10 @@ class StreamDecoder:
         new = text[self._given : end]
         self._given = end
         if len(self._window) > 2 * WINDOW:
-            # A shorter window will do if its text is the end of this one's: then it neither cut
-            # a character in two nor lost any of the text still to come.
-            tail = self._decode(self._window[-WINDOW:])
-            if text.endswith(tail) and len(tail) > len(text) - end:
-                self._window = self._window[-WINDOW:]
-                self._given -= len(text) - len(tail)
+            # What may still change are the last three bytes at most, so they are all in the
+            # tail; should its cut fall inside a character, that one has been given out.
+            self._window = self._window[-WINDOW:]
+            self._given += len(self._decode(self._window)) - len(text)
         return new
 
     def _decode(self, ids: list[int]) -> str:

@@ -130,10 +130,10 @@ class Sampler:
     def draw(self, probabilities: Tensor) -> int:
         """One token from ``probabilities`` ``[V]``, by inverting their running sum at
         ``uniform()``. A token of probability 0 is never drawn."""
-        total = probabilities.cumsum(0)
-        below_all = total[-1].nextafter(total.new_zeros(()))  # u times the sum may round up to it
-        target = torch.minimum(total[-1] * self.uniform(), below_all)
-        return int(torch.searchsorted(total, target, right=True))
+        # On the CPU, where sums run left to right and so never fall. Rounding cannot bring the
+        # target up to the whole sum either, since no uniform number is above 1 - 2**-53.
+        sums = probabilities.cpu().cumsum(0)
+        return int(torch.searchsorted(sums, sums[-1] * self.uniform(), right=True))
 
     def sample(self, logits: Tensor, generated: Sequence[int]) -> Sampled:
         """The token after ``generated``, given its scores float32 ``[V]``.

@@ -263,6 +263,8 @@ def test_only_a_possible_beginning_is_held_back():
 def test_the_stop_completed_first_wins_and_the_longest_of_those():
     assert run("abcd", ["bcd", "c"])[1].text == "ab"
     assert run("abcd", ["c", "bc"])[1].text == "a"
+    one_token = [TOKENIZERS["byte-level"].get_vocab()["<note>"]]
+    assert streamed(TOKENIZERS["byte-level"], one_token, ["note", "o"])[1].text == "<n"
 
 
 def test_stop_strings_of_several_bytes_and_over_a_special_token():

@@ -193,6 +193,11 @@ def test_top_p_over_a_large_vocabulary(spread):
     assert kept.min() >= full[got == 0].max()
 
 
+def test_top_p_stops_as_soon_as_it_is_reached():
+    got = sampler(vocab=8, temperature=1.0, top_p=0.5).probabilities(torch.zeros(8))
+    assert got.tolist() == [0.25] * 4 + [0.0] * 4
+
+
 def test_the_order_is_min_p_then_top_k_then_top_p():
     # 0.4 0.3 0.2 0.1: min-p 0.3 drops the last, so top-p 0.75 of the rest (0.444 0.333 0.222)
     # keeps two; top-p first would have kept three.
