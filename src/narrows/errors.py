@@ -35,3 +35,9 @@ class RequestRejected(NarrowsError):
 
 class NumericalError(NarrowsError):
     """A model produced NaN or infinite numbers."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of another library's error, to quote in one of ours."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
