@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from narrows.ops.attention import causal_attention, visible
 from narrows.ops.attn_mass import attention_with_mass
 
