@@ -59,7 +59,12 @@ def with_provenance(rows: Iterable[Row], facts: Mapping[str, Any]) -> list[Row]:
 def write_json(path: Path, rows: Iterable[Row]) -> None:
     """Write one JSON object a line, whole or not at all. A number that is not finite becomes
     null. Raises InputError if the file cannot be written."""
-    text = "".join(json.dumps(_finite(r), ensure_ascii=False) + "\n" for r in rows)
+    write_whole(path, "".join(json.dumps(_finite(r), ensure_ascii=False) + "\n" for r in rows))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Put ``text`` in ``path`` at once: readers see the old file or the new one. Raises
+    InputError if it cannot be written."""
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")

@@ -1,5 +1,4 @@
 import gzip
-import json
 import os
 from pathlib import Path
 
@@ -9,49 +8,6 @@ from narrows.bench import data, tasks
 from narrows.errors import ConfigError, InputError
 
 FOLDER = Path(os.environ.get("NARROWS_DATA", "../shared/data"))
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode()))
-    else:
-        path.write_text(text, encoding="utf-8")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    def problem(i):
-        return {
-            "id": f"p{i}",
-            "question": f"What is {i} and 1?",
-            "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}",
-        }
-
-    write(tmp_path / "gsm8k/train.jsonl.gz", [problem(i) for i in range(20)])
-    write(tmp_path / "gsm8k/test.jsonl", [problem(i) for i in range(100, 110)])
-    template = "Read {braces}.\n{context}\nQuestion: {input}\nAnswer:"
-    names = list(tasks.LONGBENCH)
-    write(
-        tmp_path / "longbench/templates.jsonl",
-        [{"task": n, "prompt_template": template, "max_new_tokens": 8} for n in names],
-    )
-    for n in names:
-        row = {"id": n, "task": n, "context": "Anna {x} lives in Rome.", "input": "Where?"}
-        write(tmp_path / f"longbench/{n}.jsonl", [{**row, "answers": ["Rome", "in Rome"]}] * 2)
-    passages = [{"title": f"T{i}", "text": f"Text {i}."} for i in range(30)]
-    write(tmp_path / "wiki_passages/passages.jsonl", passages)
-    nq = {"question": "who", "answers": ["Wilhelm"], "gold_title": "G", "gold_text": "Wilhelm did."}
-    write(
-        tmp_path / "lost_in_the_middle/nq_open_oracle.jsonl",
-        [{"id": f"n{i}", **nq} for i in range(3)],
-    )
-    pair = {"id": "k", "ordered_kv_records": [["a", "b"], ["c", "d-e"]], "key": "c", "value": "d-e"}
-    write(tmp_path / "lost_in_the_middle/kv_retrieval_75.jsonl", [pair])
-    speech = {"id": "s", "text": "One two three. Four five. " * 40}
-    write(tmp_path / "state_union/speeches.jsonl", [speech])
-    return tmp_path
 
 
 def test_gsm8k_context_is_seeded_shared_and_free_of_calculator_marks(folder):
@@ -110,7 +66,7 @@ def test_unknown_task_and_bad_limit_are_refused(folder):
 
 
 def test_a_missing_field_names_itself(folder):
-    write(folder / "gsm8k/test.jsonl", [{"id": "x"}])
+    (folder / "gsm8k/test.jsonl").write_text('{"id": "x"}\n')
     with pytest.raises(InputError, match="'question'"):
         tasks.load("gsm8k", folder)
 

@@ -1,0 +1,61 @@
+"""What the machine can do and what a call used: read bandwidth, peak memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the distinct parameters of a model: what one decoding step must read. Tied
+    weights count once; parameters that are views into one storage count by their own size."""
+    sizes = {(p.data_ptr(), p.shape): p.numel() * p.element_size() for p in model.parameters()}
+    return sum(sizes.values())
+
+
+def read_bandwidth(device: torch.device, *, size: int = 1 << 30, repeats: int = 5) -> float:
+    """Bytes per second that a matrix-vector product reads from memory, the median of
+    ``repeats``. ``size`` bytes of float32 should exceed every cache several times."""
+    rows = max(1, size // (4 * 4096))
+    matrix = torch.ones(rows, 4096, device=device)
+    vector = torch.ones(4096, device=device)
+    speeds = []
+    for number in range(repeats + 1):
+        started = time.perf_counter()
+        product = torch.mv(matrix, vector)
+        float(product[0])  # waits for an accelerator
+        if number:  # the first one also maps the pages
+            speeds.append(matrix.numel() * 4 / (time.perf_counter() - started))
+    return median(speeds)
+
+
+def added_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes by which the peak during ``call`` exceeded what was held before: of the process on
+    the CPU, of torch's allocator on CUDA. None where the system cannot tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - held
+    try:
+        CLEAR.write_text("5")  # the kernel's way to start the peak afresh
+        before = _status("VmRSS")
+    except OSError:
+        return None
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{STATUS} has no {field}")

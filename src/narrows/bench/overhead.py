@@ -1,0 +1,96 @@
+"""What compressing costs, as a multiple of one plain forward pass over the same tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from narrows.bench.arms import parse_spec
+from narrows.bench.prose import read_prose
+from narrows.bench.report import Row, row
+from narrows.cache.dense import DensePolicy
+from narrows.compress import make_compressor
+from narrows.contracts import FlatBatch
+from narrows.model.flat import FlatModel
+
+TOKENS = 4000
+SPECS = ("dac:stages=5", "dac:stages=5,attn_refresh=once", "selective-context", "llmlingua")
+KEEP = (0.5, 0.2)
+FORWARD = "forward pass"
+
+
+def overhead_rows(
+    model: FlatModel, data: Path, *, seed: int, repeats: int, tokens: int = TOKENS
+) -> list[Row]:
+    """Seconds of each method and of a forward pass with all logits, interleaved ``repeats``
+    times; rows of the seconds and of the ratios within a repetition, medians with min-max.
+    Ratios are over the forward pass and, for DAC, over the iterative baseline."""
+    text = read_prose(data, model, tokens)
+    rows: list[Row] = []
+    for keep in KEEP:
+        jobs: dict[str, Callable[[], object]] = {FORWARD: lambda: plain_pass(model, text.ids)}
+        for spec in SPECS:
+            jobs[spec] = _job(spec, model, text.text, round(keep * len(text.ids)))
+        seconds = interleave(jobs, repeats)
+        where = {
+            "part": "time",
+            "budget": f"{keep:g}",
+            "tokens": len(text.ids),
+            "model": model.name,
+        }
+        rows += [_row(spec, "time", "s", taken, **where) for spec, taken in seconds.items()]
+        for spec in SPECS:
+            for other in (FORWARD, SPECS[-1]):
+                if spec != other:
+                    shares = [a / b for a, b in zip(seconds[spec], seconds[other], strict=True)]
+                    rows.append(_row(spec, "time_ratio", "1", shares, versus=other, **where))
+    return rows
+
+
+def plain_pass(model: FlatModel, ids: list[int]) -> None:
+    """Read ``ids`` in one flat pass with dense caches and make every row's logits."""
+    device = model.shape.device
+    batch = FlatBatch([(0, len(ids))], [DensePolicy().build(model.shape)])
+    with torch.inference_mode():
+        places = torch.arange(len(ids), device=device)
+        model.logits(model.hidden(torch.tensor(ids, device=device), places, batch))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def interleave(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each job in each of ``repeats`` rounds; a round runs every job once, so that a
+    machine that slows down slows all of them. One round before is not counted."""
+    taken: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(repeats + 1):
+        for name, job in jobs.items():
+            started = time.perf_counter()
+            job()
+            if number:
+                taken[name].append(time.perf_counter() - started)
+    return taken
+
+
+def _job(spec: str, model: FlatModel, text: str, target: int) -> Callable[[], object]:
+    method, options = parse_spec(spec)
+    compressor = make_compressor(method, model, **options)
+    return lambda: compressor.compress(text, target_tokens=target)
+
+
+def _row(spec: str, metric: str, unit: str, values: list[float], **where: Any) -> Row:
+    return row(
+        "compress",
+        method=spec,
+        metric=metric,
+        unit=unit,
+        value=median(values),
+        interval=(min(values), max(values)),
+        spread="min-max",
+        n=len(values),
+        **where,
+    )

@@ -1,0 +1,101 @@
+"""A tiny random model with a tokenizer, in a folder, and a tiny data folder."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from narrows.bench import tasks
+
+WORDS = tuple(
+    "the red fox saw a blue river near Rome and two old men sold three apples for it".split()
+)
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text, encoding="utf-8")
+
+
+def speech(seed, words):
+    return ". ".join(
+        " ".join(WORDS[(i * 7 + j * j + seed) % len(WORDS)] for j in range(9))
+        for i in range(words // 9)
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def problem(i):
+        return {
+            "id": f"p{i}",
+            "question": f"What is {i} and 1?",
+            "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}",
+        }
+
+    write(tmp_path / "gsm8k/train.jsonl.gz", [problem(i) for i in range(20)])
+    write(tmp_path / "gsm8k/test.jsonl", [problem(i) for i in range(100, 110)])
+    template = "Read {braces}.\n{context}\nQuestion: {input}\nAnswer:"
+    names = list(tasks.LONGBENCH)
+    write(
+        tmp_path / "longbench/templates.jsonl",
+        [{"task": n, "prompt_template": template, "max_new_tokens": 8} for n in names],
+    )
+    for n in names:
+        row = {"task": n, "context": "Anna {x} lives in Rome.", "input": "Where?"}
+        rows = [{"id": f"{n}-{i}", **row, "answers": ["Rome", "in Rome"]} for i in range(2)]
+        write(tmp_path / f"longbench/{n}.jsonl", rows)
+    passages = [{"title": f"T{i}", "text": f"Text {i}."} for i in range(30)]
+    write(tmp_path / "wiki_passages/passages.jsonl", passages)
+    nq = {"question": "who", "answers": ["Wilhelm"], "gold_title": "G", "gold_text": "Wilhelm did."}
+    write(
+        tmp_path / "lost_in_the_middle/nq_open_oracle.jsonl",
+        [{"id": f"n{i}", **nq} for i in range(3)],
+    )
+    pair = {"id": "k", "ordered_kv_records": [["a", "b"], ["c", "d-e"]], "key": "c", "value": "d-e"}
+    write(tmp_path / "lost_in_the_middle/kv_retrieval_75.jsonl", [pair])
+    write(
+        tmp_path / "state_union/speeches.jsonl",
+        [{"id": f"s{i}", "text": speech(i, 3000)} for i in range(3)],
+    )
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a two-layer Llama that reads 2,048 tokens."""
+    place = tmp_path_factory.mktemp("tiny")
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator([speech(i, 200) for i in range(4)], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>").save_pretrained(place)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        eos_token_id=0,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(place)
+    return str(place)
