@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from narrows.compression import METHODS, make_compressor
+from narrows.compress import METHODS, make_compressor
 from narrows.config import SamplingParams
 from narrows.contracts import Completion, Document, Span
 from narrows.errors import BudgetError, ConfigError, InputError
@@ -211,7 +211,8 @@ def _best(
     passages = [p for p in passages if p.text.strip()]
     scores = ranker.score(question, [p.text for p in passages])
     gap = _count(llm, SEPARATOR)
-    used, chosen = 0, []
+    used = 0
+    chosen: list[int] = []
     for i in sorted(range(len(passages)), key=lambda i: (-scores[i], i)):
         cost = _count(llm, passages[i].text) + gap
         if used + cost <= target or not chosen:

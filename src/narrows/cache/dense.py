@@ -122,7 +122,9 @@ class DenseLayer(LayerCache):
         if not 0 <= n <= self.length:
             raise ValueError(f"cannot roll back {n} of {self.length} tokens")
         if self.dropped and n > ROLLBACK:
-            raise ValueError(f"a sliding-window layer cannot roll back {n} tokens (at most {ROLLBACK})")
+            raise ValueError(
+                f"a sliding-window layer cannot roll back {n} tokens (at most {ROLLBACK})"
+            )
         self.length -= n
 
     def materialize(self) -> tuple[Tensor, Tensor]:

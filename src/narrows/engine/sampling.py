@@ -197,7 +197,9 @@ def _best(x: Tensor, k: int) -> Tensor:
     (which ``topk`` alone does not promise)."""
     if k == 0:
         return torch.empty(0, dtype=torch.long, device=x.device)
-    least = x.topk(min(k, len(x))).values[-1]
+    if k >= len(x):
+        return x.sort(descending=True, stable=True).indices
+    least = x.topk(k).values[-1]
     ids = (x >= least).nonzero()[:, 0]
     return ids[x[ids].sort(descending=True, stable=True).indices][:k]
 
@@ -206,10 +208,10 @@ def _nucleus(weights: Tensor, share: float) -> Tensor:
     """Ids of the fewest best tokens that hold ``share`` of all weight. A few dozen usually do,
     so the whole vocabulary is ranked only for a flat distribution."""
     enough = weights.sum() * share
-    for k in (64, 1024, len(weights)):
+    for k in (64, 1024, 8192, len(weights)):
         ids = _best(weights, k)
         sums = weights[ids].cumsum(0)
-        if sums[-1] >= enough or len(ids) == len(weights):
+        if sums[-1] >= enough:
             break
     return ids[: int((sums < enough).sum()) + 1]
 

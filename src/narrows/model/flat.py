@@ -45,9 +45,7 @@ class FlatModel:
         self._fast = FastDecoder.of(model, self.shape)
 
     @classmethod
-    def load(
-        cls, name: str, *, dtype: str = "bfloat16", device: str | None = None
-    ) -> FlatModel:
+    def load(cls, name: str, *, dtype: str = "bfloat16", device: str | None = None) -> FlatModel:
         """Load a model by name (see ``narrows.model.hub.resolve``).
 
         ``dtype`` is one of DTYPES; ``device`` None takes CUDA where there is one, else the CPU.
@@ -127,8 +125,11 @@ def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 def _load(auto: Any, folder: Path, **options: Any) -> Any:
     """``auto.from_pretrained`` from a local folder, with any failure as one clear line."""
     try:
-        return auto.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options) \
-            if auto is AutoModelForCausalLM else auto.from_pretrained(folder, local_files_only=True)
+        return (
+            auto.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options)
+            if auto is AutoModelForCausalLM
+            else auto.from_pretrained(folder, local_files_only=True)
+        )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"cannot read the model in {folder}: {reason}") from error

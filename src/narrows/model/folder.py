@@ -70,7 +70,7 @@ def _check_safetensors(path: Path, names: set[str]) -> None:
     if not path.is_file():
         raise ModelError(f"{path} is missing, though the index beside it names it")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="numpy") as file:
             held = set(file.keys())
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged or cut short: {reason(error)}") from error

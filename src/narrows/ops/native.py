@@ -36,7 +36,7 @@ SIGNATURES = {
     "add_rms_norm": (None, (P, P, P, F, P, I, I, N)),
     "norm_rotate": (None, (P, I, I, I, P, F, P, P, I, N)),
     "silu_mul": (None, (P, P, I, I, N)),
-    "append_attend": (I, (P, I, P, I, P, P, I, P, I, I, I, I, F, I, N, P, P, I, N)),
+    "append_attend": (I, (P, I, P, I, P, I, P, I, P, I, I, I, I, F, I, N, P, P, I, N)),
 }
 
 

@@ -48,10 +48,6 @@ def append_attend(
     heads, dim = q.shape[1:]
     kv_heads, value_dim = v.shape[1:]
     q, k, v = _rows(q), _rows(k), _rows(v)
-    if k.stride(0) != v.stride(0):
-        k, v = k.contiguous(), v.contiguous()
-        if k.stride(0) != v.stride(0):
-            raise ValueError("keys and values of different width must share one strided row")
     table: list[int] = []
     tasks = 0
     for p in places:
@@ -62,8 +58,9 @@ def append_attend(
     parts = torch.empty(tasks * (heads // kv_heads) * (value_dim + 2))
     used = native.append_attend(
         *((ctypes.c_int64 * len(table))(*table), len(places), q.data_ptr(), q.stride(0)),
-        *(k.data_ptr(), v.data_ptr(), k.stride(0), out.data_ptr(), heads, kv_heads),
-        *(dim, value_dim, scale, window or 0, int(places[0].k.dtype == torch.bfloat16)),
+        *(k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)),
+        *(out.data_ptr(), heads, kv_heads, dim, value_dim, scale, window or 0),
+        int(places[0].k.dtype == torch.bfloat16),
         *(scratch.data_ptr(), parts.data_ptr(), tasks, torch.get_num_threads()),
     )
     assert used >= 0, "scratch was too small"
@@ -79,9 +76,7 @@ def append_attend_torch(
         rows = slice(p.first_row, p.first_row + p.rows)
         p.k[:, p.stored - p.rows : p.stored] = k[rows].transpose(0, 1)
         p.v[:, p.stored - p.rows : p.stored] = v[rows].transpose(0, 1)
-        out[rows] = causal_attention(
-            q[rows], p.k[:, : p.stored], p.v[:, : p.stored], scale, window
-        )
+        out[rows] = causal_attention(q[rows], p.k[:, : p.stored], p.v[:, : p.stored], scale, window)
     return out
 
 

@@ -1,0 +1,112 @@
+"""The compiled kernels against their definitions in plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from narrows.ops import native, ragged
+from narrows.ops.attention import causal_attention
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=native.status())
+
+
+def by_definition(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> object:
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        return getattr(native, name)(*arguments)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 33])
+@pytest.mark.parametrize(("out", "inner"), [(1, 1), (3, 17), (64, 48), (101, 63), (40, 576)])
+def test_linear(rows: int, out: int, inner: int) -> None:
+    g = torch.Generator().manual_seed(rows * out + inner)
+    x = torch.randn(rows, inner, generator=g)
+    weight = torch.randn(out, inner, generator=g).bfloat16()
+    bias = torch.randn(out, generator=g)
+    expected = x.double() @ weight.double().T
+    got = native.linear(x, weight)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
+    biased = native.linear(x, weight, bias)
+    torch.testing.assert_close(biased.double(), expected + bias, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("m", [1, 3, 40])
+@pytest.mark.parametrize("n", [1, 15, 48, 1000])
+@pytest.mark.parametrize("with_delta", [False, True])
+def test_add_rms_norm(m: int, n: int, with_delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    h, weight = torch.randn(m, n), torch.randn(n)
+    delta = torch.randn(m, n) if with_delta else None
+    mine, theirs = h.clone(), h.clone()
+    got = native.add_rms_norm(mine, delta, weight, 1e-6)
+    expected = by_definition(monkeypatch, "add_rms_norm", theirs, delta, weight, 1e-6)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("dim", [2, 16, 34, 128])
+def test_norm_rotate(with_norm: bool, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch.randn(5, 7, dim)
+    weight = torch.randn(dim) if with_norm else None
+    angle = torch.randn(5, dim // 2).repeat(1, 2)
+    mine, theirs = whole.clone(), whole.clone()
+    native.norm_rotate_(mine[:, 1:4], weight, 1e-6, angle.cos(), angle.sin())
+    by_definition(
+        monkeypatch, "norm_rotate_", theirs[:, 1:4], weight, 1e-6, angle.cos(), angle.sin()
+    )
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(mine[:, 4:], whole[:, 4:])
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 17), (40, 1536)])
+def test_silu_mul(m: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(m, 2 * n) * 20
+    expected = by_definition(monkeypatch, "silu_mul", x)
+    torch.testing.assert_close(native.silu_mul(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1, 5, 300])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (9, 3, 64), (3, 3, 20)])
+def test_append_attend(
+    dtype: torch.dtype, window: int | None, heads: int, kv_heads: int, dim: int
+) -> None:
+    g = torch.Generator().manual_seed(dim)
+    lengths = [(1, 1), (700, 1), (3, 3), (513, 4), (256, 2)]  # (stored, of them new)
+    total = sum(n for _, n in lengths) + 2  # two rows that belong to nobody
+    qkv = torch.randn(total, heads + 2 * kv_heads, dim, generator=g)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    places: dict[str, list[ragged.Place]] = {"fast": [], "slow": []}
+    row = 1
+    for stored, new in lengths:
+        buffers = torch.randn(2, kv_heads, stored + 9, dim, generator=g).to(dtype)
+        for kind in places:
+            copy = buffers.clone()
+            places[kind].append(ragged.Place(copy[0], copy[1], stored, row, new))
+        row += new
+    fast = ragged.append_attend(places["fast"], q, k, v, 0.3, window)
+    slow = ragged.append_attend_torch(places["slow"], q, k, v, 0.3, window)
+    torch.testing.assert_close(fast[1:row], slow[1:row], rtol=1e-4, atol=1e-5)
+    for a, b in zip(places["fast"], places["slow"], strict=True):
+        assert torch.equal(a.k, b.k)
+        assert torch.equal(a.v, b.v)
+
+
+def test_nan_is_not_hidden() -> None:
+    x = torch.full((1, 32), float("nan"))
+    assert native.linear(x, torch.ones(4, 32).bfloat16()).isnan().all()
+    assert native.add_rms_norm(x, None, torch.ones(32), 1e-6).isnan().all()
+
+
+@pytest.mark.parametrize("window", [None, 1, 40, 600])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 50), (300, 300), (300, 555), (40, 700)])
+def test_causal_attention_equals_the_masked_softmax(n: int, m: int, window: int | None) -> None:
+    q, k, v = torch.randn(n, 4, 8), torch.randn(2, m, 8), torch.randn(2, m, 6)
+    i, j = torch.arange(m - n, m)[:, None], torch.arange(m)[None]
+    seen = (j <= i) if window is None else (j <= i) & (j > i - window)
+    scores = torch.einsum("nhd,hmd->hnm", q, k.repeat_interleave(2, 0)) * 0.4
+    p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    expected = torch.einsum("hnm,hmd->nhd", p, v.repeat_interleave(2, 0))
+    got = causal_attention(q, k, v, 0.4, window)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
