@@ -99,7 +99,7 @@ def run(
             for name, items in suites.items():
                 rows += grid.rows(name, items)
         if "time" in parts:
-            rows += overhead_rows(llm.model, folder, seed=seed, repeats=1 if quick else 3)
+            rows += overhead_rows(llm.model, folder, repeats=1 if quick else 3)
         if "claims" in parts:
             rows += claim_rows(measurer, folder, quick=quick)
     return with_provenance(rows, {"dtype": dtype, **provenance(seed)})

@@ -75,7 +75,8 @@ class Measurer:
         return [records[self._key(i, arm, budget)] for i in items]
 
     def _key(self, item: Item, arm: Arm, budget: Budget) -> Key:
-        return (self.llm.model.name, self.dtype, item.id, arm.spec, budget.label, self.seed)
+        name = self.llm.model.name
+        return (name, self.dtype, item.id, item.digest, arm.spec, budget.label, self.seed)
 
     def _block(
         self, items: Sequence[Item], arm: Arm, budget: Budget, answers: bool
@@ -104,6 +105,7 @@ class Measurer:
             seed=self.seed,
             task=item.task,
             item=item.id,
+            content=item.digest,
             group=item.group,
             method=arm.spec,
             budget=budget.label,

@@ -24,13 +24,13 @@ KEEP = (0.5, 0.2)
 FORWARD = "forward pass"
 
 
-def overhead_rows(
-    model: FlatModel, data: Path, *, seed: int, repeats: int, tokens: int = TOKENS
-) -> list[Row]:
-    """Seconds of each method and of a forward pass with all logits, interleaved ``repeats``
-    times; rows of the seconds and of the ratios within a repetition, medians with min-max.
-    Ratios are over the forward pass and, for DAC, over the iterative baseline."""
-    text = read_prose(data, model, tokens)
+def overhead_rows(model: FlatModel, data: Path, *, repeats: int) -> list[Row]:
+    """Seconds of each method and of a forward pass with all logits, over TOKENS tokens of prose,
+    interleaved ``repeats`` times.
+
+    Rows of the seconds and of the ratios within a repetition, medians with min-max. Ratios are
+    over the forward pass and over the iterative baseline."""
+    text = read_prose(data, model, TOKENS)
     rows: list[Row] = []
     for keep in KEEP:
         jobs: dict[str, Callable[[], object]] = {FORWARD: lambda: plain_pass(model, text.ids)}

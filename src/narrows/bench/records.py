@@ -11,19 +11,21 @@ from typing import Any
 from narrows.bench.report import write_whole
 from narrows.errors import InputError
 
-Key = tuple[str, str, str, str, str, int]
+Key = tuple[str, str, str, str, str, str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """``nll`` is in nats per answer token, ``seconds`` what compressing took; ``survived`` and
-    ``score`` are None where they do not apply or were not asked for."""
+    """``content`` is the digest of the item's texts, ``nll`` is in nats per answer token,
+    ``seconds`` what compressing took; ``survived`` and ``score`` are None where they do not apply
+    or were not asked for."""
 
     model: str
     dtype: str
     seed: int
     task: str
     item: str
+    content: str
     group: str
     method: str
     budget: str
@@ -40,7 +42,15 @@ class Record:
     @property
     def key(self) -> Key:
         """What makes it the same measurement."""
-        return (self.model, self.dtype, self.item, self.method, self.budget, self.seed)
+        return (
+            self.model,
+            self.dtype,
+            self.item,
+            self.content,
+            self.method,
+            self.budget,
+            self.seed,
+        )
 
 
 class Ledger:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections.abc import Callable
@@ -40,6 +41,11 @@ class Item:
     def prompt(self, context: str | None = None) -> str:
         """The whole prompt, around ``context`` or around the item's own."""
         return self.before + (self.context if context is None else context) + self.after
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that tell prompts and gold answers apart."""
+        return hashlib.sha256(f"{self.prompt()}\0{self.gold}".encode()).hexdigest()[:16]
 
     def score(self, prediction: str) -> float:
         """The score of a generated answer, a share in [0, 1]."""

@@ -10,9 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from narrows.bench import tasks
 
-WORDS = tuple(
-    "the red fox saw a blue river near Rome and two old men sold three apples for it".split()
-)
+SENTENCE = "the red fox saw a blue river near Rome and two old men sold three apples for it"
+WORDS = SENTENCE.split()
 
 
 def write(path, rows):
