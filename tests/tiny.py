@@ -62,7 +62,7 @@ def pair(family: str, dtype: torch.dtype = torch.float32) -> tuple[FlatModel, to
     torch.manual_seed(hash_of(family))
     stock = AutoModelForCausalLM.from_config(config(family), attn_implementation="eager").eval()
     with torch.no_grad():  # norms away from 1 and biases away from 0, so that both matter
-        for name, p in stock.named_parameters():
+        for p in stock.parameters():
             if p.ndim == 1:
                 p.add_(torch.randn_like(p) * 0.3)
     flat = AutoModelForCausalLM.from_config(config(family), attn_implementation=attention.NAME)

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from narrows.errors import ConfigError, InputError, NarrowsError
+from narrows.errors import InputError, NarrowsError
 
 if TYPE_CHECKING:
     from narrows.llm import LLM
@@ -193,6 +193,62 @@ def chat(
 
 
 @app.command()
+def compress(
+    path: Annotated[str, typer.Argument(help="Text or JSON messages; - for standard input.")] = "-",
+    keep: Annotated[float | None, typer.Option(help="Share of tokens to keep, 0 to 1.")] = None,
+    target_tokens: Annotated[int | None, typer.Option(help="Most tokens to keep.")] = None,
+    method: Annotated[str, typer.Option(help="A compression method.")] = "dac",
+    question: Annotated[str | None, typer.Option(help="For methods that use one.")] = None,
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that must survive, or a class such as @digits. Repeatable."),
+    ] = None,
+    chat_json: Annotated[
+        bool, typer.Option("--chat", help="The input is JSON: a list of role/content messages.")
+    ] = False,
+    model: Model = DEFAULT_MODEL,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Shorten a text (or a conversation) to a token budget, keeping what matters."""
+    from narrows.compress import make_compressor
+    from narrows.compress.segments import compress_messages
+    from narrows.model.flat import FlatModel
+    from narrows.retrieve.documents import read_document
+
+    budget = {"target_tokens": target_tokens, "keep_ratio": keep}
+    text = read_document(path).text
+    messages = _messages(text, path) if chat_json else None
+    loaded = FlatModel.load(model, dtype=dtype, device=device)
+    compressor = make_compressor(method, loaded, protect=tuple(protect or ()))
+    if messages is not None:
+        shorter, result = compress_messages(compressor, messages, question=question, **budget)
+        _write(json.dumps(shorter, ensure_ascii=False, indent=None if as_json else 2) + "\n")
+    else:
+        result = compressor.compress(text, question=question, **budget)
+        _write(result.to_json() + "\n" if as_json else result.text)
+    stderr.print(
+        f"[dim]{result.original_tokens:,} tokens -> {result.tokens:,} ({result.ratio:.1%}) "
+        f"by {result.method}[/dim]"
+    )
+
+
+def _messages(text: str, path: str) -> list[dict[str, str]]:
+    try:
+        messages = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    good = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
+    )
+    if not good:
+        raise InputError(f"{path}: not a list of messages with text under role and content")
+    return messages  # type: ignore[no-any-return]
+
+
+@app.command()
 def models() -> None:
     """List the known models and which of them are here."""
     from narrows.model.hub import known_models
@@ -210,6 +266,100 @@ def models() -> None:
             "yes" if info.cached else "no",
         )
     Console().print(table)
+
+
+Out = Annotated[Path | None, typer.Option("--json", help="Write one object a row here.")]
+Picture = Annotated[Path | None, typer.Option("--plot", help="Draw a PNG here.")]
+Quick = Annotated[bool, typer.Option(help="Tiny sizes, to see that all of it works.")]
+Rounds = Annotated[int, typer.Option(help="Rounds measured; medians are reported.")]
+
+
+def _report(rows: list[Any], json_file: Path | None, plot: Path | None, draw: Any) -> None:
+    from narrows.bench import report
+
+    report.show(rows)
+    if json_file is not None:
+        report.write(rows, json_file)
+    if plot is not None:
+        draw(rows, plot)
+
+
+@bench_app.command("engine")
+def bench_engine(
+    model: Model = DEFAULT_MODEL,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Repeatable; default bfloat16 and float32.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Repeatable; default 1, 8, 32.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens written for every prompt.")] = 64,
+    repeats: Rounds = 3,
+    vllm: Annotated[bool, typer.Option(help="Also vLLM's CPU build, in its own place.")] = False,
+    cache: Cache = "dense",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    quick: Quick = False,
+    json_file: Out = None,
+    plot: Picture = None,
+) -> None:
+    """Decoding and prefill against transformers' generate, in one process."""
+    from narrows.bench import engine
+
+    rows = engine.run(
+        model=model,
+        dtypes=dtype or ("bfloat16", "float32"),
+        batches=batch or (1, 8, 32),
+        new_tokens=new_tokens,
+        repeats=repeats,
+        vllm=vllm,
+        cache=cache,
+        device=device,
+        seed=seed,
+        quick=quick,
+    )
+    _report(rows, json_file, plot, engine.plot)
+
+
+@bench_app.command("compress")
+def bench_compress(
+    model: Model = DEFAULT_MODEL,
+    data: Annotated[
+        Path | None, typer.Option(help="Data folder; default NARROWS_DATA, ../shared/data.")
+    ] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="likelihood, answers, time, claims. Repeatable.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="gsm8k, longbench, needle.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="The first is compared with each other one.")
+    ] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="Shares of tokens kept.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Items a suite.")] = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of exemplars, deletion and bootstrap.")] = 0,
+    records: Annotated[
+        Path | None, typer.Option(help="Remembers each item, so that a run can go on.")
+    ] = None,
+    quick: Quick = False,
+    json_file: Out = None,
+    plot: Picture = None,
+) -> None:
+    """Compression methods at equal budgets: likelihood and score of the answers, and time."""
+    from narrows.bench import compress as bench
+
+    chosen = {"parts": part, "tasks": task, "methods": method, "keep": keep}
+    rows = bench.run(
+        model=model,
+        data=data,
+        limit=limit,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        records=records,
+        quick=quick,
+        **{name: value for name, value in chosen.items() if value},  # type: ignore[arg-type]
+    )
+    _report(rows, json_file, plot, bench.plot)
 
 
 def main() -> None:

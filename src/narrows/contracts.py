@@ -57,12 +57,13 @@ class LayerCache(ABC):
 
     @abstractmethod
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Store ``k`` ``[n, kv_heads, key_dim]`` and ``v`` ``[n, kv_heads, value_dim]``, after RoPE.
+        """Store ``k`` ``[n, kv_heads, key_dim]`` (after RoPE) and ``v`` ``[n, kv_heads, value_dim]``.
         Any chunking of the same tokens gives the same state."""
 
     @abstractmethod
     def attend(self, q: Tensor, scale: float) -> Tensor:
-        """Causal attention of ``q`` ``[n, heads, key_dim]`` -> ``[n, heads, value_dim]``, q's dtype."""
+        """Causal attention of ``q`` ``[n, heads, key_dim]`` -> ``[n, heads, value_dim]``, in q's
+        dtype."""
 
     @abstractmethod
     def rollback(self, n: int) -> None:

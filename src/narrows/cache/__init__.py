@@ -1,0 +1,1 @@
+"""Caches: what is kept of the keys and values, one module a method."""

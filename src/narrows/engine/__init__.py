@@ -1,0 +1,1 @@
+"""The engine: scheduling, one flat forward pass a step, sampling, streaming."""

@@ -1,0 +1,1 @@
+"""Models: names to weights, facts per family, the flat forward pass."""

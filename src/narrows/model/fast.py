@@ -75,7 +75,7 @@ class FastDecoder:
             x = add_rms_norm(h, delta, layer.first_norm, self.eps)
             qkv = linear(x, layer.qkv, layer.qkv_bias).view(count, -1, facts.key_dim)
             rotated = shape.heads + facts.kv_heads
-            q, k, v = qkv.split([shape.heads, facts.kv_heads, facts.kv_heads], dim=1)
+            q, k, v = qkv[:, : shape.heads], qkv[:, shape.heads : rotated], qkv[:, rotated:]
             if layer.q_norm is None:
                 norm_rotate_(qkv[:, :rotated], None, self.eps, cosine, sine)
             else:

@@ -1,0 +1,1 @@
+"""Operators: definitions in plain torch beside their fast versions."""

@@ -30,13 +30,13 @@ FLAGS = (
     # Reassociation lets sums use vector registers; NaN and infinity keep their meaning.
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
 )
-P, I, F, N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+P, L, F, N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES = {
-    "linear_bf16": (None, (P, P, P, P, I, I, I, N)),
-    "add_rms_norm": (None, (P, P, P, F, P, I, I, N)),
-    "norm_rotate": (None, (P, I, I, I, P, F, P, P, I, N)),
-    "silu_mul": (None, (P, P, I, I, N)),
-    "append_attend": (I, (P, I, P, I, P, I, P, I, P, I, I, I, I, F, I, N, P, P, I, N)),
+    "linear_bf16": (None, (P, P, P, P, L, L, L, N)),
+    "add_rms_norm": (None, (P, P, P, F, P, L, L, N)),
+    "norm_rotate": (None, (P, L, L, L, P, F, P, P, L, N)),
+    "silu_mul": (None, (P, P, L, L, N)),
+    "append_attend": (L, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, L, N, P, P, L, N)),
 }
 
 
