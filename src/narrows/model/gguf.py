@@ -56,9 +56,11 @@ def convert(source: Path, target: Path) -> None:
             link.symlink_to(source.absolute())
             _convert_model(link, target, metadata, tensors)
             _convert_tokenizer(link, target, metadata)
-    except (ModelError, OSError):
+    except ModelError:
         raise
     except Exception as error:  # the readers raise whatever a damaged byte leads them to
+        if isinstance(error, OSError) and error.errno:  # the disk's; transformers' have no number
+            raise
         raise ModelError(f"cannot convert the GGUF file {source}: {reason(error)}") from error
 
 
@@ -120,10 +122,10 @@ def _convert_model(source: Path, target: Path, metadata: dict[str, Any], tensors
     )
     parameters = len(list(loaded.parameters()))
     if report["missing_keys"]:
-        raise ModelError(f"the GGUF file lacks the weights of {min(report['missing_keys'])}")
+        raise ValueError(f"it lacks the weights of {min(report['missing_keys'])}")
     if tensors != parameters:
-        raise ModelError(
-            f"the GGUF file holds {tensors} tensors where its config has {parameters}; "
+        raise ValueError(
+            f"it holds {tensors} tensors where its config has {parameters}; "
             "use the model's safetensors"
         )
     plain = loaded.config.to_dict()

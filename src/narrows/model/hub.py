@@ -236,7 +236,7 @@ def _complete(folder: Path, origin: dict[str, str | int]) -> bool:
         return marker == origin and all(
             (folder / name).stat().st_size == size for name, size in files.items()
         )
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
