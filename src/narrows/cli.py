@@ -274,14 +274,12 @@ Quick = Annotated[bool, typer.Option(help="Tiny sizes, to see that all of it wor
 Rounds = Annotated[int, typer.Option(help="Rounds measured; medians are reported.")]
 
 
-def _report(rows: list[Any], json_file: Path | None, plot: Path | None, draw: Any) -> None:
+def _report(rows: list[Any], shown: list[Any], columns: Any, json_file: Path | None) -> None:
     from narrows.bench import report
 
-    report.show(rows)
     if json_file is not None:
-        report.write(rows, json_file)
-    if plot is not None:
-        draw(rows, plot)
+        report.write_json(json_file, rows)
+    Console().print(report.table(shown, columns))
 
 
 @bench_app.command("engine")
@@ -302,7 +300,7 @@ def bench_engine(
     plot: Picture = None,
 ) -> None:
     """Decoding and prefill against transformers' generate, in one process."""
-    from narrows.bench import engine
+    from narrows.bench import engine, report
 
     rows = engine.run(
         model=model,
@@ -316,7 +314,9 @@ def bench_engine(
         seed=seed,
         quick=quick,
     )
-    _report(rows, json_file, plot, engine.plot)
+    _report(rows, rows, engine.COLUMNS, json_file)
+    if plot is not None:
+        report.draw(engine.curves(rows), plot, x="batch", panel="dtype")
 
 
 @bench_app.command("compress")
@@ -346,6 +346,7 @@ def bench_compress(
 ) -> None:
     """Compression methods at equal budgets: likelihood and score of the answers, and time."""
     from narrows.bench import compress as bench
+    from narrows.bench import report
 
     chosen = {"parts": part, "tasks": task, "methods": method, "keep": keep}
     rows = bench.run(
@@ -359,7 +360,9 @@ def bench_compress(
         quick=quick,
         **{name: value for name, value in chosen.items() if value},  # type: ignore[arg-type]
     )
-    _report(rows, json_file, plot, bench.plot)
+    _report(rows, bench.summary(rows), bench.COLUMNS, json_file)
+    if plot is not None:
+        report.draw(bench.curves(rows), plot, x="budget", panel="task")
 
 
 def main() -> None:

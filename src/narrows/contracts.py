@@ -57,8 +57,8 @@ class LayerCache(ABC):
 
     @abstractmethod
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Store ``k`` ``[n, kv_heads, key_dim]`` (after RoPE) and ``v`` ``[n, kv_heads, value_dim]``.
-        Any chunking of the same tokens gives the same state."""
+        """Store ``k`` ``[n, kv_heads, key_dim]``, after RoPE, and ``v`` ``[n, kv_heads,
+        value_dim]``. Any chunking of the same tokens gives the same state."""
 
     @abstractmethod
     def attend(self, q: Tensor, scale: float) -> Tensor:

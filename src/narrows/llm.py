@@ -100,7 +100,9 @@ class LLM:
         """Answer a conversation of ``{"role", "content"}`` messages."""
         return self.generate([self.chat_ids(messages)], params)[0]
 
-    def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream_chat(
+        self, messages: Messages, params: SamplingParams | None = None
+    ) -> Iterator[str]:
         """``chat`` in pieces of final text."""
         return self.stream(self.chat_ids(messages), params)
 

@@ -58,7 +58,9 @@ class Engine:
             raise RequestRejected(f"token id {wrong} is outside the vocabulary of {vocabulary}")
         sampler = Sampler(params, vocabulary, self.model.eos_ids, prompt)
         tokenizer = self.model.tokenizer
-        decoder = StreamDecoder(tokenizer, params.stop) if tokenizer is not None else None
+        decoder = None
+        if tokenizer is not None:
+            decoder = StreamDecoder(tokenizer, params.stop, min_tokens=params.min_tokens)
         sequence = Sequence(self._count, prompt, params, sampler, decoder)
         self.scheduler.submit(sequence)
         self._count += 1

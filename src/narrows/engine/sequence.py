@@ -100,7 +100,9 @@ class Sequence:
         self.metrics.decode_s = now - self._first_token
         if self.logprobs is not None and logprobs is not None:
             self.logprobs.append(logprobs)
-        return self.decoder.push(token) if self.decoder else ""
+        if self.decoder is None or token in self.params.stop_token_ids:
+            return ""
+        return self.decoder.push(token)
 
     def finish(self, reason: str) -> str:
         """End with ``reason``; returns the text still held back."""
