@@ -56,16 +56,21 @@ def config(family: str, **changes: object) -> object:
 
 
 @functools.cache
-def pair(family: str, dtype: torch.dtype = torch.float32) -> tuple[FlatModel, torch.nn.Module]:
-    """A FlatModel without a tokenizer, and a stock transformers model with the same weights."""
+def pair(
+    family: str, dtype: torch.dtype = torch.float32, **changes: object
+) -> tuple[FlatModel, torch.nn.Module]:
+    """A FlatModel without a tokenizer, and a stock transformers model with the same weights.
+    ``changes`` are of the config."""
     attention.install()
     torch.manual_seed(hash_of(family))
-    stock = AutoModelForCausalLM.from_config(config(family), attn_implementation="eager").eval()
+    made = config(family, **changes)
+    stock = AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
     with torch.no_grad():  # norms away from 1 and biases away from 0, so that both matter
         for p in stock.parameters():
             if p.ndim == 1:
                 p.add_(torch.randn_like(p) * 0.3)
-    flat = AutoModelForCausalLM.from_config(config(family), attn_implementation=attention.NAME)
+    made = config(family, **changes)  # anew: a model writes its attention into its config
+    flat = AutoModelForCausalLM.from_config(made, attn_implementation=attention.NAME)
     flat.load_state_dict(stock.state_dict())
     return FlatModel(flat.to(dtype), None, f"tiny-{family}"), stock.to(dtype)
 
