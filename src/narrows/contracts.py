@@ -6,13 +6,16 @@ values ``[n, kv_heads, value_dim]``, where ``n`` counts tokens of one sequence.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from narrows.errors import InputError
 
 Span = tuple[int, int]
 """Half-open character (or token) range ``[start, end)`` in the original text."""
@@ -161,6 +164,23 @@ class CompressedPrompt:
     def ratio(self) -> float:
         """Share of the original tokens that were kept (1.0 for an empty text)."""
         return self.tokens / self.original_tokens if self.original_tokens else 1.0
+
+    def to_json(self) -> str:
+        """One JSON object with a key a field; ``from_json`` makes an equal record of it."""
+        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, data: str) -> CompressedPrompt:
+        """The record ``to_json`` wrote. Raises InputError if it is not one."""
+        try:
+            values = json.loads(data)
+            values["kept"] = tuple((a, b) for a, b in values["kept"])
+            values["kept_token_indices"] = tuple(values["kept_token_indices"])
+            if values["scores"] is not None:
+                values["scores"] = tuple(values["scores"])
+            return cls(**values)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"not a compressed prompt in JSON: {error}") from None
 
 
 class Compressor(Protocol):

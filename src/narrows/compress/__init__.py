@@ -29,9 +29,9 @@ for _name, _target in {
     "surprisal-dynamic": "dac:surprisal_dynamic",
     "selective-context": "baselines:SelectiveContext",
     "random": "baselines:Random",
-    "head": "baselines:truncate_head",
-    "tail": "baselines:truncate_tail",
-    "head-tail": "baselines:truncate_middle",
+    "head": "baselines:TruncateHead",
+    "tail": "baselines:TruncateTail",
+    "head-tail": "baselines:TruncateMiddle",
     "llmlingua": "llmlingua:LLMLingua",
     "extractive": "extract:Extractive",
 }.items():

@@ -266,22 +266,18 @@ def resolve_budget(original: int, target_tokens: int | None, keep_ratio: float |
     if (target_tokens is None) == (keep_ratio is None):
         raise ConfigError("give exactly one of target_tokens and keep_ratio")
     if target_tokens is not None:
-        if (
-            isinstance(target_tokens, bool)
-            or not isinstance(target_tokens, numbers.Integral)
-            or target_tokens < 1
-        ):
+        if not _is_number(target_tokens, numbers.Integral) or target_tokens < 1:
             raise ConfigError(
-                f"target_tokens must be a whole number above 0, not {target_tokens!r}"
+                f"target_tokens must be a whole number from 1, not {target_tokens!r}"
             )
         return int(target_tokens)
-    if (
-        isinstance(keep_ratio, bool)
-        or not isinstance(keep_ratio, numbers.Real)
-        or not 0 < keep_ratio <= 1
-    ):
+    if not _is_number(keep_ratio, numbers.Real) or not 0 < float(keep_ratio or 0) <= 1:
         raise ConfigError(f"keep_ratio must be above 0 and at most 1, not {keep_ratio!r}")
-    return max(1, math.floor(float(keep_ratio) * original + 1e-9))  # 0.29 * 100 is 28.999…
+    return max(1, math.floor(float(keep_ratio or 0) * original + 1e-9))  # 0.29 * 100 is 28.999…
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def kept_spans(tokens: TokenizedText, units: Units, kept: NDArray[np.bool_]) -> list[Span]:

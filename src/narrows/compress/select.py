@@ -125,7 +125,7 @@ class _Trades:
 
 
 def _checked(scores: Any) -> Floats:
-    scores = np.asarray(scores, dtype=np.float64)
-    if np.isnan(scores).any():
-        raise NumericalError(f"{int(np.isnan(scores).sum())} of {len(scores)} scores are NaN")
-    return scores
+    checked: Floats = np.asarray(scores, dtype=np.float64)
+    if np.isnan(checked).any():
+        raise NumericalError(f"{int(np.isnan(checked).sum())} of {len(checked)} scores are NaN")
+    return checked
