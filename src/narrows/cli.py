@@ -217,16 +217,19 @@ def compress(
     from narrows.model.flat import FlatModel
     from narrows.retrieve.documents import read_document
 
-    budget = {"target_tokens": target_tokens, "keep_ratio": keep}
     text = read_document(path).text
     messages = _messages(text, path) if chat_json else None
     loaded = FlatModel.load(model, dtype=dtype, device=device)
     compressor = make_compressor(method, loaded, protect=tuple(protect or ()))
     if messages is not None:
-        shorter, result = compress_messages(compressor, messages, question=question, **budget)
+        shorter, result = compress_messages(
+            compressor, messages, target_tokens=target_tokens, keep_ratio=keep, question=question
+        )
         _write(json.dumps(shorter, ensure_ascii=False, indent=None if as_json else 2) + "\n")
     else:
-        result = compressor.compress(text, question=question, **budget)
+        result = compressor.compress(
+            text, target_tokens=target_tokens, keep_ratio=keep, question=question
+        )
         _write(result.to_json() + "\n" if as_json else result.text)
     stderr.print(
         f"[dim]{result.original_tokens:,} tokens -> {result.tokens:,} ({result.ratio:.1%}) "

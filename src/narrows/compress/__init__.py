@@ -13,12 +13,13 @@ from narrows.errors import ConfigError
 from narrows.registry import Registry
 
 if TYPE_CHECKING:
-    from narrows.contracts import CompressedPrompt, Compressor
+    from narrows.compress.base import UnitCompressor
+    from narrows.contracts import CompressedPrompt
     from narrows.model.flat import FlatModel
 
 __all__ = ["METHODS", "compress", "make_compressor"]
 
-METHODS: Registry[Callable[..., Compressor]] = Registry("compression method")
+METHODS: Registry[Callable[..., UnitCompressor]] = Registry("compression method")
 """Compressor factories by name; each takes ``(model, **options)``."""
 
 for _name, _target in {
@@ -38,7 +39,7 @@ for _name, _target in {
     METHODS.add(_name, f"narrows.compress.{_target}")
 
 
-def make_compressor(method: str, model: FlatModel | None = None, **options: Any) -> Compressor:
+def make_compressor(method: str, model: FlatModel | None = None, **options: Any) -> UnitCompressor:
     """The compressor called ``method`` on ``model``; methods that score nothing need only
     ``tokenizer=``. Raises ConfigError for an unknown method or an option it does not take."""
     factory = METHODS.get(method)

@@ -6,7 +6,6 @@ The model is transformers' own. ``FlatModel.hidden`` runs it over ``[T]`` token 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from narrows.contracts import FlatBatch, ModelShape
-from narrows.errors import ConfigError, ModelError, UnsupportedModel
+from narrows.errors import ConfigError, UnsupportedModel
 from narrows.model import attention, hub
 from narrows.model.adapter import check_supported, model_shape
 from narrows.model.fast import FastDecoder
+from narrows.model.pretrained import from_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,16 +56,17 @@ class FlatModel:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder = hub.resolve(name)
         attention.install()
-        config = _load(AutoConfig, folder)
+        config = from_folder(AutoConfig, folder)
         check_supported(config)
-        model = _load(
+        model = from_folder(
             AutoModelForCausalLM,
             folder,
+            use_safetensors=True,
             config=config,
             dtype=DTYPES[dtype],
             attn_implementation=attention.NAME,
         )
-        tokenizer = _load(AutoTokenizer, folder)
+        tokenizer = from_folder(AutoTokenizer, folder)
         return cls(model.to(device), tokenizer, name)
 
     @torch.inference_mode()
@@ -120,16 +121,3 @@ def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
         value = getattr(source, "eos_token_id", None)
         found.update(value if isinstance(value, list | tuple) else () if value is None else [value])
     return frozenset(found)
-
-
-def _load(auto: Any, folder: Path, **options: Any) -> Any:
-    """``auto.from_pretrained`` from a local folder, with any failure as one clear line."""
-    try:
-        return (
-            auto.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options)
-            if auto is AutoModelForCausalLM
-            else auto.from_pretrained(folder, local_files_only=True)
-        )
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"cannot read the model in {folder}: {reason}") from error

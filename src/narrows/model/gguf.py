@@ -7,10 +7,7 @@ file is converted exactly or refused.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,9 @@ import torch
 from gguf import GGUFReader
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from narrows.errors import ModelError, UnsupportedModel, reason
+from narrows.model.pretrained import quiet
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """llama.cpp's names of the architectures whose conversion is tested."""
@@ -48,7 +45,7 @@ def convert(source: Path, target: Path) -> None:
     UnsupportedModel if the architecture is not known.
     """
     try:
-        with _quiet(), tempfile.TemporaryDirectory() as alone:
+        with quiet(), tempfile.TemporaryDirectory() as alone:
             metadata, tensors = _read(source)
             _check(source, metadata)
             # transformers would also read what lies beside the file, so it sees the file alone
@@ -165,18 +162,3 @@ def _begin_with(tokenizer: Tokenizer, token: str) -> None:
         pair=f"{token} $A {token}:1 $B:1",
         special_tokens=[(token, tokenizer.token_to_id(token))],
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the libraries' progress bars and remarks; put everything back afterwards."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # one bar there ignores the setting
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, BertModel
 
-from narrows.errors import InputError, ModelError
+from narrows.errors import InputError
 from narrows.model import hub
+from narrows.model.pretrained import from_folder
 from narrows.registry import Registry
 
 _WORD = regex.compile(
@@ -81,12 +82,8 @@ class Embedder:
         CUDA where there is one. Raises ModelError."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder = hub.resolve(name)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = BertModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"cannot read the text encoder in {folder}: {reason}") from error
+        tokenizer = from_folder(AutoTokenizer, folder)
+        model = from_folder(BertModel, folder, use_safetensors=True)
         return cls(model.to(device), tokenizer)
 
     @torch.inference_mode()
