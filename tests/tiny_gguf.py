@@ -82,6 +82,7 @@ def write(
     numbers: dict[str, float] | None = None,
     strings: dict[str, str] | None = None,
     bos: bool | None = None,
+    kind: str = "gpt2",
 ) -> Path:
     """Write ``model`` to ``path``; leave out tensor ``drop``, add a made-up tensor ``extra`` and
     the metadata ``numbers`` (float32) and ``strings``."""
@@ -101,7 +102,7 @@ def write(
         out.add_key_length(config.head_dim)
     if family == "llama":
         out.add_rope_dimension_count(config.head_dim)
-    _add_tokenizer(out, pre, bos)
+    _add_tokenizer(out, kind, pre, bos)
     for key, number in (numbers or {}).items():
         out.add_float32(key, number)
     for key, string in (strings or {}).items():
@@ -135,8 +136,8 @@ def _layout(name: str, weight: torch.Tensor, config: Any) -> np.ndarray:
     return np.ascontiguousarray(value)
 
 
-def _add_tokenizer(out: gguf.GGUFWriter, pre: str | None, bos: bool | None) -> None:
-    out.add_tokenizer_model("gpt2")
+def _add_tokenizer(out: gguf.GGUFWriter, kind: str, pre: str | None, bos: bool | None) -> None:
+    out.add_tokenizer_model(kind)
     if pre is not None:
         out.add_tokenizer_pre(pre)
     out.add_token_list(TOKENS)

@@ -111,11 +111,12 @@ def test_a_first_token_is_added_where_the_file_wants_it(
     ("options", "says"),
     [
         ({"drop": "blk.1.ffn_up.weight"}, "lacks the weights of model.layers.1.mlp.up_proj.weight"),
-        ({"extra": "rope_freqs.weight"}, "tensors where its config has"),
-        ({"strings": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type"),
+        ({"extra": "rope_freqs.weight"}, "tensor rope_freqs.weight has no place"),
+        ({"strings": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type is not known"),
         ({"numbers": {"llama.attention.sliding_window": 8.0}}, "llama.attention.sliding_window"),
-        ({"pre": "made-up"}, "splits text in a way that is not known"),
-        ({"pre": None}, "tokenizer.ggml.pre = None"),
+        ({"pre": "made-up"}, "tokenizer.ggml.pre 'made-up'"),
+        ({"pre": None}, "tokenizer.ggml.pre None"),
+        ({"kind": "llama"}, "kind of tokenizer, 'llama'"),
     ],
 )
 def test_what_would_be_lost_in_conversion_is_refused(
