@@ -81,11 +81,12 @@ def write(
     extra: str | None = None,
     numbers: dict[str, float] | None = None,
     strings: dict[str, str] | None = None,
+    flags: dict[str, bool] | None = None,
     bos: bool | None = None,
     kind: str = "gpt2",
 ) -> Path:
     """Write ``model`` to ``path``; leave out tensor ``drop``, add a made-up tensor ``extra`` and
-    the metadata ``numbers`` (float32) and ``strings``."""
+    the metadata ``numbers`` (float32), ``strings`` and ``flags``."""
     config = model.config
     family = config.model_type
     out = gguf.GGUFWriter(path, family)
@@ -102,11 +103,16 @@ def write(
         out.add_key_length(config.head_dim)
     if family == "llama":
         out.add_rope_dimension_count(config.head_dim)
-    _add_tokenizer(out, kind, pre, bos)
+    if kind == "llama":
+        _add_sentencepiece(out)
+    else:
+        _add_tokenizer(out, kind, pre, bos)
     for key, number in (numbers or {}).items():
         out.add_float32(key, number)
     for key, string in (strings or {}).items():
         out.add_string(key, string)
+    for key, flag in (flags or {}).items():
+        out.add_bool(key, flag)
     for name, weight in model.named_parameters():
         if gguf_name(name) != drop:
             out.add_tensor(gguf_name(name), _layout(name, weight, config))
@@ -134,6 +140,19 @@ def _layout(name: str, weight: torch.Tensor, config: Any) -> np.ndarray:
         value = value.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2)
         value = value.reshape(weight.shape)
     return np.ascontiguousarray(value)
+
+
+def _add_sentencepiece(out: gguf.GGUFWriter) -> None:
+    """Pieces with scores, byte pieces for the rest; as long as TOKENS, to fit the same model."""
+    out.add_tokenizer_model("llama")
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    types = [2, 3, 3, *[6] * 256]
+    words = ["▁the", "he", "the", "▁", "t"][: len(TOKENS) - len(pieces)]
+    out.add_token_list(pieces + words)
+    out.add_token_types(types + [1] * len(words))
+    out.add_token_scores([0.0] * len(pieces) + [-float(i) for i in range(len(words))])
+    out.add_bos_token_id(1)
+    out.add_eos_token_id(2)
 
 
 def _add_tokenizer(out: gguf.GGUFWriter, kind: str, pre: str | None, bos: bool | None) -> None:

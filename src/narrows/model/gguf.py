@@ -64,7 +64,7 @@ SPLIT_DIGITS = ("codeshell", "command-r", "refact", "smollm", "starcoder")
 that are GPT-2's after every digit was set apart."""
 
 BEGIN_BY_DEFAULT = ("llama-bpe", "llama-v3", "llama3")
-"""Those of them that put a first token before a text unless the file says otherwise."""
+"""Those that put a first token before a text unless the file says otherwise."""
 
 
 def convert(source: Path, target: Path) -> None:
@@ -160,24 +160,28 @@ def _rows_in_order(name: str, value: Tensor, config: Any) -> Tensor:
 
 
 def _convert_tokenizer(source: Path, metadata: dict[str, Any], target: Path) -> None:
+    """Byte-pair vocabularies are called "gpt2" there, sentencepiece's "llama"."""
     kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2":
-        raise ValueError(f"its kind of tokenizer, {kind!r}, is not known here (only 'gpt2')")
-    if split not in (*SPLIT_BY_TRANSFORMERS, *SPLIT_DIGITS):
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(f"its kind of tokenizer, {kind!r}, is not known here")
+    if kind == "llama" and not metadata.get("tokenizer.ggml.add_space_prefix", True):
+        raise ValueError("it reads text without a blank before it, which is not known here")
+    if kind == "gpt2" and split not in (*SPLIT_BY_TRANSFORMERS, *SPLIT_DIGITS):
         raise ValueError(f"its way to split text, tokenizer.ggml.pre {split!r}, is not known here")
     with tempfile.TemporaryDirectory() as alone:
         # transformers would also read what lies beside the file, so it sees the file alone
         link = Path(alone) / "model.gguf"
         link.symlink_to(source.absolute())
         tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=link.name)
-    if split in SPLIT_DIGITS:
+    if kind == "gpt2" and split in SPLIT_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
-    begin = metadata.get("tokenizer.ggml.add_bos_token", split in BEGIN_BY_DEFAULT)
+    default = kind == "llama" or split in BEGIN_BY_DEFAULT
+    begin = metadata.get("tokenizer.ggml.add_bos_token", default)
     if begin and tokenizer.bos_token is not None:
         _begin_with(tokenizer.backend_tokenizer, tokenizer.bos_token)
     tokenizer.save_pretrained(target)

@@ -107,6 +107,17 @@ def test_a_first_token_is_added_where_the_file_wants_it(
     assert tokenizer("a", add_special_tokens=False).input_ids == [tiny_gguf.TOKENS.index("a")]
 
 
+def test_a_sentencepiece_vocabulary(tmp_path: Path, target: Path) -> None:
+    convert(tiny_gguf.write(tmp_path / "a.gguf", tiny_gguf.tiny(), kind="llama"), target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert tokenizer.tokenize("the  the 😀") == (
+        ["▁the", "▁", "▁the", "▁", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]
+    )
+    assert tokenizer("the").input_ids[0] == tokenizer.bos_token_id == 1
+    ids = tokenizer("the 12\n😀").input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the 12\n😀"
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -116,7 +127,11 @@ def test_a_first_token_is_added_where_the_file_wants_it(
         ({"numbers": {"llama.attention.sliding_window": 8.0}}, "llama.attention.sliding_window"),
         ({"pre": "made-up"}, "tokenizer.ggml.pre 'made-up'"),
         ({"pre": None}, "tokenizer.ggml.pre None"),
-        ({"kind": "llama"}, "kind of tokenizer, 'llama'"),
+        ({"kind": "bert"}, "kind of tokenizer, 'bert'"),
+        (
+            {"kind": "llama", "flags": {"tokenizer.ggml.add_space_prefix": False}},
+            "without a blank before it",
+        ),
     ],
 )
 def test_what_would_be_lost_in_conversion_is_refused(
