@@ -267,9 +267,7 @@ def resolve_budget(original: int, target_tokens: int | None, keep_ratio: float |
         raise ConfigError("give exactly one of target_tokens and keep_ratio")
     if target_tokens is not None:
         if not _is_number(target_tokens, numbers.Integral) or target_tokens < 1:
-            raise ConfigError(
-                f"target_tokens must be a whole number from 1, not {target_tokens!r}"
-            )
+            raise ConfigError(f"target_tokens must be a whole number from 1, not {target_tokens!r}")
         return int(target_tokens)
     if not _is_number(keep_ratio, numbers.Real) or not 0 < float(keep_ratio or 0) <= 1:
         raise ConfigError(f"keep_ratio must be above 0 and at most 1, not {keep_ratio!r}")

@@ -26,6 +26,8 @@ def stage_targets(free: int, budget: int, stages: int) -> list[int]:
     if budget < 0:
         raise ConfigError(f"a budget cannot be negative ({budget})")
     targets: list[int] = []
+    if free <= budget:
+        return targets
     left = free
     for stage in range(1, stages + 1):
         target = budget if stage == stages else round(free * (budget / free) ** (stage / stages))

@@ -27,9 +27,10 @@ _GRAPHEME = regex.compile(r"\X")
 _WORD_EDGE = regex.compile(r"(?w)\b")
 _CLAUSE_END = regex.compile(r"[,;:.!?…)\]}]+(?=\s|\Z)|[、，；：。！？｡]+|\R+")
 _CLOSERS = r"""["'’”»)\]）】」』]*"""
+_TITLES = r"Mr|Mrs|Ms|Dr|Prof|St|vs|e\.g|i\.e"
 _SENTENCE_END = regex.compile(
-    rf"[。！？｡]+{_CLOSERS}"
-    rf"|(?:[!?…]+|(?<!\b(?:\p{{Lu}}|Mr|Mrs|Ms|Dr|Prof|St|vs|e\.g|i\.e))\.+){_CLOSERS}(?=\s+\P{{Ll}}|\s*\Z)"
+    rf"(?:[。！？｡]+{_CLOSERS}"
+    rf"|(?:[!?…]+|(?<!\b(?:\p{{Lu}}|{_TITLES}))\.+){_CLOSERS}(?=\s+\P{{Ll}}|\s*\Z))\R*"
     r"|\R+"
 )
 
