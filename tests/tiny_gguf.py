@@ -147,7 +147,7 @@ def _add_sentencepiece(out: gguf.GGUFWriter) -> None:
     out.add_tokenizer_model("llama")
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     types = [2, 3, 3, *[6] * 256]
-    words = ["▁the", "he", "the", "▁", "t"][: len(TOKENS) - len(pieces)]
+    words = ["▁ab", "▁a", "▁", "a", "b"][: len(TOKENS) - len(pieces)]
     out.add_token_list(pieces + words)
     out.add_token_types(types + [1] * len(words))
     out.add_token_scores([0.0] * len(pieces) + [-float(i) for i in range(len(words))])
