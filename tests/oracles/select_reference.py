@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def least_apart_by_trial(scores, deletable, count) -> float:
     """The same by trying every set."""
     best = np.inf
     for chosen in combinations(np.flatnonzero(deletable).tolist(), count):
-        if all(b - a > 1 for a, b in zip(chosen, chosen[1:], strict=False)):
+        if all(b - a > 1 for a, b in pairwise(chosen)):
             best = min(best, sum(float(scores[i]) for i in chosen))
     return best
 

@@ -135,7 +135,7 @@ def test_everything_protected_is_kept_whole_or_refused():
 )
 @pytest.mark.parametrize("text", ["", "some text"])
 def test_bad_budgets_are_refused(budget, text):
-    with pytest.raises(ConfigError, match="target_tokens|keep_ratio"):
+    with pytest.raises(ConfigError, match=r"target_tokens|keep_ratio"):
         fixed().compress(text, **budget)
 
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,7 +24,7 @@ class Capitals(UnitCompressor):
         self.asked = question
         bounds, spans = prepared.units.bounds, prepared.tokens.spans
         starts = [spans[t][0] for t in bounds[:-1]] + [len(prepared.tokens.text)]
-        texts = [prepared.tokens.text[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        texts = [prepared.tokens.text[a:b] for a, b in pairwise(starts)]
         scores = np.asarray([float(sum(map(str.isupper, t))) for t in texts])
         kept, free = prepared.forced.copy(), ~prepared.forced
         kept[free] = fill(scores[free], prepared.units.costs[free], prepared.free)

@@ -63,6 +63,12 @@ def test_pieces_of_one_character_share_it():
     assert make_units(tokens).costs.tolist() == [1, 3, 1]
 
 
+def test_a_token_with_the_end_of_one_character_and_more_joins_it():
+    straddling = TokenizedText("語b", [7, 8], [(0, 1), (1, 2)], frozenset({1}))
+    assert make_units(straddling).costs.tolist() == [2]
+    assert make_units(TokenizedText("ab", [7, 8], [(0, 1), (1, 2)])).costs.tolist() == [1, 1]
+
+
 def test_trimmed_offsets_lose_no_space():
     text = "  the   ferry \n"
     trimmed = tokenize(text, tiny_tokenizers.make("bytes-trimmed"))
