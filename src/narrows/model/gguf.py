@@ -6,10 +6,7 @@ the file be refused, so that a converted model is the one in the file.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,9 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from narrows.errors import ModelError, UnsupportedModel, reason
+from narrows.model.pretrained import quiet
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -91,7 +88,7 @@ def convert(source: Path, target: Path) -> None:
             f"(known: {', '.join(ARCHITECTURES)}); use the model's safetensors"
         )
     try:
-        with _quiet():
+        with quiet():
             _convert_model(reader, metadata, target)
             _convert_tokenizer(source, metadata, target)
     except Exception as error:
@@ -194,18 +191,3 @@ def _begin_with(tokenizer: Tokenizer, token: str) -> None:
         pair=f"{token} $A {token}:1 $B:1",
         special_tokens=[(token, tokenizer.token_to_id(token))],
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back transformers' progress bars and remarks; put everything back afterwards."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # some bars ignore the setting
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
