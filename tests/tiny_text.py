@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from narrows.compress.base import Prepared
-from narrows.compress.units import make_units, tokenize
+from narrows.compression.base import Prepared
+from narrows.compression.units import make_units, tokenize
 
 PROSE = (
     "The ferry left Bergen at dawn, carrying 212 people. Nobody spoke of the storm.\r\n\r\n"

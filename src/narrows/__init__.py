@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from narrows.compress import compress
+    from narrows.compression import compress
     from narrows.config import SamplingParams
     from narrows.llm import LLM
 
@@ -16,7 +16,7 @@ __all__ = ["LLM", "SamplingParams", "compress"]
 _WHERE = {
     "LLM": "narrows.llm",
     "SamplingParams": "narrows.config",
-    "compress": "narrows.compress",
+    "compress": "narrows.compression",
 }
 
 

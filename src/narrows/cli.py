@@ -212,8 +212,8 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Shorten a text (or a conversation) to a token budget, keeping what matters."""
-    from narrows.compress import make_compressor
-    from narrows.compress.segments import compress_messages
+    from narrows.compression import make_compressor
+    from narrows.compression.segments import compress_messages
     from narrows.model.flat import FlatModel
     from narrows.retrieve.documents import read_document
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from narrows.compress import METHODS, make_compressor
+from narrows.compression import METHODS, make_compressor
 from narrows.config import SamplingParams
 from narrows.contracts import Completion, Document, Span
 from narrows.errors import BudgetError, ConfigError, InputError

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from narrows.bench.tasks import Item
-from narrows.compress import make_compressor
-from narrows.compress.units import tokenize
+from narrows.compression import make_compressor
+from narrows.compression.units import tokenize
 from narrows.contracts import Compressor
 from narrows.errors import BudgetError, ConfigError
 from narrows.model.flat import FlatModel

@@ -25,7 +25,7 @@ from narrows.bench.metrics import bootstrap, paired_bootstrap
 from narrows.bench.prose import read_prose
 from narrows.bench.report import Row, row
 from narrows.bench.tasks import gsm8k
-from narrows.compress.score import Scorer, TokenScores
+from narrows.compression.score import Scorer, TokenScores
 from narrows.model.flat import FlatModel
 
 PASSAGE, CONTINUATION = 600, 64

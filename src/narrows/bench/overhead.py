@@ -14,7 +14,7 @@ from narrows.bench.arms import parse_spec
 from narrows.bench.prose import read_prose
 from narrows.bench.report import Row, row
 from narrows.cache.dense import DensePolicy
-from narrows.compress import make_compressor
+from narrows.compression import make_compressor
 from narrows.contracts import FlatBatch
 from narrows.model.flat import FlatModel
 

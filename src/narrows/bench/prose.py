@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from narrows.bench.data import find, read_rows
-from narrows.compress.units import TokenizedText, tokenize
+from narrows.compression.units import TokenizedText, tokenize
 from narrows.errors import InputError
 from narrows.model.flat import FlatModel
 

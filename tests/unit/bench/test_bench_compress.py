@@ -15,7 +15,7 @@ from narrows.bench.measure import Measurer, gap_rows, mean_rows
 from narrows.bench.prose import read_prose
 from narrows.bench.records import Ledger, Record
 from narrows.bench.tasks import gsm8k, load
-from narrows.compress.units import tokenize
+from narrows.compression.units import tokenize
 from narrows.contracts import CompressedPrompt
 from narrows.errors import BudgetError, ConfigError, InputError
 from narrows.llm import LLM
@@ -321,7 +321,7 @@ def test_correlations_against_numpy():
 
 
 def test_deletion_orders_spare_the_first_token_and_follow_their_score():
-    from narrows.compress.score import TokenScores
+    from narrows.compression.score import TokenScores
 
     scores = TokenScores(np.array([0.0, 3, 1, 2]), np.array([9.0, 1, 5, 2]), [(0, 4)])
     rules = claims._rules(seed=0)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from narrows.compress.base import Choice, Prepared, UnitCompressor
-from narrows.compress.score import Scorer
-from narrows.compress.stages import keep_best
-from narrows.compress.units import Granularity, pool
+from narrows.compression.base import Choice, Prepared, UnitCompressor
+from narrows.compression.score import Scorer
+from narrows.compression.stages import keep_best
+from narrows.compression.units import Granularity, pool
 from narrows.errors import ConfigError
 
 if TYPE_CHECKING:

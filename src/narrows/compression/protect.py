@@ -19,7 +19,7 @@ import numpy as np
 import regex
 from numpy.typing import NDArray
 
-from narrows.compress.units import TokenizedText, Units
+from narrows.compression.units import TokenizedText, Units
 from narrows.errors import ConfigError
 
 if TYPE_CHECKING:

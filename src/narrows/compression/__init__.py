@@ -13,7 +13,7 @@ from narrows.errors import ConfigError
 from narrows.registry import Registry
 
 if TYPE_CHECKING:
-    from narrows.compress.base import UnitCompressor
+    from narrows.compression.base import UnitCompressor
     from narrows.contracts import CompressedPrompt
     from narrows.model.flat import FlatModel
 
@@ -36,7 +36,7 @@ for _name, _target in {
     "llmlingua": "llmlingua:LLMLingua",
     "extractive": "extract:Extractive",
 }.items():
-    METHODS.add(_name, f"narrows.compress.{_target}")
+    METHODS.add(_name, f"narrows.compression.{_target}")
 
 
 def make_compressor(method: str, model: FlatModel | None = None, **options: Any) -> UnitCompressor:
@@ -66,7 +66,7 @@ def compress(
 
     ``model`` scores, and its tokenizer counts: a name, kept loaded until another is asked for,
     or a loaded model. ``question`` matters only to question-aware methods. ``protect`` and the
-    method's own ``options`` are described with ``narrows.compress.protect`` and the methods.
+    method's own ``options`` are described with ``narrows.compression.protect`` and the methods.
     Raises ConfigError, InputError, ModelError or BudgetError.
     """
     loaded = _load(model) if isinstance(model, str) else model

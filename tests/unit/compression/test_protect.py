@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny_tokenizers
-from narrows.compress.protect import CLASSES, PRESETS, Protection
-from narrows.compress.units import make_units, tokenize
+from narrows.compression.protect import CLASSES, PRESETS, Protection
+from narrows.compression.units import make_units, tokenize
 from narrows.errors import ConfigError
 
 

@@ -6,15 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny_text
-from narrows.compress import make_compressor
-from narrows.compress.baselines import (
+from narrows.compression import make_compressor
+from narrows.compression.baselines import (
     Random,
     SelectiveContext,
     TruncateHead,
     TruncateMiddle,
     TruncateTail,
 )
-from narrows.compress.score import Scorer
+from narrows.compression.score import Scorer
 from narrows.errors import ConfigError
 from tiny_text import MIXED, PROSE, assert_within_one_unit, kept_text, prepare
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from narrows.compress.units import TokenizedText, Units, make_units
+from narrows.compression.units import TokenizedText, Units, make_units
 from narrows.contracts import Span
 
 Breaks = NDArray[np.int8]

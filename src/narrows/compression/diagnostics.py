@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from narrows.compress.attn_norm import average_ranks
+from narrows.compression.attn_norm import average_ranks
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny_tokenizers
-from narrows.compress.base import Choice, UnitCompressor
-from narrows.compress.segments import Context, compress_messages, compress_prompt
-from narrows.compress.select import fill
+from narrows.compression.base import Choice, UnitCompressor
+from narrows.compression.segments import Context, compress_messages, compress_prompt
+from narrows.compression.select import fill
 from narrows.errors import BudgetError, ConfigError, InputError
 
 A, B, C = tiny_tokenizers.CORPUS

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from narrows.compress.attn_norm import AttnNorm, check_attn_norm, normalise
-from narrows.compress.chunks import Breaks, Chunk, chunk_breaks, pack, split
-from narrows.compress.units import TokenizedText, make_units
+from narrows.compression.attn_norm import AttnNorm, check_attn_norm, normalise
+from narrows.compression.chunks import Breaks, Chunk, chunk_breaks, pack, split
+from narrows.compression.units import TokenizedText, make_units
 from narrows.contracts import FlatBatch, LayerCache, Span
 from narrows.errors import ConfigError, NumericalError
 from narrows.model.flat import FlatModel
@@ -103,7 +103,7 @@ class Scorer:
         left_context: tokens before a chunk that are fed with it.
         prepend_bos: put the model's BOS before every chunk, so that a text's first token is
             scored too and a token nobody needs collects the attention that first places draw.
-        attn_norm: see ``narrows.compress.attn_norm``; "sum" is the DAC paper's.
+        attn_norm: see ``narrows.compression.attn_norm``; "sum" is the DAC paper's.
         block_rows: query rows of attention weights held at once.
 
     Raises:

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import tiny
-from narrows.compress import score as score_module
-from narrows.compress.attn_norm import average_ranks, queries_seeing, uniform_mass
-from narrows.compress.chunks import split
-from narrows.compress.score import OnePassLayer, Scorer
+from narrows.compression import score as score_module
+from narrows.compression.attn_norm import average_ranks, queries_seeing, uniform_mass
+from narrows.compression.chunks import split
+from narrows.compression.score import OnePassLayer, Scorer
 from narrows.errors import ConfigError, NumericalError
 from oracles import score_reference as reference
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from narrows.cache.dense import DensePolicy
-from narrows.compress.base import Choice, Prepared, UnitCompressor
-from narrows.compress.baselines import keep_forced_and_best
-from narrows.compress.score import Scorer
-from narrows.compress.select import fill
-from narrows.compress.units import Units, pool
+from narrows.compression.base import Choice, Prepared, UnitCompressor
+from narrows.compression.baselines import keep_forced_and_best
+from narrows.compression.score import Scorer
+from narrows.compression.select import fill
+from narrows.compression.units import Units, pool
 from narrows.contracts import Document, FlatBatch, LayerCache
 from narrows.errors import ConfigError
 from narrows.retrieve.passages import split_passages

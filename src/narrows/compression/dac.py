@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from narrows.compress import diagnostics
-from narrows.compress.attn_norm import AttnNorm
-from narrows.compress.base import Choice, Prepared, UnitCompressor
-from narrows.compress.chunks import chunk_breaks
-from narrows.compress.score import Scorer
-from narrows.compress.select import stage_targets
-from narrows.compress.stages import keep_apart, keep_best, keep_shares
-from narrows.compress.units import Units, pool
+from narrows.compression import diagnostics
+from narrows.compression.attn_norm import AttnNorm
+from narrows.compression.base import Choice, Prepared, UnitCompressor
+from narrows.compression.chunks import chunk_breaks
+from narrows.compression.score import Scorer
+from narrows.compression.select import stage_targets
+from narrows.compression.stages import keep_apart, keep_best, keep_shares
+from narrows.compression.units import Units, pool
 from narrows.config import Settings
 from narrows.errors import ConfigError
 

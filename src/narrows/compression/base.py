@@ -16,8 +16,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from narrows.compress.protect import Protection, ProtectItem
-from narrows.compress.units import Granularity, TokenizedText, Units, encode, make_units, tokenize
+from narrows.compression.protect import Protection, ProtectItem
+from narrows.compression.units import (
+    Granularity,
+    TokenizedText,
+    Units,
+    encode,
+    make_units,
+    tokenize,
+)
 from narrows.contracts import CompressedPrompt, Span
 from narrows.errors import BudgetError, ConfigError, InputError
 
@@ -66,7 +73,7 @@ class UnitCompressor(ABC):
     Args:
         model: whose tokenizer counts, and which scores if the method needs one.
         tokenizer: used instead of the model's, for methods that need no model.
-        protect: what must survive, see ``narrows.compress.protect``.
+        protect: what must survive, see ``narrows.compression.protect``.
         granularity: the smallest thing kept or dropped.
         on_infeasible: what to do when protected text alone exceeds the budget: ``error`` raises
             BudgetError, ``keep_forced`` keeps all of it and nothing else (over budget),

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 import tiny_text
-from narrows.compress import METHODS, compress, make_compressor
+from narrows.compression import METHODS, compress, make_compressor
 from narrows.errors import ConfigError, InputError
 
 NAMES = {
@@ -55,5 +55,5 @@ def test_a_question_aware_method_without_a_question(model):
 
 
 def test_importing_the_package_loads_no_torch():
-    script = "import sys, narrows.compress; sys.exit('torch' in sys.modules)"
+    script = "import sys, narrows.compression; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 import tiny_text
-from narrows.compress.llmlingua import LLMLingua
-from narrows.compress.units import tokenize
+from narrows.compression.llmlingua import LLMLingua
+from narrows.compression.units import tokenize
 from narrows.errors import ConfigError
 from oracles import llmlingua_reference
 from tiny_text import MIXED, PROSE, assert_within_one_unit, kept_text, prepare

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from narrows.compress.base import Choice, Prepared, UnitCompressor
-from narrows.compress.baselines import keep_forced_and_best
-from narrows.compress.units import Granularity
+from narrows.compression.base import Choice, Prepared, UnitCompressor
+from narrows.compression.baselines import keep_forced_and_best
+from narrows.compression.units import Granularity
 from narrows.errors import InputError
 from narrows.retrieve.rank import RANKERS
 

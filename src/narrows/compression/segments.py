@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
-from narrows.compress.base import UnitCompressor, resolve_budget
+from narrows.compression.base import UnitCompressor, resolve_budget
 from narrows.contracts import CompressedPrompt, Span
 from narrows.errors import BudgetError, ConfigError, InputError
 

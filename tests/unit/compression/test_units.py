@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_tokenizers
-from narrows.compress.units import TokenizedText, Units, make_units, pool, tokenize
+from narrows.compression.units import TokenizedText, Units, make_units, pool, tokenize
 from narrows.errors import ConfigError, InputError
 from oracles.units_reference import clusters, splits_a_cluster
 from tiny_tokenizers import KINDS, SPECIAL

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_tokenizers
-from narrows.compress.base import Choice, UnitCompressor
-from narrows.compress.select import fill
-from narrows.compress.units import encode
+from narrows.compression.base import Choice, UnitCompressor
+from narrows.compression.select import fill
+from narrows.compression.units import encode
 from narrows.contracts import CompressedPrompt
 from narrows.errors import BudgetError, ConfigError, InputError
 from oracles.units_reference import splits_a_cluster
@@ -72,7 +72,7 @@ def test_budget_is_missed_by_less_than_a_unit(text, target):
 
 
 def unit_costs(text, granularity):
-    from narrows.compress.units import make_units, tokenize
+    from narrows.compression.units import make_units, tokenize
 
     return make_units(tokenize(text, tiny_tokenizers.make("bytes")), granularity).costs.tolist()
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrows.compress.select import delete_apart, fill, max_apart, stage_targets
+from narrows.compression.select import delete_apart, fill, max_apart, stage_targets
 from narrows.errors import BudgetError, ConfigError, NumericalError
 from oracles.select_reference import fill_by_sorting, least_apart_by_table, least_apart_by_trial
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from narrows.compress.select import delete_apart, fill, max_apart
+from narrows.compression.select import delete_apart, fill, max_apart
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

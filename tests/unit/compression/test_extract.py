@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 import tiny_text
-from narrows.compress import extract
-from narrows.compress.extract import Extractive
+from narrows.compression import extract
+from narrows.compression.extract import Extractive
 from narrows.errors import ConfigError, InputError
 from narrows.retrieve.rank import BM25
 from tiny_text import MIXED, PROSE, assert_within_one_unit, kept_text, prepare
