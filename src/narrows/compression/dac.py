@@ -21,7 +21,7 @@ from narrows.compression.attn_norm import AttnNorm
 from narrows.compression.base import Choice, Prepared, UnitCompressor
 from narrows.compression.chunks import chunk_breaks
 from narrows.compression.score import Scorer
-from narrows.compression.select import stage_targets
+from narrows.compression.select import max_apart, stage_targets
 from narrows.compression.stages import keep_apart, keep_best, keep_shares
 from narrows.compression.units import Units, pool
 from narrows.config import Settings
@@ -77,13 +77,14 @@ class DacOptions(Settings):
             raise ValueError("chunk_policy='proportional' needs adjacent=True")
         return self
 
-    def planned_stages(self, tokens: int, free: int, budget: int) -> int:
-        """Stages to plan for a text of ``tokens`` of which ``free`` shrink to ``budget``. Without
-        adjacent deletions a stage can be counted on to delete no more than half."""
+    def planned_stages(self, tokens: int, free: int, budget: int, most: float) -> int:
+        """Stages to plan for a text of ``tokens`` of which ``free`` shrink to ``budget``, where a
+        stage may delete at most the share ``most`` of what is free."""
         stages = self.stages or (min(max(1, tokens // 100), 15) if self.dynamic else 1)
-        if self.adjacent:
+        if most >= 1.0 or free <= budget:
             return stages
-        return max(stages, math.ceil(math.log2(max(1, free) / max(1, budget))))
+        needed = math.log(max(1, budget) / free) / math.log(1.0 - most)
+        return max(stages, math.ceil(needed - 1e-9))
 
     @property
     def needs_attention(self) -> bool:
@@ -132,7 +133,8 @@ class DAC(UnitCompressor):
         it fits. A deleted token's score is that of the stage that deleted it."""
         state = _State.of(prepared)
         free, budget = state.left, prepared.budget - int(state.costs[state.fixed].sum())
-        planned = self.options.planned_stages(len(state.scores), free, budget)
+        most = 1.0 if self.options.adjacent else state.most_apart
+        planned = self.options.planned_stages(len(state.scores), free, budget, most)
         for target in stage_targets(free, budget, planned):
             while state.left > target:
                 self._stage(state, target)
@@ -258,6 +260,12 @@ class _State:
     def left(self) -> int:
         """Tokens of free units still there."""
         return int(self.costs[self.kept & ~self.fixed].sum())
+
+    @property
+    def most_apart(self) -> float:
+        """The largest share of the free units that can go without neighbours among them."""
+        free = ~self.fixed
+        return max_apart(free) / max(1, int(free.sum()))
 
     def tokens(self) -> Ints:
         """Indices of the tokens still there."""

@@ -98,8 +98,8 @@ class Scorer:
 
     Args:
         model: the scoring model.
-        chunk_tokens: longest chunk; 0 reads every text whole. A text no longer than this is
-            read exactly as with 0.
+        chunk_tokens: longest chunk (shorter for a model that reads less at once); 0 reads every
+            text whole. A text no longer than this is read exactly as with 0.
         left_context: tokens before a chunk that are fed with it.
         prepend_bos: put the model's BOS before every chunk, so that a text's first token is
             scored too and a token nobody needs collects the attention that first places draw.
@@ -134,6 +134,12 @@ class Scorer:
         self.attn_norm = attn_norm
         self.block_rows = block_rows
         self.bos = _bos(model) if prepend_bos else []
+        self.room = model.shape.max_tokens - len(self.bos) - left_context
+        if self.room < 1:
+            raise ConfigError(
+                f"left_context {left_context} leaves no room in the {model.shape.max_tokens} "
+                f"tokens that {model.name} can read at once"
+            )
 
     def score(
         self,
@@ -148,15 +154,15 @@ class Scorer:
         from a TokenizedText and takes all places in bare ids alike. Without ``attention`` the
         cheaper plain attention runs.
 
-        Raises ConfigError for a chunk longer than the model can read, NumericalError if the
-        model's numbers are not finite.
+        Raises ConfigError for a text longer than the model can read with ``chunk_tokens`` 0,
+        NumericalError if the model's numbers are not finite.
         """
         if isinstance(tokens, TokenizedText):
             if breaks is None:
                 breaks = chunk_breaks(tokens, make_units(tokens))
             tokens = tokens.ids
         ids = list(tokens)
-        spans = split(len(ids), breaks, self.chunk_tokens)
+        spans = split(len(ids), breaks, self._limit(len(ids)))
         surprisal = np.zeros(len(ids))
         received = np.zeros(len(ids)) if attention else None
         for group in pack([self._chunk(ids, span) for span in spans], PASS_TOKENS):
@@ -174,19 +180,23 @@ class Scorer:
                         values[a] = values[a + 1 : b].mean()
         return TokenScores(surprisal, received, spans)
 
+    def _limit(self, n: int) -> int:
+        """The longest chunk of a text of ``n`` tokens, 0 if it can be read whole."""
+        whole = n + len(self.bos) <= self.model.shape.max_tokens
+        if whole and (n <= self.chunk_tokens or not self.chunk_tokens):
+            return 0
+        if not self.chunk_tokens:
+            raise ConfigError(
+                f"the text has {n} tokens, {self.model.name} can read "
+                f"{self.model.shape.max_tokens} at once; set chunk_tokens to at most {self.room}"
+            )
+        return min(self.chunk_tokens, self.room)
+
     def _chunk(self, ids: list[int], span: Span) -> Chunk:
         start, stop = span
         context = ids[max(0, start - self.left_context) : start]
-        fed = [*self.bos, *context, *ids[start:stop]]
-        limit = self.model.shape.max_tokens
-        if len(fed) > limit:
-            room = limit - len(self.bos) - self.left_context
-            hint = f"set chunk_tokens to at most {room}" if room > 0 else "lower left_context"
-            raise ConfigError(
-                f"{len(fed)} tokens are more than the {limit} that {self.model.name} can read at "
-                f"once; {hint}"
-            )
-        return Chunk(fed, len(self.bos) + len(context), start)
+        lead = len(self.bos) + len(context)
+        return Chunk([*self.bos, *context, *ids[start:stop]], lead, start)
 
     @torch.inference_mode()
     def _read(self, group: list[Chunk], surprisal: Floats, attention: bool) -> list[Tensor | None]:

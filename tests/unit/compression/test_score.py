@@ -190,12 +190,19 @@ def test_texts_without_a_scored_token(llama, n):
 
 
 def test_a_text_too_long_to_read_whole_is_refused(llama):
-    ids = random_ids(600)
-    with pytest.raises(ConfigError, match=r"600 tokens .* 512 .* set chunk_tokens to at most 448"):
-        Scorer(llama, chunk_tokens=0).score(ids)
-    with pytest.raises(ConfigError, match="left_context"):
-        Scorer(llama, chunk_tokens=10, left_context=512).score(ids)
-    Scorer(llama, chunk_tokens=448).score(ids)
+    with pytest.raises(ConfigError, match=r"600 tokens.* 512 .* set chunk_tokens to at most 448"):
+        Scorer(llama, chunk_tokens=0).score(random_ids(600))
+    with pytest.raises(ConfigError, match="left_context 512 leaves no room"):
+        Scorer(llama, left_context=512)
+
+
+def test_chunks_are_as_short_as_the_model_needs(llama):
+    assert Scorer(llama).score(random_ids(512)).chunks == [(0, 512)]
+    assert Scorer(llama).score(random_ids(600)).chunks == [(0, 300), (300, 600)]
+    edge = Scorer(llama, chunk_tokens=512, left_context=0)
+    assert edge.score(random_ids(1024)).chunks == [(0, 512), (512, 1024)]
+    bos = Scorer(llama, chunk_tokens=512, left_context=0, prepend_bos=True)
+    assert max(b - a for a, b in bos.score(random_ids(512)).chunks) <= 511
 
 
 @pytest.mark.parametrize(
