@@ -29,6 +29,10 @@ PASSAGE_TOKENS = 192
 HEADROOM = 3
 """With a compressor behind the ranker, passages of this many times the budget reach it."""
 
+SPLICE_SHARE = 16
+"""A compressed text encodes to a few more tokens than were kept, where it was spliced; one part
+in this many of the window is left for them."""
+
 SEPARATOR = "\n\n"
 INSTRUCTION = "Answer the question from the text above, in one or two sentences."
 
@@ -120,6 +124,8 @@ def ask(
         pieces = [Passage(d.name, (0, len(d.text)), d.text) for d in texts]
         savings.document_tokens = sum(_count(llm, p.text) for p in pieces)
     room = _room(llm, question, params)
+    if compressor is not None:
+        room -= room // SPLICE_SHARE
     limit = room if budget is None else min(budget, room)
     scores: list[float | None] = [None] * len(pieces)
     fits = savings.document_tokens + 2 * len(pieces) <= limit

@@ -17,7 +17,7 @@ from narrows.errors import ConfigError, UnsupportedModel
 from narrows.model import attention, hub
 from narrows.model.adapter import check_supported, model_shape
 from narrows.model.fast import FastDecoder
-from narrows.model.pretrained import from_folder
+from narrows.model.pretrained import from_folder, weights_from_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,10 +58,9 @@ class FlatModel:
         attention.install()
         config = from_folder(AutoConfig, folder)
         check_supported(config)
-        model = from_folder(
+        model = weights_from_folder(
             AutoModelForCausalLM,
             folder,
-            use_safetensors=True,
             config=config,
             dtype=DTYPES[dtype],
             attn_implementation=attention.NAME,

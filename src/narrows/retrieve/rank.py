@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BertModel
 
 from narrows.errors import InputError
 from narrows.model import hub
-from narrows.model.pretrained import from_folder
+from narrows.model.pretrained import from_folder, weights_from_folder
 from narrows.registry import Registry
 
 _WORD = regex.compile(
@@ -83,7 +83,7 @@ class Embedder:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder = hub.resolve(name)
         tokenizer = from_folder(AutoTokenizer, folder)
-        model = from_folder(BertModel, folder, use_safetensors=True)
+        model = weights_from_folder(BertModel, folder)
         return cls(model.to(device), tokenizer)
 
     @torch.inference_mode()
