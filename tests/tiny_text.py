@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from narrows.compression.base import Prepared
 from narrows.compression.units import make_units, tokenize
+from narrows.model.flat import FlatModel
 
 PROSE = (
     "The ferry left Bergen at dawn, carrying 212 people. Nobody spoke of the storm.\r\n\r\n"
@@ -42,6 +43,15 @@ def pair(family: str = "llama"):
     flat, stock = tiny.pair(family, vocab_size=VOCABULARY)
     flat.tokenizer = tokenizer()
     return flat, stock
+
+
+def chat_model() -> FlatModel:
+    """The tiny model with a chat template, window 512."""
+    flat, _ = pair()
+    flat.tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[answer] "
+    )
+    return flat
 
 
 def prepare(text, keep=0.3, granularity="token", forced=()):

@@ -1,0 +1,155 @@
+"""The command line end to end on a tiny model, and every error as one line with code 2."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from narrows import cli
+from narrows.model.flat import FlatModel
+from tiny_text import chat_model
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    monkeypatch.setattr(FlatModel, "load", classmethod(lambda *a, **k: chat_model()))
+
+    def call(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["narrows", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> str:
+    path = tmp_path / "book.txt"
+    lines = [f"On day {i} the crew of ship {i * 7} counted {i * 3} barrels.\n\n" for i in range(80)]
+    path.write_text("".join(lines))
+    return str(path)
+
+
+@pytest.mark.parametrize("method", ["rank", "dac", "rank+dac", "head", "rank+random"])
+def test_ask_fits_the_budget_and_reports(run: Run, book: str, method: str) -> None:
+    code, out, _ = run(
+        *("ask", "--doc", book, "--budget", "60", "-n", "4", "--method", method, "--json"),
+        "How many barrels on day 41?",
+    )
+    assert code == 0
+    answer = json.loads(out)
+    saved = answer["savings"]
+    assert saved["document_tokens"] > 500
+    assert 0 < saved["kept_tokens"] <= 66  # a splice can cost a token or two more
+    assert saved["cache_bytes"] < saved["full_cache_bytes"]
+    assert {"read", "prefill", "decode"} <= set(saved["seconds"])
+    text = Path(book).read_text()
+    for source in answer["sources"]:
+        assert text[slice(*source["span"])].strip()
+    if method.startswith("rank"):
+        assert any("day 41" in text[slice(*s["span"])] for s in answer["sources"])
+
+
+def test_ask_streams_what_json_gives_and_prints_savings(run: Run, book: str) -> None:
+    options = ("--doc", book, "--budget", "50", "-n", "6", "What happened?")
+    _, streamed, savings = run("ask", *options)
+    _, whole, _ = run("ask", *options, "--json")
+    assert streamed.strip() == json.loads(whole)["text"]
+    for word in ("tokens", "cache", "seconds", "speed"):
+        assert word in savings
+
+
+def test_a_text_that_fits_is_not_touched(run: Run) -> None:
+    code, out, _ = run("ask", "--doc", "-", "-n", "2", "--json", "Why?", stdin="A short text.")
+    assert code == 0
+    saved = json.loads(out)["savings"]
+    assert saved["kept_tokens"] == saved["document_tokens"]
+    assert "rank" not in saved["seconds"]
+
+
+def test_compress_keeps_bytes_at_one_and_the_budget_below(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_bytes("Eins, zwei.\r\n日本 👩‍👩‍👧\tdrei\n".encode())
+    _, out, _ = run("compress", str(path), "--keep", "1.0")
+    assert out.encode() == path.read_bytes()
+    _, out, _ = run("compress", str(path), "--target-tokens", "9", "--json")
+    result = json.loads(out)
+    assert result["tokens"] <= 9
+    assert "\ufffd" not in result["text"]
+
+
+def test_compress_takes_chat_messages(run: Run) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "A long story about a ship and its crew. " * 5},
+        {"role": "user", "content": "Who was it?"},
+    ]
+    code, out, _ = run("compress", "--chat", "--keep", "0.5", stdin=json.dumps(messages))
+    assert code == 0
+    shorter = json.loads(out)
+    assert [m["role"] for m in shorter] == ["system", "user", "user"]
+    assert shorter[0] == messages[0]
+    assert shorter[2] == messages[2]
+    assert len(shorter[1]["content"]) < len(messages[1]["content"])
+
+
+def test_generate_and_chat_write_something(run: Run) -> None:
+    code, out, _ = run("generate", "Once", "-n", "5", "--json")
+    assert code == 0
+    assert len(json.loads(out)["token_ids"]) <= 5
+    code, out, _ = run("chat", "-n", "3", stdin="hello\nagain\n\n")
+    assert code == 0
+    assert out.count("\n") >= 2
+
+
+def test_models_lists_the_catalogue(run: Run) -> None:
+    code, out, _ = run("models")
+    assert code == 0
+    assert "smollm2-135m" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["ask", "", "--doc", "BOOK"], "question is empty"),
+        (["ask", "why", "--doc", "missing.txt"], "missing.txt"),
+        (["ask", "why", "--doc", "."], "directory"),
+        (["ask", "why"], "no document"),
+        (["ask", "why", "--doc", "BOOK", "--budget", "0"], "budget"),
+        (["ask", "why", "--doc", "BOOK", "--budget", "50", "--method", "none"], "method"),
+        (["ask", "why", "--doc", "BOOK", "--budget", "50", "--method", "dack"], "dac"),
+        (["ask", "why", "--doc", "BOOK", "--budget", "50", "--ranker", "x"], "bm25"),
+        (["ask", "why", "--doc", "BOOK", "-n", "100000"], "room"),
+        (["ask", "why", "--doc", "BOOK", "--temperature", "-1"], "temperature"),
+        (["ask", "why " * 400, "--doc", "BOOK"], "room"),
+        (["compress", "BOOK"], "exactly one"),
+        (["compress", "BOOK", "--keep", "1.5"], "keep_ratio"),
+        (["compress", "BOOK", "--keep", "0.5", "--method", "zip"], "known"),
+        (["compress", "BOOK", "--target-tokens", "5", "--protect", "@digits"], "protect"),
+        (["compress", "BOOK", "--chat", "--keep", "0.5"], "not JSON"),
+        (["generate", ""], "empty"),
+        (["generate", "word " * 3000], "shorten"),
+        (["generate", "x", "--cache", "dens"], "dense"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(
+    run: Run, book: str, arguments: list[str], hint: str
+) -> None:
+    code, out, err = run(*[book if a == "BOOK" else a for a in arguments])
+    assert code == 2
+    assert out == ""
+    assert err.startswith("narrows: error: ")
+    assert err.count("\n") == 1
+    assert hint in err
