@@ -145,7 +145,8 @@ def _longbench_item(row: dict[str, Any], template: dict[str, Any], metric: str) 
         before=before,
         context=row["context"],
         after=after,
-        question=row["input"],
+        # Summaries and code have none; what they ask for stands behind the context.
+        question=row["input"] or after.strip(),
         gold=gold if after.endswith((" ", "\n")) else " " + gold,
         answers=tuple(row["answers"]),
         metric=metric,
