@@ -112,13 +112,15 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 
 def curves(rows: Sequence[Row]) -> list[Row]:
-    """The rows to draw: likelihood over budget, a panel a suite."""
+    """The rows to draw: likelihood over the share kept, a panel a suite. A budget in tokens is
+    no share, and applies to other items."""
     return [
         r
         for r in rows
         if r["metric"] == "answer_nll"
-        and r.get("suite") == r.get("task")
-        and r["budget"] not in ("-",)
+        and r["suite"] == r["task"]
+        and r["budget"][0].isdigit()
+        and not r["budget"].endswith("tokens")
     ]
 
 
