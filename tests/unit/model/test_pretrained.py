@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import pair
 from transformers import AutoModelForCausalLM
 
 from narrows.errors import ModelError
 from narrows.model.pretrained import from_folder, weights_from_folder
+from tiny import pair
 
 
 @pytest.fixture
