@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from narrows.errors import InputError, NarrowsError
+from narrows.errors import ConfigError, InputError, NarrowsError
 
 if TYPE_CHECKING:
     from narrows.llm import LLM
@@ -277,6 +277,13 @@ Quick = Annotated[bool, typer.Option(help="Tiny sizes, to see that all of it wor
 Rounds = Annotated[int, typer.Option(help="Rounds measured; medians are reported.")]
 
 
+def _check_places(*files: Path | None) -> None:
+    """Refuse, before a long run, a file that could not be written after it."""
+    for file in files:
+        if file is not None and not os.access(file.absolute().parent, os.W_OK):
+            raise ConfigError(f"cannot write {file}: its folder is missing or not writable")
+
+
 def _report(rows: list[Any], shown: list[Any], columns: Any, json_file: Path | None) -> None:
     from narrows.bench import report
 
@@ -292,6 +299,9 @@ def bench_engine(
         list[str] | None, typer.Option(help="Repeatable; default bfloat16 and float32.")
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Repeatable; default 1, 8, 32.")] = None,
+    prefill: Annotated[
+        list[int] | None, typer.Option(help="Prompt tokens; default 1000, 4000, 8000.")
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens written for every prompt.")] = 64,
     repeats: Rounds = 3,
     vllm: Annotated[bool, typer.Option(help="Also vLLM's CPU build, in its own place.")] = False,
@@ -305,10 +315,12 @@ def bench_engine(
     """Decoding and prefill against transformers' generate, in one process."""
     from narrows.bench import engine, report
 
+    _check_places(json_file, plot)
     rows = engine.run(
         model=model,
         dtypes=dtype or ("bfloat16", "float32"),
         batches=batch or (1, 8, 32),
+        prefill=prefill or (1000, 4000, 8000),
         new_tokens=new_tokens,
         repeats=repeats,
         vllm=vllm,
@@ -331,11 +343,17 @@ def bench_compress(
     part: Annotated[
         list[str] | None, typer.Option(help="likelihood, answers, time, claims. Repeatable.")
     ] = None,
-    task: Annotated[list[str] | None, typer.Option(help="gsm8k, longbench, needle.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="gsm8k, longbench, lost_in_the_middle, key_value, needle."),
+    ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="The first is compared with each other one.")
     ] = None,
     keep: Annotated[list[float] | None, typer.Option(help="Shares of tokens kept.")] = None,
+    token_budget: Annotated[
+        int, typer.Option(help="Tokens kept of contexts longer than the window.")
+    ] = 2000,
     limit: Annotated[int | None, typer.Option(help="Items a suite.")] = None,
     dtype: Dtype = "float32",
     device: Device = None,
@@ -351,10 +369,12 @@ def bench_compress(
     from narrows.bench import compress as bench
     from narrows.bench import report
 
+    _check_places(json_file, plot, records)
     chosen = {"parts": part, "tasks": task, "methods": method, "keep": keep}
     rows = bench.run(
         model=model,
         data=data,
+        token_budget=token_budget,
         limit=limit,
         dtype=dtype,
         device=device,

@@ -11,10 +11,10 @@ import torch
 
 from narrows.config import SamplingParams
 from narrows.engine.engine import Step
-from narrows.errors import ModelError
 from narrows.llm import LLM
 from narrows.model import hub
 from narrows.model.flat import DTYPES
+from narrows.model.pretrained import weights_from_folder
 
 Prompts = Sequence[list[int]]
 
@@ -67,13 +67,7 @@ class Transformers:
     def __init__(self, model: str, dtype: str, device: str | None) -> None:
         from transformers import AutoModelForCausalLM
 
-        folder = hub.resolve(model)
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True
-            )
-        except (OSError, ValueError) as error:
-            raise ModelError(f"transformers cannot read the model in {folder}: {error}") from None
+        loaded = weights_from_folder(AutoModelForCausalLM, hub.resolve(model), dtype=DTYPES[dtype])
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = loaded.to(place).eval()
         # Every engine writes the same number of tokens; an early end would not be a fair time.
