@@ -6,13 +6,14 @@ asked through the command line, so that what you see is what you would type.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-DOCUMENT = Path(__file__).with_name("state_of_the_union.txt")
-QUESTION = "Which countries did the president call an axis of evil?"
-COMMAND = ["ask", "--doc", str(DOCUMENT), "--budget", "700", QUESTION]
+DOCUMENT = os.path.relpath(Path(__file__).with_name("state_of_the_union.txt"))
+QUESTION = "What goal did Kennedy set about landing a man on the moon?"
+COMMAND = ["ask", "--doc", DOCUMENT, "--budget", "400", QUESTION]
 
 if __name__ == "__main__":
     print("$ narrows", " ".join(f'"{x}"' if " " in x else x for x in COMMAND), flush=True)
