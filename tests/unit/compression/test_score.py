@@ -72,7 +72,7 @@ def test_uniform_attention_gives_harmonic_sums(even, n):
         np.testing.assert_allclose(norm("vs_uniform")[:-16], 1.0, rtol=1e-5)
 
 
-def test_the_sheet_of_uniform_sums():
+def test_the_table_of_uniform_sums():
     """The published table for 2,000 tokens."""
     mass = uniform_mass(2000, (None,))
     places = np.array([1, 2, 10, 50, 100, 500, 1000, 1500, 1900, 2000]) - 1
