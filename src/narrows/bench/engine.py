@@ -18,7 +18,7 @@ from narrows.bench.limits import added_memory, read_bandwidth, weight_bytes
 from narrows.bench.peers import time_vllm
 from narrows.bench.progress import Progress
 from narrows.bench.provenance import provenance
-from narrows.bench.report import Row, row, with_provenance
+from narrows.bench.report import Row, repeated_row, row, with_provenance
 from narrows.errors import ConfigError
 from narrows.model import hub
 from narrows.model.flat import DTYPES
@@ -72,7 +72,7 @@ def run(
     _check(dtypes, batches, shortest, longest, new_tokens, repeats)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bandwidth = read_bandwidth(place, size=1 << (20 if quick else 30))
-    rows = [_row("memory", model, "read_bandwidth", "GB/s", [bandwidth / 1e9])]
+    rows = [repeated_row("engine", "memory", model, "read_bandwidth", "GB/s", [bandwidth / 1e9])]
     with Progress("rounds", visible=show_progress) as progress:
         progress.expect(len(dtypes) * (len(batches) + len(prefill) + 1))
         for dtype in dtypes:
@@ -174,7 +174,7 @@ class _Duel:
 
     def one(self, name: str, metric: str, unit: str, values: list[float], **where: Any) -> Row:
         """A row of one value a round."""
-        return _row(name, self.model, metric, unit, values, **where)
+        return repeated_row("engine", name, self.model, metric, unit, values, **where)
 
 
 def _against_vllm(bench: _Duel, batches: Sequence[Prompts], new_tokens: int) -> list[Row]:
@@ -232,21 +232,6 @@ def _prompts(ours: Ours, count: int, shortest: int, longest: int, seed: int) -> 
         lengths = [shortest + i * (longest - shortest) // (count - 1) for i in range(count)]
     chance.shuffle(lengths)
     return [[chance.randrange(vocabulary) for _ in range(n)] for n in lengths]
-
-
-def _row(name: str, model: str, metric: str, unit: str, values: list[float], **where: Any) -> Row:
-    return row(
-        "engine",
-        method=name,
-        model=model,
-        metric=metric,
-        unit=unit,
-        value=median(values),
-        interval=(min(values), max(values)),
-        spread="min-max",
-        n=len(values),
-        **where,
-    )
 
 
 def _check(

@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 
 from narrows.bench.arms import parse_spec
 from narrows.bench.prose import read_prose
-from narrows.bench.report import Row, row
+from narrows.bench.report import Row, repeated_row
 from narrows.cache.dense import DensePolicy
 from narrows.compression import make_compressor
 from narrows.contracts import FlatBatch
@@ -41,14 +39,27 @@ def overhead_rows(model: FlatModel, data: Path, *, repeats: int) -> list[Row]:
             "part": "time",
             "budget": f"{keep:g}",
             "tokens": len(text.ids),
-            "model": model.name,
         }
-        rows += [_row(spec, "time", "s", taken, **where) for spec, taken in seconds.items()]
+        rows += [
+            repeated_row("compress", spec, model.name, "time", "s", taken, **where)
+            for spec, taken in seconds.items()
+        ]
         for spec in SPECS:
             for other in (FORWARD, SPECS[-1]):
                 if spec != other:
                     shares = [a / b for a, b in zip(seconds[spec], seconds[other], strict=True)]
-                    rows.append(_row(spec, "time_ratio", "1", shares, versus=other, **where))
+                    rows.append(
+                        repeated_row(
+                            "compress",
+                            spec,
+                            model.name,
+                            "time_ratio",
+                            "1",
+                            shares,
+                            versus=other,
+                            **where,
+                        )
+                    )
     return rows
 
 
@@ -80,17 +91,3 @@ def _job(spec: str, model: FlatModel, text: str, target: int) -> Callable[[], ob
     method, options = parse_spec(spec)
     compressor = make_compressor(method, model, **options)
     return lambda: compressor.compress(text, target_tokens=target)
-
-
-def _row(spec: str, metric: str, unit: str, values: list[float], **where: Any) -> Row:
-    return row(
-        "compress",
-        method=spec,
-        metric=metric,
-        unit=unit,
-        value=median(values),
-        interval=(min(values), max(values)),
-        spread="min-max",
-        n=len(values),
-        **where,
-    )

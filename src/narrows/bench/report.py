@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from narrows.errors import ConfigError, InputError
@@ -49,6 +50,30 @@ def row(
         "spread": spread,
         "n": n,
     }
+
+
+def repeated_row(
+    bench: str,
+    method: str,
+    model: str,
+    metric: str,
+    unit: str,
+    values: Sequence[float],
+    **where: Any,
+) -> Row:
+    """One number measured in several rounds: their median, from minimum to maximum."""
+    return row(
+        bench,
+        method=method,
+        model=model,
+        metric=metric,
+        unit=unit,
+        value=median(values),
+        interval=(min(values), max(values)),
+        spread="min-max",
+        n=len(values),
+        **where,
+    )
 
 
 def with_provenance(rows: Iterable[Row], facts: Mapping[str, Any]) -> list[Row]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from narrows.config import EngineConfig
 from narrows.contracts import CachePolicy, LayerCache, ModelShape
-from narrows.engine.sequence import Sequence, State
+from narrows.engine.sequence import Sequence
 from narrows.errors import RequestRejected
 
 
@@ -112,5 +112,4 @@ class Scheduler:
                 return
             sequence = self.waiting.popleft()
             sequence.start(self.build())
-            assert sequence.state is State.RUNNING
             self.running.append(sequence)

@@ -160,7 +160,6 @@ void silu_mul(const float *gate_up, float *out, int64_t M, int64_t N, int thread
 
 #define CHUNK 256    /* keys scored by one task; long contexts are split over threads */
 #define MAX_GROUP 16 /* query heads that share a key head */
-#define MAX_DIM 256
 
 /* One query row and key head, keys [first, stop): running maximum, sum, and weighted values. */
 #define ATTEND(name, T, load, scalar)                                                          \
