@@ -11,6 +11,7 @@ import torch
 
 from narrows.config import SamplingParams
 from narrows.engine.engine import Step
+from narrows.errors import ConfigError
 from narrows.llm import LLM
 from narrows.model import hub
 from narrows.model.flat import DTYPES
@@ -56,6 +57,11 @@ class Ours:
         params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
         started = time.perf_counter()
         done = self.llm.generate(list(prompts), params, on_step=note)
+        if new_tokens > 2 and not steps:
+            raise ConfigError(
+                f"new_tokens {new_tokens} are written before all {len(prompts)} prompts are read, "
+                "so no step decodes them all; give more"
+            )
         return Timing(time.perf_counter() - started, [c.token_ids for c in done], steps)
 
 

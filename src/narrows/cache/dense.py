@@ -11,6 +11,7 @@ from torch import Tensor
 from narrows.contracts import LayerCache, LayerShape, ModelShape, Span
 from narrows.ops import ragged
 from narrows.ops.attention import causal_attention
+from narrows.ops.native import attention_dtype
 
 BLOCK = 128
 """Buffers grow in whole blocks of tokens."""
@@ -75,7 +76,8 @@ class DenseLayer(LayerCache):
     def attend(self, q: Tensor, scale: float) -> Tensor:
         """See LayerCache."""
         k, v = self.k[:, : self.held], self.v[:, : self.held]
-        return causal_attention(q, k, v, scale, self.shape.window)
+        dtype = attention_dtype(q, k.dtype)
+        return causal_attention(q, k, v, scale, self.shape.window, dtype)
 
     @classmethod
     def step(

@@ -22,16 +22,23 @@ def visible(first: int, rows: int, keys: int, window: int | None, device: torch.
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Attention of ``q`` ``[n, heads, d]``, the newest ``n`` of ``m`` tokens.
 
     ``k`` ``[kv_heads, m, d]`` and ``v`` ``[kv_heads, m, dv]`` -> ``[n, heads, dv]`` in q's
-    dtype. Query heads share key heads in consecutive groups. A query sees at most ``window``
-    tokens, its own included. No tensor of size n x m is made beyond BLOCK rows.
+    dtype, multiplied in ``dtype`` (default q's; sums and softmax are float32 at least). Query
+    heads share key heads in consecutive groups. A query sees at most ``window`` tokens, its own
+    included. No tensor of size n x m is made beyond BLOCK rows.
     """
+    wanted = q.dtype
+    q, k, v = (x.to(dtype or wanted) for x in (q, k, v))
     n, m = q.shape[0], k.shape[1]
-    k, v = k.to(q.dtype), v.to(q.dtype)
     grouped = q.shape[1] != k.shape[0]
     heads_first = q.transpose(0, 1)
 
@@ -48,9 +55,9 @@ def causal_attention(
 
     if n == 1:
         start = max(0, m - window) if window is not None else 0
-        return sdpa(heads_first, slice(start, m), None, False).transpose(0, 1)
+        return sdpa(heads_first, slice(start, m), None, False).transpose(0, 1).to(wanted)
     if n == m and (window is None or m <= window):
-        return sdpa(heads_first, slice(0, m), None, True).transpose(0, 1)
+        return sdpa(heads_first, slice(0, m), None, True).transpose(0, 1).to(wanted)
     parts = []
     for a in range(0, n, BLOCK):
         b = min(n, a + BLOCK)
@@ -58,4 +65,4 @@ def causal_attention(
         start = max(0, stop - (b - a) - window + 1) if window is not None else 0
         mask = visible(m - n + a - start, b - a, stop - start, window, q.device)
         parts.append(sdpa(heads_first[:, a:b], slice(start, stop), mask, False))
-    return torch.cat(parts, dim=1).transpose(0, 1)
+    return torch.cat(parts, dim=1).transpose(0, 1).to(wanted)

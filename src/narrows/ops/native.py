@@ -27,12 +27,14 @@ from torch.nn.functional import silu
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11"),
-    # Reassociation lets sums use vector registers; NaN and infinity keep their meaning.
-    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
+    # NaN and infinity keep their meaning, and sums their order where the source does not say.
+    *("-fno-math-errno", "-fno-trapping-math"),
 )
 P, L, F, N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES = {
+    "amx_ready": (N, ()),
     "linear_bf16": (None, (P, P, P, P, L, L, L, N)),
+    "linear_bf16_amx": (None, (P, P, P, P, L, L, L, N)),
     "add_rms_norm": (None, (P, P, P, F, P, L, L, N)),
     "norm_rotate": (None, (P, L, L, L, P, F, P, P, L, N)),
     "silu_mul": (None, (P, P, L, L, N)),
@@ -50,8 +52,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     try:
         library = ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        return None, f"compiling failed: {output.strip().splitlines()[-1]}"
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        told = next((x for x in lines if "error" in x), lines[-1])
+        return None, f"compiling failed: {told}"
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -107,14 +110,27 @@ def wide_matmul_dtype() -> torch.dtype:
     return torch.bfloat16 if _has_bf16_units() else torch.float32
 
 
+def attention_dtype(q: Tensor, stored: torch.dtype) -> torch.dtype:
+    """In which precision many rows of ``q`` attend to keys and values of a cache that holds
+    ``stored``: q's own, or the cache's where this CPU multiplies that faster."""
+    if q.device.type == "cpu" and stored is torch.bfloat16:
+        return wide_matmul_dtype()
+    return q.dtype
+
+
 @functools.cache
 def _has_bf16_units() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _rows_for_kernel() -> int:
-    # Above this many rows a matrix product is bound by arithmetic, where oneDNN and MKL win.
-    return 8 if _has_bf16_units() else 64
+KERNEL_ROWS = 64
+"""Above this many rows a matrix product is bound by arithmetic, where oneDNN and MKL win."""
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    native = library()
+    return native is not None and bool(native.amx_ready())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -123,12 +139,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.dtype == torch.float32:
         return torch_linear(x, weight, bias)
     rows, inner = x.shape
+    outer = weight.shape[0]
     native = library()
-    if native is not None and weight.dtype == torch.bfloat16 and rows <= _rows_for_kernel():
-        out = x.new_empty((rows, weight.shape[0]))
-        native.linear_bf16(
+    if native is not None and weight.dtype == torch.bfloat16 and rows <= KERNEL_ROWS:
+        out = x.new_empty((rows, outer))
+        tiles = outer % 32 == 0 and inner % 32 == 0 and _has_tiles()
+        (native.linear_bf16_amx if tiles else native.linear_bf16)(
             *(x.contiguous().data_ptr(), weight.data_ptr(), _pointer(bias), out.data_ptr()),
-            *(rows, weight.shape[0], inner, torch.get_num_threads()),
+            *(rows, outer, inner, torch.get_num_threads()),
         )
         return out
     if weight.dtype == torch.bfloat16 and wide_matmul_dtype() is torch.bfloat16:
