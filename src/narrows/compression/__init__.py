@@ -28,6 +28,7 @@ for _name, _target in {
     "dac-static": "dac:dac_static",
     "dac-apart": "dac:dac_apart",
     "surprisal-dynamic": "dac:surprisal_dynamic",
+    "dac-sweep": "sweep:DacSweep",
     "selective-context": "baselines:SelectiveContext",
     "random": "baselines:Random",
     "head": "baselines:TruncateHead",

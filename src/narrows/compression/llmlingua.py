@@ -9,7 +9,6 @@ not marked by the caller.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from narrows.compression.base import Choice, Prepared, UnitCompressor
 from narrows.compression.baselines import keep_forced_and_best
 from narrows.compression.score import Scorer
 from narrows.compression.select import fill
-from narrows.compression.units import Units, pool
+from narrows.compression.units import Units, pool, runs, tokens_of
 from narrows.contracts import Document, FlatBatch, LayerCache
 from narrows.errors import ConfigError
 from narrows.retrieve.passages import split_passages
@@ -125,8 +124,8 @@ class LLMLingua(UnitCompressor):
         prefix = _Prefix(self.model)
         total = int(units.costs[alive & ~prepared.forced].sum())
         seen = spent = segments = 0
-        for segment in _segments(np.flatnonzero(alive), units.costs, self.segment_tokens):
-            places = _tokens_of(units, segment)
+        for segment in runs(np.flatnonzero(alive), units.costs, self.segment_tokens):
+            places = tokens_of(units, segment)
             scores[places] = nats = prefix.surprisal(ids[places].tolist())
             open_ = ~prepared.forced[segment]
             costs = units.costs[segment]
@@ -136,7 +135,7 @@ class LLMLingua(UnitCompressor):
             chosen = segment[open_][fill(worth[open_], costs[open_], share)]
             kept[chosen] = True
             spent += int(units.costs[chosen].sum())
-            prefix.extend(ids[_tokens_of(units, segment[kept[segment]])].tolist())
+            prefix.extend(ids[tokens_of(units, segment[kept[segment]])].tolist())
             segments += 1
         return kept, segments
 
@@ -206,21 +205,3 @@ def _passage_edges(prepared: Prepared, size: int) -> NDArray[np.int64]:
     starts = [tokens.spans[token][0] for token in units.bounds[:-1]]
     owner = np.searchsorted([p.span[0] for p in passages], starts, side="right")
     return np.append(np.flatnonzero(np.diff(owner, prepend=-1)), len(units))
-
-
-def _segments(
-    chosen: NDArray[np.int64], costs: NDArray[np.int64], size: int
-) -> Iterator[NDArray[np.int64]]:
-    """Cut ``chosen`` units into runs of at most ``size`` tokens (or one larger unit)."""
-    start = used = 0
-    for i, cost in enumerate(costs[chosen].tolist()):
-        if i > start and used + cost > size:
-            yield chosen[start:i]
-            start, used = i, 0
-        used += cost
-    yield chosen[start:]
-
-
-def _tokens_of(units: Units, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Indices of the tokens of ``chosen`` units, in order."""
-    return np.flatnonzero(np.repeat(np.isin(np.arange(len(units)), chosen), units.costs))

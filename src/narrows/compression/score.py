@@ -170,9 +170,9 @@ class Scorer:
             for chunk, mass in zip(group, masses, strict=True):
                 if received is not None:
                     received[chunk.scored] = self._normalise(mass, chunk)
-        _check_finite(surprisal, "logits")
+        check_finite(surprisal, "logits")
         if received is not None:
-            _check_finite(received, "attention weights")
+            check_finite(received, "attention weights")
         if not self.bos and not self.left_context:
             for a, b in spans[1:]:
                 for values in (surprisal, received):
@@ -215,18 +215,8 @@ class Scorer:
         for chunk, (a, b) in zip(group, spans, strict=True):
             rows = slice(a + chunk.first, b)
             predicting = states[rows.start - 1 : b - 1]
-            surprisal[chunk.scored] = self._surprisal(predicting, ids[rows]).double().cpu().numpy()
+            surprisal[chunk.scored] = token_surprisal(self.model, predicting, ids[rows])
         return masses
-
-    def _surprisal(self, states: Tensor, targets: Tensor) -> Tensor:
-        """-ln p of ``targets``, each predicted by its row of ``states``: float32 ``[n]``."""
-        nats = torch.empty(len(targets), device=targets.device)
-        for a in range(0, len(targets), LOGIT_ROWS):
-            logits = self.model.logits(states[a : a + LOGIT_ROWS])
-            for i in range(0, len(logits), LOSS_ROWS):
-                few = slice(a + i, min(a + i + LOSS_ROWS, len(targets)))
-                nats[few] = cross_entropy(logits[i : i + LOSS_ROWS], targets[few], reduction="none")
-        return nats
 
     def _normalise(self, mass: Tensor | None, chunk: Chunk) -> Floats:
         assert mass is not None
@@ -244,7 +234,20 @@ def _bos(model: FlatModel) -> list[int]:
     raise ConfigError(f"prepend_bos: {model.name} has no BOS token")
 
 
-def _check_finite(values: Floats, what: str) -> None:
+def token_surprisal(model: FlatModel, states: Tensor, targets: Tensor) -> Floats:
+    """-ln p of ``targets`` int64 ``[n]``, each predicted by its row of ``states`` ``[n, hidden]``:
+    nats, float64 ``[n]``. Never holds more than LOGIT_ROWS rows of logits."""
+    nats = torch.empty(len(targets), device=targets.device)
+    for a in range(0, len(targets), LOGIT_ROWS):
+        logits = model.logits(states[a : a + LOGIT_ROWS])
+        for i in range(0, len(logits), LOSS_ROWS):
+            few = slice(a + i, min(a + i + LOSS_ROWS, len(targets)))
+            nats[few] = cross_entropy(logits[i : i + LOSS_ROWS], targets[few], reduction="none")
+    return np.asarray(nats.double().cpu().numpy())
+
+
+def check_finite(values: Floats, what: str) -> None:
+    """Raises NumericalError unless all of ``values`` of ``what`` are finite."""
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         raise NumericalError(

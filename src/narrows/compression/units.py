@@ -6,6 +6,7 @@ characters that byte-level tokenizers split, and changes spacing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -182,3 +183,21 @@ def pool(
     if how == "max":
         return np.asarray(np.maximum.reduceat(scores, units.bounds[:-1]))
     return np.asarray(np.add.reduceat(scores, units.bounds[:-1]) / units.costs)
+
+
+def runs(
+    chosen: NDArray[np.int64], costs: NDArray[np.int64], size: int
+) -> Iterator[NDArray[np.int64]]:
+    """Cut ``chosen`` units into runs of at most ``size`` tokens (or one larger unit)."""
+    start = used = 0
+    for i, cost in enumerate(costs[chosen].tolist()):
+        if i > start and used + cost > size:
+            yield chosen[start:i]
+            start, used = i, 0
+        used += cost
+    yield chosen[start:]
+
+
+def tokens_of(units: Units, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Indices of the tokens of ``chosen`` units, in order."""
+    return np.flatnonzero(np.repeat(np.isin(np.arange(len(units)), chosen), units.costs))

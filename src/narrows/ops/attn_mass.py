@@ -25,11 +25,11 @@ def attention_with_mass(
     """Attend, and add each token's received attention to ``mass``.
 
     Args:
-        q: queries ``[n, heads, d]``; consecutive heads share a key head.
-        k: keys ``[n, kv_heads, d]`` of the same ``n`` tokens.
-        v: values ``[n, kv_heads, dv]``.
+        q: queries ``[n, heads, d]`` of the newest tokens; consecutive heads share a key head.
+        k: keys ``[m, kv_heads, d]``, ``m >= n``, the last ``n`` of the queries' tokens.
+        v: values ``[m, kv_heads, dv]``.
         scale: factor on the scores before the softmax.
-        mass: float32 ``[n]``, added to in place; one call adds ``heads * n`` in total.
+        mass: float32 ``[m]``, added to in place; one call adds ``heads * n`` in total.
         window: tokens a query may see, its own included; None for all before it.
         block_rows: query rows scored at once.
 
@@ -37,28 +37,30 @@ def attention_with_mass(
         ``[n, heads, dv]`` in q's dtype. Scores, weights and sums are float32 whatever it is.
     """
     n, heads, d = q.shape
-    groups, dv = k.shape[1], v.shape[2]
+    m, groups, dv = *k.shape[:2], v.shape[2]
+    past = m - n
     folded = heads // groups
     # Rows of a key head's query heads lie next to each other, so that one product serves them all.
     queries = (q.float() * scale).view(n, groups, folded, d).transpose(0, 1).contiguous()
     keys = k.float().permute(1, 2, 0).contiguous()
     values = v.float().transpose(0, 1).contiguous()
     out = q.new_empty((n, groups, folded, dv))
-    reach = n if window is None else min(n, window - 1 + block_rows)
+    reach = m if window is None else min(m, window - 1 + block_rows)
     scratch = queries.new_empty(heads * min(block_rows, n) * reach)
     for a in range(0, n, block_rows):
         b = min(n, a + block_rows)
-        start = 0 if window is None else max(0, a - window + 1)
-        rows, seen = (b - a) * folded, b - start
+        first, stop = past + a, past + b
+        start = 0 if window is None else max(0, first - window + 1)
+        rows, seen = (b - a) * folded, stop - start
         scores = scratch[: groups * rows * seen].view(groups, rows, seen)
-        torch.bmm(queries[:, a:b].reshape(groups, rows, d), keys[:, :, start:b], out=scores)
-        edge = a if window is None else start  # without a window only the diagonal needs a mask
-        hidden = ~visible(a - edge, b - a, b - edge, window, q.device)
+        torch.bmm(queries[:, a:b].reshape(groups, rows, d), keys[:, :, start:stop], out=scores)
+        edge = first if window is None else start  # without a window only the diagonal is masked
+        hidden = ~visible(first - edge, b - a, stop - edge, window, q.device)
         scores.view(groups, b - a, folded, seen)[..., edge - start :].masked_fill_(
             hidden[:, None, :], float("-inf")
         )
         torch.softmax(scores, -1, out=scores)
-        mass[start:b] += scores.view(-1, seen).sum(0)
-        mixed = torch.bmm(scores, values[:, start:b])
+        mass[start:stop] += scores.view(-1, seen).sum(0)
+        mixed = torch.bmm(scores, values[:, start:stop])
         out[a:b] = mixed.view(groups, b - a, folded, dv).transpose(0, 1)
     return out.view(n, heads, dv)

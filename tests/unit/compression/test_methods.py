@@ -10,6 +10,7 @@ from narrows.errors import ConfigError, InputError
 NAMES = {
     "dac", "dac-multiplicative", "dac-static", "dac-apart", "surprisal-dynamic",
     "selective-context", "random", "head", "tail", "head-tail", "llmlingua", "extractive",
+    "dac-sweep",
 }  # fmt: skip
 
 

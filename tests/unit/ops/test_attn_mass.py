@@ -86,3 +86,17 @@ def test_huge_scores_stay_finite():
     out = attention_with_mass(q * 1e4, k * 1e4, v, 1.0, mass)
     assert torch.isfinite(out).all()
     assert mass.sum().item() == pytest.approx(120, rel=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 36, 200])
+@pytest.mark.parametrize("block_rows", [1, 7, 64])
+def test_newest_rows_after_a_past_are_those_of_the_whole(window, block_rows):
+    q, k, v = qkv(37)
+    mass = torch.zeros(37)
+    out = attention_with_mass(q[25:], k, v, 0.3, mass, window, block_rows)
+    whole, both = torch.zeros(37), torch.zeros(25)
+    expected = attention_with_mass(q, k, v, 0.3, whole, window)
+    attention_with_mass(q[:25], k[:25], v[:25], 0.3, both, window)
+    torch.testing.assert_close(out, expected[25:], rtol=1e-5, atol=1e-6)
+    whole[:25] -= both
+    torch.testing.assert_close(mass, whole, rtol=1e-4, atol=1e-5)
