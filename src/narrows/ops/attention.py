@@ -58,6 +58,8 @@ def causal_attention(
         return sdpa(heads_first, slice(start, m), None, False).transpose(0, 1).to(wanted)
     if n == m and (window is None or m <= window):
         return sdpa(heads_first, slice(0, m), None, True).transpose(0, 1).to(wanted)
+    if window is None and q.device.type == "cpu" and k.shape[2] == v.shape[2]:
+        return _after_past(q, k, v, scale).to(wanted)
     parts = []
     for a in range(0, n, BLOCK):
         b = min(n, a + BLOCK)
@@ -66,3 +68,19 @@ def causal_attention(
         mask = visible(m - n + a - start, b - a, stop - start, window, q.device)
         parts.append(sdpa(heads_first[:, a:b], slice(start, stop), mask, False))
     return torch.cat(parts, dim=1).transpose(0, 1).to(wanted)
+
+
+def _after_past(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """``causal_attention`` of a chunk behind a past, in two parts that need no mask: the chunk to
+    the past, where the query heads of a key head stand in one column of rows, and the chunk to
+    itself. The parts are joined by their logarithms of summed weights."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    n, heads, dim = q.shape
+    groups, m, _ = k.shape
+    rows = q.view(n, groups, heads // groups, dim).permute(1, 2, 0, 3).reshape(1, groups, -1, dim)
+    past, past_sum = flash(rows, k[None, :, : m - n], v[None, :, : m - n], scale=scale)
+    own = [x[None, :, m - n :].repeat_interleave(heads // groups, 1) for x in (k, v)]
+    here, here_sum = flash(q.transpose(0, 1)[None], *own, is_causal=True, scale=scale)
+    share = torch.sigmoid(past_sum.reshape(heads, n) - here_sum[0])[..., None]
+    mixed = here[0].float().lerp_(past.reshape(heads, n, -1).float(), share)
+    return mixed.transpose(0, 1)
