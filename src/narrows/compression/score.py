@@ -23,6 +23,7 @@ from narrows.errors import ConfigError, NumericalError
 from narrows.model.flat import FlatModel
 from narrows.ops.attention import causal_attention
 from narrows.ops.attn_mass import attention_with_mass
+from narrows.ops.native import attention_dtype
 
 Floats = NDArray[np.float64]
 
@@ -53,12 +54,20 @@ class OnePassLayer(LayerCache):
     """One layer of one chunk, read in one go: holds keys and values only until they are used.
 
     ``mass`` float32 ``[n]`` collects the attention every token receives; None turns that off.
+    ``stored`` is the precision a cache of this model would have, see ``attention_dtype``.
     """
 
-    def __init__(self, window: int | None, mass: Tensor | None, block_rows: int) -> None:
+    def __init__(
+        self,
+        window: int | None,
+        mass: Tensor | None,
+        block_rows: int,
+        stored: torch.dtype = torch.float32,
+    ) -> None:
         self.window = window
         self.mass = mass
         self.block_rows = block_rows
+        self.stored = stored
         self.length = 0
         self._kv: tuple[Tensor, Tensor] | None = None
 
@@ -73,9 +82,11 @@ class OnePassLayer(LayerCache):
         """See LayerCache. Forgets the keys and values."""
         k, v = self.materialize()
         self._kv = None
+        dtype = attention_dtype(q, self.stored)
         if self.mass is None:
-            return causal_attention(q, k.transpose(0, 1), v.transpose(0, 1), scale, self.window)
-        return attention_with_mass(q, k, v, scale, self.mass, self.window, self.block_rows)
+            k, v = k.transpose(0, 1), v.transpose(0, 1)
+            return causal_attention(q, k, v, scale, self.window, dtype)
+        return attention_with_mass(q, k, v, scale, self.mass, self.window, self.block_rows, dtype)
 
     def rollback(self, n: int) -> None:
         """See LayerCache. Raises ValueError: nothing is kept that could be rolled back."""
@@ -206,7 +217,7 @@ class Scorer:
         spans = list(zip([0, *ends[:-1]], ends, strict=True))
         masses = [torch.zeros(b - a, device=shape.device) if attention else None for a, b in spans]
         caches: list[list[LayerCache]] = [
-            [OnePassLayer(layer.window, mass, self.block_rows) for layer in shape.layers]
+            [OnePassLayer(x.window, mass, self.block_rows, shape.dtype) for x in shape.layers]
             for mass in masses
         ]
         ids = torch.tensor([i for c in group for i in c.ids], device=shape.device)

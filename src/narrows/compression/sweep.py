@@ -26,7 +26,9 @@ from narrows.compression.stages import keep_best
 from narrows.compression.units import Units, pool, runs, tokens_of
 from narrows.contracts import FlatBatch, LayerCache
 from narrows.errors import ConfigError
+from narrows.ops.attention import causal_attention
 from narrows.ops.attn_mass import attention_with_mass
+from narrows.ops.native import attention_dtype
 
 if TYPE_CHECKING:
     from narrows.model.flat import FlatModel
@@ -111,11 +113,13 @@ class DacSweep(UnitCompressor):
 
 class SweepLayer(LayerCache):
     """One layer of what a sweep remembers. ``mass`` float32 ``[length]`` is the attention that
-    every token received from the newest append on (None: not asked for)."""
+    every token received from the newest append on (None: not asked for); ``stored`` as
+    OnePassLayer's."""
 
-    def __init__(self, window: int | None, attention: bool) -> None:
+    def __init__(self, window: int | None, attention: bool, stored: torch.dtype) -> None:
         self.window = window
         self.attention = attention
+        self.stored = stored
         self.length = 0
         self.mass: Tensor | None = None
         self._kv: tuple[Tensor, Tensor] | None = None
@@ -130,8 +134,12 @@ class SweepLayer(LayerCache):
     def attend(self, q: Tensor, scale: float) -> Tensor:
         """See LayerCache."""
         k, v = self.materialize()
+        if not self.attention:
+            k, v = k.transpose(0, 1), v.transpose(0, 1)
+            return causal_attention(q, k, v, scale, self.window, attention_dtype(q, self.stored))
         self.mass = torch.zeros(self.length, device=q.device)
-        return attention_with_mass(q, k, v, scale, self.mass, self.window, BLOCK_ROWS)
+        dtype = attention_dtype(q, self.stored)
+        return attention_with_mass(q, k, v, scale, self.mass, self.window, BLOCK_ROWS, dtype)
 
     def keep(self, newest: Tensor) -> None:
         """Of the newest tokens keep those where ``newest`` (bool) holds."""
@@ -170,7 +178,8 @@ class _Sweep:
         self._restart()
 
     def _restart(self) -> None:
-        self._layers = [SweepLayer(x.window, self.attention) for x in self.model.shape.layers]
+        shape = self.model.shape
+        self._layers = [SweepLayer(x.window, self.attention, shape.dtype) for x in shape.layers]
         self._position = 0
         self._last: Tensor | None = None  # the newest token's hidden state
 

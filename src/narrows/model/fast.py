@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from narrows.contracts import FlatBatch, ModelShape
-from narrows.ops.native import add_rms_norm, linear, norm_rotate_, silu_mul
+from narrows.ops.native import add_rms_norm, flow_dtype, linear, norm_rotate_, silu_mul
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 
@@ -71,9 +71,10 @@ class FastDecoder:
         # float32 input makes the rotary module give float32 tables.
         cosine, sine = (t[0].contiguous() for t in self.rotary(h[None], positions[None]))
         delta = None
+        flow = flow_dtype(count, self.embed.dtype)
         for number, (layer, facts) in enumerate(zip(self.layers, shape.layers, strict=True)):
-            x = add_rms_norm(h, delta, layer.first_norm, self.eps)
-            qkv = linear(x, layer.qkv, layer.qkv_bias).view(count, -1, facts.key_dim)
+            x = add_rms_norm(h, delta, layer.first_norm, self.eps, flow)
+            qkv = linear(x, layer.qkv, layer.qkv_bias).float().view(count, -1, facts.key_dim)
             rotated = shape.heads + facts.kv_heads
             q, k, v = qkv[:, : shape.heads], qkv[:, shape.heads : rotated], qkv[:, rotated:]
             if layer.q_norm is None:
@@ -82,8 +83,8 @@ class FastDecoder:
                 norm_rotate_(q, layer.q_norm, self.eps, cosine, sine)
                 norm_rotate_(k, layer.k_norm, self.eps, cosine, sine)
             mixed = batch.attend(number, q, k, v, layer.scale).reshape(count, -1)
-            delta = linear(mixed, layer.out, layer.out_bias)
-            x = add_rms_norm(h, delta, layer.second_norm, self.eps)
+            delta = linear(mixed.to(flow), layer.out, layer.out_bias)
+            x = add_rms_norm(h, delta, layer.second_norm, self.eps, flow)
             delta = linear(silu_mul(linear(x, layer.gate_up)), layer.down)
         return add_rms_norm(h, delta, self.norm, self.eps)
 

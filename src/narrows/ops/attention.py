@@ -82,5 +82,5 @@ def _after_past(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     own = [x[None, :, m - n :].repeat_interleave(heads // groups, 1) for x in (k, v)]
     here, here_sum = flash(q.transpose(0, 1)[None], *own, is_causal=True, scale=scale)
     share = torch.sigmoid(past_sum.reshape(heads, n) - here_sum[0])[..., None]
-    mixed = here[0].float().lerp_(past.reshape(heads, n, -1).float(), share)
+    mixed: Tensor = here[0].float().lerp_(past.reshape(heads, n, -1).float(), share)
     return mixed.transpose(0, 1)

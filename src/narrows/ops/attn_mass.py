@@ -21,6 +21,7 @@ def attention_with_mass(
     mass: Tensor,
     window: int | None = None,
     block_rows: int = 64,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Attend, and add each token's received attention to ``mass``.
 
@@ -32,18 +33,19 @@ def attention_with_mass(
         mass: float32 ``[m]``, added to in place; one call adds ``heads * n`` in total.
         window: tokens a query may see, its own included; None for all before it.
         block_rows: query rows scored at once.
+        dtype: what scores are rounded to and products are made of; softmax and sums are float32.
 
     Returns:
-        ``[n, heads, dv]`` in q's dtype. Scores, weights and sums are float32 whatever it is.
+        ``[n, heads, dv]`` in q's dtype.
     """
     n, heads, d = q.shape
     m, groups, dv = *k.shape[:2], v.shape[2]
     past = m - n
     folded = heads // groups
     # Rows of a key head's query heads lie next to each other, so that one product serves them all.
-    queries = (q.float() * scale).view(n, groups, folded, d).transpose(0, 1).contiguous()
-    keys = k.float().permute(1, 2, 0).contiguous()
-    values = v.float().transpose(0, 1).contiguous()
+    queries = (q.float() * scale).to(dtype).view(n, groups, folded, d).transpose(0, 1).contiguous()
+    keys = k.to(dtype).permute(1, 2, 0).contiguous()
+    values = v.to(dtype).transpose(0, 1).contiguous()
     out = q.new_empty((n, groups, folded, dv))
     reach = m if window is None else min(m, window - 1 + block_rows)
     scratch = queries.new_empty(heads * min(block_rows, n) * reach)
@@ -59,8 +61,8 @@ def attention_with_mass(
         scores.view(groups, b - a, folded, seen)[..., edge - start :].masked_fill_(
             hidden[:, None, :], float("-inf")
         )
-        torch.softmax(scores, -1, out=scores)
-        mass[start:stop] += scores.view(-1, seen).sum(0)
-        mixed = torch.bmm(scores, values[:, start:stop])
+        weights = torch.softmax(scores, -1, dtype=torch.float32)
+        mass[start:stop] += weights.view(-1, seen).sum(0)
+        mixed = torch.bmm(weights.to(dtype), values[:, start:stop])
         out[a:b] = mixed.view(groups, b - a, folded, dv).transpose(0, 1)
     return out.view(n, heads, dv)

@@ -38,6 +38,11 @@ static inline bf16 to_bf16(float x) { /* round to nearest even; NaN stays NaN */
   if ((bits & 0x7fffffffu) > 0x7f800000u) return (bf16)((bits >> 16) | 0x40u);
   return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+static inline void store_f32(float *p, vec x) { *(vec *)p = x; }
+static inline void store_bf16(bf16 *p, vec x) {
+  for (int i = 0; i < WIDTH; i++) p[i] = to_bf16(x[i]);
+}
+#define SAME(x) (x)
 static inline float sum(vec v) { /* halves onto halves: log2(WIDTH) vector additions */
   typedef float v8 __attribute__((vector_size(32)));
   typedef float v4 __attribute__((vector_size(16)));
@@ -303,18 +308,26 @@ void linear_bf16_amx(const float *x, const bf16 *w, const float *bias, float *y,
 
 /* ---- small row-wise operators -------------------------------------------------------------- */
 
-/* h += delta (if given); out = h / rms(h) * weight */
-void add_rms_norm(float *h, const float *delta, const float *weight, float eps, float *out,
-                  int64_t M, int64_t N, int threads) {
+/* h += delta (if given); out = h / rms(h) * weight. delta and out are float32 or bfloat16. */
+void add_rms_norm(float *h, const void *delta, int delta_bf16, const float *weight, float eps,
+                  void *out, int out_bf16, int64_t M, int64_t N, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (M * N > 32768)
   for (int64_t m = 0; m < M; m++) {
-    float *row = h + m * N, *to = out + m * N, squares = 0;
-    if (delta)
-      for (int64_t i = 0; i < N; i++) row[i] += delta[m * N + i];
+    float *row = h + m * N, squares = 0;
+    if (delta && delta_bf16)
+      for (int64_t i = 0; i < N; i++) row[i] += to_f32(((const bf16 *)delta)[m * N + i]);
+    else if (delta)
+      for (int64_t i = 0; i < N; i++) row[i] += ((const float *)delta)[m * N + i];
 #pragma omp simd reduction(+ : squares)
     for (int64_t i = 0; i < N; i++) squares += row[i] * row[i];
     float scale = 1.0f / sqrtf(squares / (float)N + eps);
-    for (int64_t i = 0; i < N; i++) to[i] = row[i] * scale * weight[i];
+    if (out_bf16) {
+      bf16 *to = (bf16 *)out + m * N;
+      for (int64_t i = 0; i < N; i++) to[i] = to_bf16(row[i] * scale * weight[i]);
+    } else {
+      float *to = (float *)out + m * N;
+      for (int64_t i = 0; i < N; i++) to[i] = row[i] * scale * weight[i];
+    }
   }
 }
 
@@ -344,20 +357,27 @@ void norm_rotate(float *x, int64_t stride, int64_t heads, int64_t dim, const flo
   }
 }
 
-/* out[m,i] = silu(gate[m,i]) * up[m,i], gate and up side by side in one row */
-void silu_mul(const float *gate_up, float *out, int64_t M, int64_t N, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (M * N > 32768)
-  for (int64_t m = 0; m < M; m++) {
-    const float *gate = gate_up + 2 * m * N, *up = gate + N;
-    float *to = out + m * N;
-    int64_t i = 0;
-    for (; i + WIDTH <= N; i += WIDTH) {
-      vec g = load_f32(gate + i);
-      *(vec *)(to + i) = g / (1.0f + vexp(-g)) * load_f32(up + i);
-    }
-    for (; i < N; i++) to[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+/* out[m,i] = silu(gate[m,i]) * up[m,i], gate and up side by side in one row; both float32, or
+ * both bfloat16 */
+#define SILU(name, T, load, scalar, store, round)                                              \
+  void name(const T *gate_up, T *out, int64_t M, int64_t N, int threads) {                     \
+    _Pragma("omp parallel for schedule(static) num_threads(threads) if (M * N > 32768)")       \
+    for (int64_t m = 0; m < M; m++) {                                                          \
+      const T *gate = gate_up + 2 * m * N, *up = gate + N;                                     \
+      T *to = out + m * N;                                                                     \
+      int64_t i = 0;                                                                           \
+      for (; i + WIDTH <= N; i += WIDTH) {                                                     \
+        vec g = load(gate + i);                                                                \
+        store(to + i, g / (1.0f + vexp(-g)) * load(up + i));                                   \
+      }                                                                                        \
+      for (; i < N; i++) {                                                                     \
+        float g = scalar(gate[i]);                                                             \
+        to[i] = round(g / (1.0f + expf(-g)) * scalar(up[i]));                                  \
+      }                                                                                        \
+    }                                                                                          \
   }
-}
+SILU(silu_mul, float, load_f32, SAME, store_f32, SAME)
+SILU(silu_mul_bf16, bf16, load_bf16, to_f32, store_bf16, to_bf16)
 
 /* ---- ragged attention of a few newest tokens a sequence ------------------------------------ */
 
@@ -468,7 +488,6 @@ static inline void fetch(const void *from, int64_t bytes) {
         part[g * stride + 2 + i] = total;                                                      \
       }                                                                                        \
   }
-#define SAME(x) (x)
 ATTEND(attend_f32, float, load_f32, SAME)
 ATTEND(attend_bf16, bf16, load_bf16, to_f32)
 

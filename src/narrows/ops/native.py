@@ -35,9 +35,10 @@ SIGNATURES = {
     "amx_ready": (N, ()),
     "linear_bf16": (None, (P, P, P, P, L, L, L, N)),
     "linear_bf16_amx": (None, (P, P, P, P, L, L, L, N)),
-    "add_rms_norm": (None, (P, P, P, F, P, L, L, N)),
+    "add_rms_norm": (None, (P, P, N, P, F, P, N, L, L, N)),
     "norm_rotate": (None, (P, L, L, L, P, F, P, P, L, N)),
     "silu_mul": (None, (P, P, L, L, N)),
+    "silu_mul_bf16": (None, (P, P, L, L, N)),
     "append_attend": (L, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, L, N, P, P, L, N)),
 }
 
@@ -133,11 +134,20 @@ def _has_tiles() -> bool:
     return native is not None and bool(native.amx_ready())
 
 
+def flow_dtype(rows: int, weight: torch.dtype) -> torch.dtype:
+    """In which precision ``rows`` activations go into and come out of products with ``weight``:
+    bfloat16 where those are done in it anyway, which saves converting, else float32."""
+    if weight is torch.bfloat16 and (rows > KERNEL_ROWS or library() is None):
+        return wide_matmul_dtype()
+    return torch.float32
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x`` float32 ``[m, k]`` times ``weight`` ``[n, k]`` transposed, plus ``bias`` float32
-    ``[n]`` -> float32 ``[m, n]``. A bfloat16 weight is read as it is, never rounded again."""
-    if weight.dtype == torch.float32:
-        return torch_linear(x, weight, bias)
+    """``x`` ``[m, k]`` times ``weight`` ``[n, k]`` transposed, plus ``bias`` float32 ``[n]`` ->
+    ``[m, n]`` in x's dtype, which is float32, or bfloat16 as the weight's. A bfloat16 weight is
+    read as it is, never rounded again."""
+    if weight.dtype == x.dtype:
+        return torch_linear(x, weight, None if bias is None else bias.to(x.dtype))
     rows, inner = x.shape
     outer = weight.shape[0]
     native = library()
@@ -156,20 +166,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out.add_(bias)
 
 
-def add_rms_norm(h: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """Add ``delta`` to ``h`` in place (both float32 ``[m, n]``), then return ``h`` over its root
-    mean square, times ``weight`` float32 ``[n]``."""
+def add_rms_norm(
+    h: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: torch.dtype = torch.float32
+) -> Tensor:
+    """Add ``delta`` to ``h`` in place (float32 ``[m, n]``; delta may be bfloat16), then return
+    ``h`` over its root mean square, times ``weight`` float32 ``[n]``, in dtype ``out``."""
     native = library()
     if native is None:
         if delta is not None:
             h += delta
-        return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight
-    out = torch.empty_like(h)
+        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight).to(out)
+    result = torch.empty_like(h, dtype=out)
     native.add_rms_norm(
-        *(h.data_ptr(), _pointer(delta), weight.data_ptr(), eps, out.data_ptr()),
+        *(h.data_ptr(), _pointer(delta), delta is not None and delta.dtype is torch.bfloat16),
+        *(weight.data_ptr(), eps, result.data_ptr(), out is torch.bfloat16),
         *(*h.shape, torch.get_num_threads()),
     )
-    return out
+    return result
 
 
 def norm_rotate_(
@@ -193,13 +206,15 @@ def norm_rotate_(
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """``gate_up`` float32 ``[m, 2 n]`` -> ``silu(first half) * second half`` ``[m, n]``."""
+    """``gate_up`` float32 or bfloat16 ``[m, 2 n]`` -> ``silu(first half) * second half``
+    ``[m, n]``, computed in float32, in the same dtype."""
     m, n = gate_up.shape[0], gate_up.shape[1] // 2
     native = library()
     if native is None:
-        return silu(gate_up[:, :n]) * gate_up[:, n:]
+        return (silu(gate_up[:, :n].float()) * gate_up[:, n:]).to(gate_up.dtype)
     out = gate_up.new_empty((m, n))
-    native.silu_mul(gate_up.data_ptr(), out.data_ptr(), m, n, torch.get_num_threads())
+    kernel = native.silu_mul_bf16 if gate_up.dtype is torch.bfloat16 else native.silu_mul
+    kernel(gate_up.data_ptr(), out.data_ptr(), m, n, torch.get_num_threads())
     return out
 
 
