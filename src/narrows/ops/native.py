@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 from torch.nn.functional import silu
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = tuple(Path(__file__).with_name(x) for x in ("native.c",))
+HEADER = Path(__file__).with_name("vector.h")
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11"),
     # NaN and infinity keep their meaning, and sums their order where the source does not say.
@@ -63,22 +64,27 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _compiled(compiler: str) -> Path:
-    """The shared library for this source, compiler, processor and torch; built if need be."""
+    """The shared library for these sources, compiler, processor and torch; built if need be."""
     openmp = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    parts = (SOURCE.read_text(), version.stdout, _processor(), str(FLAGS), str(openmp))
+    texts = [x.read_text() for x in (*SOURCES, HEADER)]
+    parts = (*texts, version.stdout, _processor(), str(FLAGS), str(openmp))
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = os.environ.get("NARROWS_CACHE") or platformdirs.user_cache_dir("narrows")
     target = Path(cache) / "native" / f"{key}{sysconfig.get_config_var('SHLIB_SUFFIX')}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made, built = Path(folder) / "native.o", Path(folder) / target.name
+            built = Path(folder) / target.name
+            made = [str(Path(folder) / f"{x.stem}.o") for x in SOURCES]
             # torch's own OpenMP runtime, so that both share one pool of threads.
             runtime = [str(openmp)] if openmp else ["-fopenmp"]
             for command in (
-                [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(made)],
-                [compiler, "-shared", str(made), "-o", str(built), *runtime, "-lm"],
+                *(
+                    [compiler, *FLAGS, "-c", str(x), "-o", o]
+                    for x, o in zip(SOURCES, made, strict=True)
+                ),
+                [compiler, "-shared", *made, "-o", str(built), *runtime, "-lm"],
             ):
                 subprocess.run(command, capture_output=True, text=True, check=True)
             os.replace(built, target)

@@ -1,0 +1,227 @@
+/* What the CPU kernels share: vector types, conversions, the exponential, and attention of a few
+ * query rows to some dense keys and values. Vector types are the compiler's own, so that the files
+ * build for any instruction set; 64 bytes is one AVX-512 register. */
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define WIDTH 16
+typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef uint16_t hvec __attribute__((vector_size(2 * WIDTH), aligned(2)));
+typedef uint16_t bf16;
+
+static inline vec load_f32(const float *p) { return *(const vec *)p; }
+static inline vec load_bf16(const bf16 *p) {
+#ifdef __AVX512F__ /* compilers widen 16-bit vectors in halves when left alone */
+  __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
+#else
+  uvec wide = __builtin_convertvector(*(const hvec *)p, uvec) << 16;
+#endif
+  vec out;
+  memcpy(&out, &wide, sizeof out);
+  return out;
+}
+static inline float to_f32(bf16 x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float out;
+  memcpy(&out, &bits, sizeof out);
+  return out;
+}
+static inline bf16 to_bf16(float x) { /* round to nearest even; NaN stays NaN */
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return (bf16)((bits >> 16) | 0x40u);
+  return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+static inline void store_f32(float *p, vec x) { *(vec *)p = x; }
+static inline void store_bf16(bf16 *p, vec x) {
+  for (int i = 0; i < WIDTH; i++) p[i] = to_bf16(x[i]);
+}
+#define SAME(x) (x)
+static inline float sum(vec v) { /* halves onto halves: log2(WIDTH) vector additions */
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  v8 half[2];
+  memcpy(half, &v, sizeof v);
+  v8 a = half[0] + half[1];
+  v4 quarter[2];
+  memcpy(quarter, &a, sizeof a);
+  v4 b = quarter[0] + quarter[1];
+  return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), aligned(4)));
+
+/* e^x to about two units in the last place; below -87 the result is tiny, not zero. The minimax
+ * polynomial of e^r on |r| <= ln(2)/2 is scaled by 2^n through the exponent bits. NaN stays NaN. */
+static inline vec vexp(vec x) {
+  for (int i = 0; i < WIDTH; i++) { /* becomes two vector instructions; NaN passes */
+    x[i] = x[i] < -87.0f ? -87.0f : x[i];
+    x[i] = x[i] > 88.0f ? 88.0f : x[i];
+  }
+  vec n = x * 1.44269504f + 12582912.0f;
+  ivec bits;
+  memcpy(&bits, &n, sizeof bits); /* the integer nearest to x / ln 2 stands in the low bits */
+  bits = (bits + (127 - 0x4b400000)) << 23;
+  n -= 12582912.0f;
+  vec r = x - n * 0.693145752f - n * 1.42860677e-6f, scale;
+  vec p = r * 1.98412698e-4f + 1.38888889e-3f;
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
+}
+
+/* out[j] = sum of v[j], j < WIDTH */
+static inline vec sums(const vec *v) {
+#ifdef __AVX512F__
+  __m512 x[16], y[4];
+  memcpy(x, v, sizeof x);
+#define ADD(lo, hi) _mm512_add_ps(lo, hi)
+#define PD(x) _mm512_castps_pd(x)
+#define PS(x) _mm512_castpd_ps(x)
+  for (int i = 0; i < 4; i++) {
+    __m512 a = x[4 * i], b = x[4 * i + 1], c = x[4 * i + 2], d = x[4 * i + 3];
+    __m512 ab = ADD(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 cd = ADD(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    y[i] = ADD(PS(_mm512_unpacklo_pd(PD(ab), PD(cd))), PS(_mm512_unpackhi_pd(PD(ab), PD(cd))));
+  }
+#define FOLD(a, b) ADD(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd))
+  __m512 first = FOLD(y[0], y[1]), second = FOLD(y[2], y[3]), all = FOLD(first, second);
+  vec out;
+  memcpy(&out, &all, sizeof out);
+  return out;
+#undef FOLD
+#undef PS
+#undef PD
+#undef ADD
+#else
+  vec out;
+  for (int j = 0; j < WIDTH; j++) out[j] = sum(v[j]);
+  return out;
+#endif
+}
+
+/* ---- a few query rows, some dense keys and values -------------------------------------------- */
+
+#define CHUNK 256 /* keys scored by one task; long contexts are split over threads */
+
+/* e^(score - top) in place over n scores (room up to a multiple of WIDTH); returns their sum. */
+static inline float exponentials(float *score, int64_t n, float top) {
+  vec total = {0};
+  float rest = 0;
+  int64_t t = 0;
+  for (; t + WIDTH <= n; t += WIDTH) {
+    vec e = vexp(load_f32(score + t) - top);
+    *(vec *)(score + t) = e;
+    total += e;
+  }
+  for (; t < n; t++) rest += score[t] = expf(score[t] - top);
+  return sum(total) + rest;
+}
+
+/* For element type T. name_dots: score[r * CHUNK + t] = q[r] . key[t] of n keys and `rows` rows,
+ * while the same tokens' values are asked of memory. name_mix: out[r] = sum of score[r][t] v[t].
+ * Scores are made for 16 keys at a time and values summed in registers, 64 or 16 columns and up
+ * to HEADS rows at a time; odd sizes go one by one. */
+#define HEADS 4
+#define AHEAD 0 /* keys ahead of those scored that are asked of memory */
+static inline void fetch(const void *from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i);
+}
+#define DENSE(name, T, load, scalar)                                                           \
+  static inline __attribute__((always_inline)) void name##_scores(                             \
+      const float *q, int64_t heads, int64_t D, const T *key, float *score) {                  \
+    vec part[HEADS][WIDTH];                                                                    \
+    for (int64_t t = 0; t < WIDTH; t += 4) {                                                   \
+      vec acc[HEADS][4];                                                                       \
+      memset(acc, 0, sizeof acc);                                                              \
+      for (int64_t i = 0; i < D; i += WIDTH)                                                   \
+        for (int j = 0; j < 4; j++) {                                                          \
+          vec k = load(key + (t + j) * D + i);                                                 \
+          for (int64_t g = 0; g < heads; g++) acc[g][j] += load_f32(q + g * D + i) * k;        \
+        }                                                                                      \
+      for (int64_t g = 0; g < heads; g++)                                                      \
+        for (int j = 0; j < 4; j++) part[g][t + j] = acc[g][j];                                \
+    }                                                                                          \
+    for (int64_t g = 0; g < heads; g++) *(vec *)(score + g * CHUNK) = sums(part[g]);           \
+  }                                                                                            \
+  static inline __attribute__((always_inline)) void name##_values(                             \
+      const float *score, int64_t heads, int64_t n, int64_t Dv, int columns, const T *v,       \
+      float *out, int64_t out_stride) {                                                        \
+    vec acc[HEADS][4];                                                                         \
+    memset(acc, 0, sizeof acc);                                                                \
+    for (int64_t t = 0; t < n; t++)                                                            \
+      for (int j = 0; j < columns; j++) {                                                      \
+        vec value = load(v + t * Dv + j * WIDTH);                                              \
+        for (int64_t g = 0; g < heads; g++) acc[g][j] += score[g * CHUNK + t] * value;         \
+      }                                                                                        \
+    for (int64_t g = 0; g < heads; g++)                                                        \
+      for (int j = 0; j < columns; j++)                                                        \
+        *(vec *)(out + g * out_stride + j * WIDTH) = acc[g][j];                                \
+  }                                                                                            \
+  static inline void name##_dots(const float *q, int64_t rows, int64_t D, int64_t Dv,          \
+                                 const T *keys, const T *values, int64_t n, float *score) {    \
+    int64_t blocked = D % WIDTH ? 0 : n - n % WIDTH;                                           \
+    for (int64_t t = 0; t < blocked; t += WIDTH) {                                             \
+      const T *key = keys + t * D;                                                             \
+      fetch(key + AHEAD * D, WIDTH * D * sizeof(T));                                           \
+      fetch(values + t * Dv, WIDTH * Dv * sizeof(T));                                          \
+      for (int64_t g = 0; g < rows; g += HEADS) {                                              \
+        const float *query = q + g * D;                                                        \
+        float *to = score + g * CHUNK + t;                                                     \
+        switch (rows - g) {                                                                    \
+          case 1: name##_scores(query, 1, D, key, to); break;                                  \
+          case 2: name##_scores(query, 2, D, key, to); break;                                  \
+          case 3: name##_scores(query, 3, D, key, to); break;                                  \
+          default: name##_scores(query, 4, D, key, to);                                        \
+        }                                                                                      \
+      }                                                                                        \
+    }                                                                                          \
+    for (int64_t t = blocked; t < n; t++)                                                      \
+      for (int64_t g = 0; g < rows; g++) {                                                     \
+        float dot = 0;                                                                         \
+        for (int64_t i = 0; i < D; i++) dot += q[g * D + i] * scalar(keys[t * D + i]);         \
+        score[g * CHUNK + t] = dot;                                                            \
+      }                                                                                        \
+  }                                                                                            \
+  static inline void name##_mix(const float *score, int64_t rows, int64_t n, int64_t Dv,       \
+                                const T *values, float *to, int64_t stride) {                  \
+    int64_t i = 0;                                                                             \
+    while (i + WIDTH <= Dv) {                                                                  \
+      int wide = i + 4 * WIDTH <= Dv;                                                          \
+      for (int64_t g = 0; g < rows; g += HEADS) {                                              \
+        const float *weight = score + g * CHUNK;                                               \
+        float *out = to + g * stride + i;                                                      \
+        switch ((rows - g < HEADS ? rows - g : HEADS) + wide * HEADS) {                        \
+          case 1: name##_values(weight, 1, n, Dv, 1, values + i, out, stride); break;          \
+          case 2: name##_values(weight, 2, n, Dv, 1, values + i, out, stride); break;          \
+          case 3: name##_values(weight, 3, n, Dv, 1, values + i, out, stride); break;          \
+          case 4: name##_values(weight, 4, n, Dv, 1, values + i, out, stride); break;          \
+          case 5: name##_values(weight, 1, n, Dv, 4, values + i, out, stride); break;          \
+          case 6: name##_values(weight, 2, n, Dv, 4, values + i, out, stride); break;          \
+          case 7: name##_values(weight, 3, n, Dv, 4, values + i, out, stride); break;          \
+          default: name##_values(weight, 4, n, Dv, 4, values + i, out, stride);                \
+        }                                                                                      \
+      }                                                                                        \
+      i += wide ? 4 * WIDTH : WIDTH;                                                           \
+    }                                                                                          \
+    for (; i < Dv; i++)                                                                        \
+      for (int64_t g = 0; g < rows; g++) {                                                     \
+        float total = 0;                                                                       \
+        const float *weight = score + g * CHUNK;                                               \
+        for (int64_t t = 0; t < n; t++) total += weight[t] * scalar(values[t * Dv + i]);       \
+        to[g * stride + i] = total;                                                            \
+      }                                                                                        \
+  }
+DENSE(dense_f32, float, load_f32, SAME)
+DENSE(dense_bf16, bf16, load_bf16, to_f32)
