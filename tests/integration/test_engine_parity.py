@@ -15,9 +15,10 @@ from tiny import FAMILIES, pair, prompts
 GREEDY = SamplingParams(max_tokens=24)
 
 
-def engine(family: str, **limits: object) -> Engine:
+def engine(family: str, window: int = 512, **limits: object) -> Engine:
     limits.setdefault("cache_bytes", 1 << 28)
-    return Engine(pair(family)[0], DensePolicy(), EngineConfig(**limits))
+    model = pair(family, max_position_embeddings=window)[0]
+    return Engine(model, DensePolicy(), EngineConfig(**limits))
 
 
 def run(machine: Engine, batch: list[list[int]], params: SamplingParams) -> list[list[int]]:
@@ -152,9 +153,8 @@ def test_requests_that_can_never_run_are_refused() -> None:
 
 
 def test_nan_logits_are_an_error_and_the_engine_survives() -> None:
-    flat, _ = pair("gpt2")
     machine = engine("gpt2")
-    weight = flat.model.transformer.wpe.weight
+    weight = machine.model.model.transformer.wpe.weight
     kept = weight[3].clone()
     with torch.no_grad():
         weight[3] = float("nan")
@@ -179,7 +179,9 @@ def test_stops_at_the_window_with_reason_length() -> None:
     assert len(request.tokens) == 512
 
 
-def test_prefill_makes_no_tensor_of_size_tokens_squared() -> None:
+@pytest.mark.parametrize("chunk", [8000, 512])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_prefill_makes_no_tensor_of_size_tokens_squared(family: str, chunk: int) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -193,9 +195,9 @@ def test_prefill_makes_no_tensor_of_size_tokens_squared() -> None:
                     largest = max(largest, t.numel())
             return out
 
-    n = 500
-    machine = engine("mistral", prefill_chunk=n)
-    machine.submit(prompts(1, longest=2)[0] * 1 + [9] * (n - 2), SamplingParams(max_tokens=1))
+    n = 8000
+    machine = engine(family, window=8192, prefill_chunk=chunk)
+    machine.submit([5, 7] * (n // 2), SamplingParams(max_tokens=1))
     with Watch():
         for _ in machine.run():
             pass

@@ -16,7 +16,7 @@ from narrows.bench.arms import FULL, NONE, Arm, Budget
 from narrows.bench.claims import claim_rows
 from narrows.bench.data import locate
 from narrows.bench.measure import Measurer, gap_rows, mean_rows
-from narrows.bench.overhead import overhead_rows
+from narrows.bench.overhead import memory_rows, overhead_rows
 from narrows.bench.progress import Progress
 from narrows.bench.provenance import provenance
 from narrows.bench.records import Ledger
@@ -28,6 +28,7 @@ from narrows.llm import LLM
 METHODS = (
     "dac",
     "dac-static",
+    "dac-sweep",
     "selective-context",
     "surprisal-dynamic",
     "llmlingua",
@@ -100,6 +101,7 @@ def run(
                 rows += grid.rows(name, items)
         if "time" in parts:
             rows += overhead_rows(llm.model, folder, repeats=1 if quick else 3)
+            rows += memory_rows(llm.model, folder)
         if "claims" in parts:
             rows += claim_rows(measurer, folder, quick=quick)
     return with_provenance(rows, {"dtype": dtype, **provenance(seed)})

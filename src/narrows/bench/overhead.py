@@ -1,4 +1,5 @@
-"""What compressing costs, as a multiple of one plain forward pass over the same tokens."""
+"""What compressing costs: time, as a multiple of one plain forward pass over the same tokens, and
+memory."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from narrows.bench.arms import parse_spec
+from narrows.bench.limits import added_memory
 from narrows.bench.prose import read_prose
 from narrows.bench.report import Row, repeated_row
 from narrows.cache.dense import DensePolicy
@@ -17,7 +19,16 @@ from narrows.contracts import FlatBatch
 from narrows.model.flat import FlatModel
 
 TOKENS = 4000
-SPECS = ("dac:stages=5", "dac:stages=5,attn_refresh=once", "selective-context", "llmlingua")
+LONG_TOKENS = 20_000
+"""Of the text whose compression's memory is measured."""
+SPECS = (
+    "dac:stages=5",
+    "dac:stages=5,attn_refresh=once",
+    "dac-static",
+    "dac-sweep",
+    "selective-context",
+    "llmlingua",
+)
 KEEP = (0.5, 0.2)
 FORWARD = "forward pass"
 
@@ -61,6 +72,20 @@ def overhead_rows(model: FlatModel, data: Path, *, repeats: int) -> list[Row]:
                         )
                     )
     return rows
+
+
+def memory_rows(model: FlatModel, data: Path) -> list[Row]:
+    """Peak memory that compressing LONG_TOKENS tokens to a fifth adds to what the process held."""
+    text = read_prose(data, model, LONG_TOKENS)
+    job = _job(SPECS[0], model, text.text, len(text.ids) // 5)
+    added = added_memory(job, model.shape.device)
+    if added is None:
+        return []
+    where = {"part": "time", "budget": "0.2", "tokens": len(text.ids)}
+    mebibytes = [added / 2**20]
+    return [
+        repeated_row("compress", SPECS[0], model.name, "added_memory", "MiB", mebibytes, **where)
+    ]
 
 
 def plain_pass(model: FlatModel, ids: list[int]) -> None:

@@ -234,6 +234,7 @@ OPTIONS = {"dtype": "float32", "device": "cpu", "show_progress": False}
 
 def test_a_quick_run_gives_rows_of_every_part(fakes, tiny, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(overhead, "TOKENS", 300)
+    monkeypatch.setattr(overhead, "LONG_TOKENS", 400)
     monkeypatch.setattr(claims, "PASSAGE", 60)
     rows = compress.run(
         model=tiny,
@@ -333,6 +334,7 @@ def test_deletion_orders_spare_the_first_token_and_follow_their_score():
 
 def test_every_default_method_runs_on_a_tiny_model(tiny, folder, monkeypatch):
     monkeypatch.setattr(overhead, "TOKENS", 300)
+    monkeypatch.setattr(overhead, "LONG_TOKENS", 400)
     rows = compress.run(
         model=tiny,
         data=folder,

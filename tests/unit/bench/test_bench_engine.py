@@ -110,6 +110,15 @@ def test_added_memory_sees_a_big_tensor():
     assert added >= 60 << 20
 
 
+def test_added_memory_sees_a_tensor_as_big_as_one_freed_before():
+    many = [torch.ones(1 << 14) for _ in range(1000)]  # 64 KiB each: kept by the C library
+    del many
+    again = limits.added_memory(
+        lambda: [torch.ones(1 << 14) for _ in range(1000)], torch.device("cpu")
+    )
+    assert again is None or again > 900 * (1 << 16)
+
+
 # A stand-in for the vllm package, so that the job's own code runs without it.
 FAKE_VLLM = """
     class SamplingParams:
