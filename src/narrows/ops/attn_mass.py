@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from narrows.ops.attention import visible
+from narrows.ops.native import softmax_mass_
 
 
 def attention_with_mass(
@@ -56,13 +56,7 @@ def attention_with_mass(
         rows, seen = (b - a) * folded, stop - start
         scores = scratch[: groups * rows * seen].view(groups, rows, seen)
         torch.bmm(queries[:, a:b].reshape(groups, rows, d), keys[:, :, start:stop], out=scores)
-        edge = first if window is None else start  # without a window only the diagonal is masked
-        hidden = ~visible(first - edge, b - a, stop - edge, window, q.device)
-        scores.view(groups, b - a, folded, seen)[..., edge - start :].masked_fill_(
-            hidden[:, None, :], float("-inf")
-        )
-        weights = torch.softmax(scores, -1, dtype=torch.float32)
-        mass[start:stop] += weights.view(-1, seen).sum(0)
-        mixed = torch.bmm(weights.to(dtype), values[:, start:stop])
+        softmax_mass_(scores, folded, first - start, window, mass[start:stop])
+        mixed = torch.bmm(scores, values[:, start:stop])
         out[a:b] = mixed.view(groups, b - a, folded, dv).transpose(0, 1)
     return out.view(n, heads, dv)

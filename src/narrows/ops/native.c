@@ -3,6 +3,8 @@
  * file, and tests hold the two together. */
 #include "vector.h"
 
+#include <omp.h>
+
 /* ---- y[m,n] = x[m,:] . w[n,:] (+ bias[n]), w bfloat16 ------------------------------------- */
 
 #define NR 4 /* weight rows and */
@@ -270,6 +272,61 @@ void norm_rotate(float *x, int64_t stride, int64_t heads, int64_t dim, const flo
   }
 SILU(silu_mul, float, load_f32, SAME, store_f32, SAME)
 SILU(silu_mul_bf16, bf16, load_bf16, to_f32, store_bf16, to_bf16)
+
+/* ---- softmax that also sums its columns -------------------------------------------------------
+ * scores [groups, rows, seen], float32 or bfloat16, become softmax weights in place. `folded` rows
+ * in turn belong to one query, the first at key `offset`; a query sees the keys up to its own, at
+ * most `window` of them (0: all). mass [seen] gains the column sums of the weights, in float32;
+ * `parts` holds `threads` * seen floats. */
+#define SOFTMAX(name, T, load, scalar, store, round)                                           \
+  static void name(T *row, int64_t first, int64_t stop, int64_t seen, float *part) {           \
+    float top = -INFINITY, total = 0;                                                          \
+    int64_t i = first;                                                                         \
+    vec most = {0}, added = {0};                                                               \
+    if (stop - first >= WIDTH) {                                                               \
+      most = load(row + first);                                                                \
+      for (i += WIDTH; i + WIDTH <= stop; i += WIDTH) {                                        \
+        vec x = load(row + i);                                                                 \
+        for (int j = 0; j < WIDTH; j++) most[j] = x[j] > most[j] ? x[j] : most[j];             \
+      }                                                                                        \
+      for (int j = 0; j < WIDTH; j++) top = most[j] > top ? most[j] : top;                     \
+    }                                                                                          \
+    for (; i < stop; i++) top = scalar(row[i]) > top ? scalar(row[i]) : top;                   \
+    for (i = first; i + WIDTH <= stop; i += WIDTH) added += vexp(load(row + i) - top);         \
+    for (; i < stop; i++) total += expf(scalar(row[i]) - top);                                 \
+    float share = 1.0f / (total + sum(added));                                                 \
+    for (i = first; i + WIDTH <= stop; i += WIDTH) {                                           \
+      vec p = vexp(load(row + i) - top) * share;                                               \
+      *(vec *)(part + i) += p;                                                                 \
+      store(row + i, p);                                                                       \
+    }                                                                                          \
+    for (; i < stop; i++) {                                                                    \
+      float p = expf(scalar(row[i]) - top) * share;                                            \
+      part[i] += p;                                                                            \
+      row[i] = round(p);                                                                       \
+    }                                                                                          \
+    memset(row, 0, first * sizeof(T));                                                         \
+    memset(row + stop, 0, (seen - stop) * sizeof(T));                                          \
+  }
+SOFTMAX(softmax_f32, float, load_f32, SAME, store_f32, SAME)
+SOFTMAX(softmax_bf16, bf16, load_bf16, to_f32, store_bf16, to_bf16)
+
+void softmax_mass(void *scores, int is_bf16, int64_t groups, int64_t rows, int64_t folded,
+                  int64_t seen, int64_t offset, int64_t window, float *mass, float *parts,
+                  int threads) {
+  memset(parts, 0, threads * seen * sizeof(float));
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t r = 0; r < groups * rows; r++) {
+    float *part = parts + omp_get_thread_num() * seen;
+    int64_t stop = offset + r % rows / folded + 1, first = window && stop > window ? stop - window : 0;
+    if (is_bf16)
+      softmax_bf16((bf16 *)scores + r * seen, first, stop, seen, part);
+    else
+      softmax_f32((float *)scores + r * seen, first, stop, seen, part);
+  }
+  for (int t = 0; t < threads; t++)
+    for (int64_t i = 0; i < seen; i++) mass[i] += parts[t * seen + i];
+}
 
 /* ---- ragged attention of a few newest tokens a sequence ------------------------------------ */
 

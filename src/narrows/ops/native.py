@@ -40,6 +40,7 @@ SIGNATURES = {
     "norm_rotate": (None, (P, L, L, L, P, F, P, P, L, N)),
     "silu_mul": (None, (P, P, L, L, N)),
     "silu_mul_bf16": (None, (P, P, L, L, N)),
+    "softmax_mass": (None, (P, N, L, L, L, L, L, L, P, P, N)),
     "append_attend": (L, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, L, N, P, P, L, N)),
 }
 
@@ -222,6 +223,34 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     kernel = native.silu_mul_bf16 if gate_up.dtype is torch.bfloat16 else native.silu_mul
     kernel(gate_up.data_ptr(), out.data_ptr(), m, n, torch.get_num_threads())
     return out
+
+
+def softmax_mass_(
+    scores: Tensor, folded: int, offset: int, window: int | None, mass: Tensor
+) -> None:
+    """Scores ``[groups, rows, seen]`` to causal softmax weights in place, float32 or bfloat16.
+
+    ``folded`` rows in turn belong to one query, the first of which stands at key ``offset``; a
+    query sees at most ``window`` keys, its own included. ``mass`` float32 ``[seen]`` gains the
+    column sums, taken in float32 before any rounding.
+    """
+    groups, rows, seen = scores.shape
+    native = library()
+    fast = scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.bfloat16)
+    if native is None or not fast:
+        at = offset + torch.arange(rows, device=scores.device)[:, None] // folded
+        key = torch.arange(seen, device=scores.device)
+        hidden = key > at if window is None else (key > at) | (key <= at - window)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32)
+        mass += weights.sum((0, 1))
+        scores.copy_(weights)
+        return
+    threads = torch.get_num_threads()
+    parts = torch.empty(threads * seen)
+    native.softmax_mass(
+        *(scores.data_ptr(), scores.dtype is torch.bfloat16, groups, rows, folded, seen, offset),
+        *(window or 0, mass.data_ptr(), parts.data_ptr(), threads),
+    )
 
 
 def _pointer(x: Tensor | None) -> int | None:

@@ -39,8 +39,12 @@ static inline bf16 to_bf16(float x) { /* round to nearest even; NaN stays NaN */
   return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 static inline void store_f32(float *p, vec x) { *(vec *)p = x; }
-static inline void store_bf16(bf16 *p, vec x) {
-  for (int i = 0; i < WIDTH; i++) p[i] = to_bf16(x[i]);
+static inline void store_bf16(bf16 *p, vec x) { /* as to_bf16, without branches */
+  uvec bits;
+  memcpy(&bits, &x, sizeof bits);
+  uvec nan = (uvec)((bits & 0x7fffffffu) > 0x7f800000u);
+  uvec round = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  *(hvec *)p = __builtin_convertvector((round & ~nan) | (((bits >> 16) | 0x40u) & nan), hvec);
 }
 #define SAME(x) (x)
 static inline float sum(vec v) { /* halves onto halves: log2(WIDTH) vector additions */

@@ -67,6 +67,43 @@ def test_silu_mul(m: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize(
+    ("folded", "rows", "offset"), [(1, 1, 0), (3, 12, 0), (3, 33, 40), (2, 8, 15)]
+)
+def test_softmax_mass(
+    dtype: torch.dtype,
+    window: int | None,
+    folded: int,
+    rows: int,
+    offset: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = offset + -(-rows // folded)
+    scores = (torch.randn(2, rows, seen) * 4).to(dtype)
+    mine, theirs = scores.clone(), scores.clone()
+    mass, other = torch.ones(seen), torch.ones(seen)
+    native.softmax_mass_(mine, folded, offset, window, mass)
+    by_definition(monkeypatch, "softmax_mass_", theirs, folded, offset, window, other)
+    rounding = 1e-5 if dtype is torch.float32 else 1e-2
+    torch.testing.assert_close(mine, theirs, rtol=rounding, atol=1e-6)
+    torch.testing.assert_close(mass, other, rtol=1e-5, atol=1e-5)
+
+
+def test_silu_and_norm_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = (torch.randn(5, 2 * 33) * 5).bfloat16()
+    expected = by_definition(monkeypatch, "silu_mul", x)
+    torch.testing.assert_close(native.silu_mul(x), expected, rtol=1e-2, atol=1e-6)
+    h, delta, weight = torch.randn(5, 33), torch.randn(5, 33).bfloat16(), torch.randn(33)
+    mine, theirs = h.clone(), h.clone()
+    got = native.add_rms_norm(mine, delta, weight, 1e-6, torch.bfloat16)
+    other = by_definition(monkeypatch, "add_rms_norm", theirs, delta, weight, 1e-6, torch.bfloat16)
+    assert got.dtype is torch.bfloat16
+    torch.testing.assert_close(got, other, rtol=1e-2, atol=1e-6)
+    assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 1, 5, 300])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (9, 3, 64), (3, 3, 20)])
 def test_append_attend(
