@@ -132,8 +132,9 @@ class CachePolicy(Protocol):
     def build(self, shape: ModelShape) -> list[LayerCache]:
         """One cache a layer, empty. Raises ConfigError if the model cannot take this policy."""
 
-    def estimate(self, shape: ModelShape, tokens: int) -> int:
-        """Upper bound on the bytes one sequence of ``tokens`` tokens will hold."""
+    def estimate(self, shape: ModelShape, tokens: int, sealed: bool = False) -> int:
+        """Upper bound on the bytes one sequence of ``tokens`` tokens will hold, while its prompt
+        is being read or, ``sealed``, afterwards."""
 
 
 # ---------------------------------------------------------------------------------- compression

@@ -153,7 +153,7 @@ class DensePolicy:
         """See CachePolicy."""
         return [DenseLayer(layer, shape.dtype, shape.device) for layer in shape.layers]
 
-    def estimate(self, shape: ModelShape, tokens: int) -> int:
+    def estimate(self, shape: ModelShape, tokens: int, sealed: bool = False) -> int:
         """See CachePolicy. Sliding layers are counted as full ones while a prompt is read."""
         a_token = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in shape.layers)
         return max(capacity(tokens), BLOCK) * a_token * shape.dtype.itemsize

@@ -15,6 +15,8 @@ POLICIES: Registry[Callable[..., CachePolicy]] = Registry("cache policy")
 """Name -> callable that takes the spec's options as keyword strings."""
 
 POLICIES.add("dense", "narrows.cache.dense:DensePolicy")
+for _name in ("kivi", "asymkv", "xquant"):
+    POLICIES.add(_name, f"narrows.cache.quantized:{_name}")
 
 
 def parse_cache(spec: str) -> CachePolicy:

@@ -62,7 +62,10 @@ class Scheduler:
                 "shorten or compress it"
             )
         longest = min(window, prompt + sequence.params.max_tokens)
-        need = self.policy.estimate(self.shape, longest)
+        need = max(
+            self.policy.estimate(self.shape, prompt),
+            self.policy.estimate(self.shape, longest, sealed=True),
+        )
         if need > self.cache_bytes:
             raise RequestRejected(
                 f"the request may need {need:,} cache bytes but the budget is "
@@ -94,7 +97,7 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def _cost(self, sequence: Sequence) -> int:
-        return self.policy.estimate(self.shape, len(sequence.tokens) + 1)
+        return self.policy.estimate(self.shape, len(sequence.tokens) + 1, sequence.sealed)
 
     def _shrink(self) -> None:
         used = sum(map(self._cost, self.running))

@@ -97,8 +97,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     ``[..., n * bits / 8]``. On a little-endian machine the same bytes as packing into int32 words
     (sheet 3.4)."""
     each = 8 // bits
-    parts = codes.unflatten(-1, (-1, each))
-    out = parts[..., 0].clone()
+    parts = codes.reshape(*codes.shape[:-1], codes.shape[-1] // each, each)
+    out: Tensor = parts[..., 0].clone()
     for i in range(1, each):
         out |= parts[..., i] << (i * bits)
     return out
@@ -109,7 +109,8 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed.clone()
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+    codes: Tensor = (packed[..., None] >> shifts) & (2**bits - 1)
+    return codes.flatten(-2)
 
 
 # ------------------------------------------------------------------------- the order in storage
@@ -160,4 +161,4 @@ def from_key_groups(x: Tensor) -> Tensor:
 
 def value_groups(x: Tensor, group: int) -> Tensor:
     """``[heads, tokens, dim]`` -> ``[heads, tokens, dim / group, group]``."""
-    return x.unflatten(-1, (-1, group))
+    return x.reshape(*x.shape[:-1], x.shape[-1] // group, group)

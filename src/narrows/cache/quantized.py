@@ -1,0 +1,408 @@
+"""Quantised caches: KIVI, AsymKV and XQuant, one layer class and one policy with three plans.
+
+Keys per channel, values per token, newest tokens dense (KIVI, arXiv 2402.02750); keys with more
+bits than values (AsymKV, arXiv 2410.13212); calibrated levels, and odd layers that read the codes
+of the layer before them (XQuant, arXiv 2510.11236). The prompt is attended to unquantised; from
+``seal`` on the packed form is what is stored and what attention reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from narrows.cache.codes import Codes, KeyCodes, ValueCodes
+from narrows.cache.dense import DenseLayer, DensePolicy, capacity
+from narrows.cache.plan import (
+    LayerPlan,
+    QuantOptions,
+    Side,
+    folded,
+    layer_bytes,
+    make_plan,
+    nominal_bits,
+    value_group,
+)
+from narrows.contracts import LayerCache, LayerShape, ModelShape, Span
+from narrows.ops import packed
+from narrows.ops.packed import PackedLayer
+
+
+class Stretch:
+    """Keys or values of a sealed layer: the sink, the codes, and the dense tail behind them."""
+
+    def __init__(self, codes: Codes, rule: str, options: QuantOptions, x: Tensor) -> None:
+        """``x`` are all tokens so far, dense: ``[heads, n, dim]``."""
+        self.codes, self.rule, self.options = codes, rule, options
+        self.sink = x[:, : options.sink].clone()
+        self.length = x.shape[1]
+        self.tail = x.new_empty((x.shape[0], 0, x.shape[2]))
+        done = folded(options, rule, self.length)
+        if done:
+            codes.fold(x[:, options.sink : options.sink + done])
+        self._keep(x[:, self.sink.shape[1] + done :])
+
+    @property
+    def tail_tokens(self) -> int:
+        """Dense tokens behind the quantised ones."""
+        return self.length - self.sink.shape[1] - self.codes.tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        dense = self.sink.untyped_storage().nbytes() + self.tail.untyped_storage().nbytes()
+        return self.codes.nbytes + dense
+
+    def append(self, x: Tensor) -> None:
+        """Add tokens ``[heads, n, dim]`` to the tail, or to a sink that is not full yet."""
+        room = self.options.sink - self.sink.shape[1]
+        if room:
+            self.sink = torch.cat([self.sink, x[:, :room]], 1)
+            self.length += min(room, x.shape[1])
+            x = x[:, room:]
+        used, n = self.tail_tokens, x.shape[1]
+        if not n:
+            return
+        if used + n > self.tail.shape[1]:
+            self._keep(self.tail[:, :used], used + n)
+        self.tail[:, used : used + n] = x
+        self.length += n
+
+    def fold(self) -> None:
+        """Quantise what has left the residual."""
+        n = folded(self.options, self.rule, self.length) - self.codes.tokens
+        if n <= 0:
+            return
+        used = self.tail_tokens
+        self.codes.fold(self.tail[:, :n])
+        rest = self.tail[:, n:used].clone()
+        self._keep(rest)
+
+    def _keep(self, x: Tensor, least: int = 0) -> None:
+        """Make ``x`` the tail, in a buffer as ``layer_bytes`` counts it."""
+        room = self.options.residual + self.options.hold if x.shape[1] or least else 0
+        room = max(room, least, x.shape[1])
+        if room != self.tail.shape[1] or not room:
+            self.tail = x.new_empty((x.shape[0], room, x.shape[2]))
+        self.tail[:, : x.shape[1]] = x
+
+
+class QuantLayer(LayerCache):
+    """One layer: dense until it is sealed, quantised afterwards.
+
+    A step appends, attends, then quantises what has left the residual, so a token is attended to
+    dense in the step that reads it. ``owner`` is the layer whose codes this one reads, if any;
+    it must be sealed, and take its steps, before this one.
+    """
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        options: QuantOptions,
+        shape: LayerShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        key_owner: QuantLayer | None,
+        value_owner: QuantLayer | None,
+    ) -> None:
+        self.plan, self.options, self.shape = plan, options, shape
+        self.owners = key_owner, value_owner
+        self.dense: DenseLayer | None = DenseLayer(shape, dtype, device)
+        self.sides: tuple[Stretch, Stretch] | None = None
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        """See LayerCache."""
+        return self.dense.length if self.dense is not None else self._sealed[0].length
+
+    @property
+    def _sealed(self) -> tuple[Stretch, Stretch]:
+        assert self.sides is not None
+        return self.sides
+
+    def seal(self) -> None:
+        """See LayerCache: quantise the prompt. Raises NumericalError if it is not finite."""
+        if self.dense is None:
+            return
+        held = self.dense.held
+        # Copied out, so that nothing keeps the dense buffers alive.
+        self.sides = (
+            Stretch(self._codes("keys"), "block", self.options, self.dense.k[:, :held]),
+            Stretch(self._codes("values"), self.options.fold, self.options, self.dense.v[:, :held]),
+        )
+        self.dense = None
+
+    def _codes(self, what: str) -> Codes:
+        options, shape = self.options, self.shape
+        keys = what == "keys"
+        side: Side = self.plan.key if keys else self.plan.value
+        owner = self.owners[0 if keys else 1]
+        kind = KeyCodes if keys else ValueCodes
+        return kind(
+            f"{what} of layer {self.plan.place}",
+            heads=shape.kv_heads,
+            dim=shape.key_dim if keys else shape.value_dim,
+            bits=side.bits,
+            eta=options.eta(side.bits),
+            group=options.group if keys else value_group(options, shape),
+            block=options.residual,
+            meta=options.key_meta if keys else options.value_meta,
+            owner=None if owner is None else owner._sealed[0 if keys else 1].codes,
+            fit=options.borrow,
+            device=self.dense.k.device if self.dense is not None else torch.device("cpu"),
+        )
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """See LayerCache. Quantises, first, what a step without attention left to do."""
+        if self.dense is not None:
+            self.dense.append(k, v)
+            return
+        for a, b in self._pieces(k.shape[0]):
+            for side, x in zip(self._sealed, (k, v), strict=True):
+                side.fold()
+                side.append(x[a:b].transpose(0, 1))
+
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        """See LayerCache."""
+        if self.dense is not None:
+            return self.dense.attend(q, scale)
+        out = packed.attend([self.record()], q, [(0, q.shape[0])], scale)
+        self.settle()
+        return out
+
+    def settle(self) -> None:
+        """Quantise what has left the residual."""
+        for side in self._sealed:
+            side.fold()
+
+    def record(self) -> PackedLayer:
+        """What attention reads; shares the storages of this layer and its owner."""
+        keys, values = self._sealed
+        return PackedLayer(
+            key_codes=keys.codes.borrowed,
+            key_bits=keys.codes.bits,
+            key_scale=keys.codes.scales(),
+            key_zero=keys.codes.zeros(),
+            key_tokens=keys.codes.tokens,
+            value_codes=values.codes.borrowed,
+            value_bits=values.codes.bits,
+            value_scale=values.codes.scales(),
+            value_zero=values.codes.zeros(),
+            value_tokens=values.codes.tokens,
+            group=self.options.group,
+            value_group=values.codes.group,
+            k_tail=keys.tail,
+            v_tail=values.tail,
+            k_sink=keys.sink,
+            v_sink=values.sink,
+            length=keys.length,
+        )
+
+    def _pieces(self, n: int) -> Iterator[Span]:
+        """The next ``n`` tokens in runs within which nothing leaves the residual, so that to read a
+        run at once is to read its tokens one by one."""
+        base, start = self.length, 0
+
+        def stored(before: int) -> tuple[int, int]:
+            """Quantised keys and values while the token behind ``before`` new ones attends."""
+            tokens = base + before
+            fold = self.options.fold
+            return folded(self.options, "block", tokens), folded(self.options, fold, tokens)
+
+        while start < n:
+            stop = start + 1
+            while stop < n and stored(stop) == stored(start):
+                stop += 1
+            yield start, stop
+            start = stop
+
+    @classmethod
+    def step(
+        cls,
+        caches: Sequence[LayerCache],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spans: Sequence[Span],
+        scale: float,
+    ) -> Tensor:
+        """See LayerCache. Sealed sequences with one run of new tokens attend in one call."""
+        out = q.new_empty((*q.shape[:2], v.shape[2]))
+        ready: list[tuple[QuantLayer, Span]] = []
+        for cache, (a, b) in zip(caches, spans, strict=True):
+            assert isinstance(cache, QuantLayer)
+            if cache.dense is not None:
+                cache.dense.append(k[a:b], v[a:b])
+                out[a:b] = cache.dense.attend(q[a:b], scale)
+                continue
+            pieces = list(cache._pieces(b - a))
+            if len(pieces) == 1:
+                cache.append(k[a:b], v[a:b])
+                ready.append((cache, (a, b)))
+                continue
+            for first, stop in pieces:
+                rows = slice(a + first, a + stop)
+                cache.append(k[rows], v[rows])
+                out[rows] = cache.attend(q[rows], scale)
+        if ready:
+            records = [cache.record() for cache, _ in ready]
+            mixed = packed.attend(records, q, [span for _, span in ready], scale)
+            if len(ready) == len(caches):
+                out = mixed
+            for cache, (a, b) in ready:
+                out[a:b] = mixed[a:b]
+                cache.settle()
+        return out
+
+    def rollback(self, n: int) -> None:
+        """See LayerCache. After ``seal`` only tokens that are still dense can be given back:
+        more raises ValueError (the option ``hold`` keeps as many as a draft may be long)."""
+        if self.dense is not None:
+            self.dense.rollback(n)
+            return
+        room = min(side.tail_tokens for side in self._sealed)
+        if not 0 <= n <= room:
+            raise ValueError(
+                f"cannot roll back {n} tokens: only the newest {room} are not quantised yet; give "
+                f"the cache hold={n}"
+            )
+        for side in self._sealed:
+            side.length -= n
+
+    def materialize(self) -> tuple[Tensor, Tensor]:
+        """See LayerCache."""
+        if self.dense is not None:
+            return self.dense.materialize()
+        dtype = self._sealed[0].tail.dtype
+        k, v = packed.dense(self.record())
+        return k.transpose(0, 1).to(dtype), v.transpose(0, 1).to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """See LayerCache: a borrower's codes are its owner's."""
+        if self.dense is not None:
+            return self.dense.nbytes
+        return sum(side.nbytes for side in self._sealed)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantPolicy:
+    """Builds quantised layers by a plan. Made by ``kivi``, ``asymkv`` and ``xquant``.
+
+    ``defaults`` are what ``name`` stands for; ``options`` differ from them where the user said so.
+    """
+
+    name: str
+    options: QuantOptions
+    defaults: QuantOptions
+
+    @property
+    def spec(self) -> str:
+        """See CachePolicy: only what differs from the defaults, in the order of QuantOptions."""
+        usual = self.defaults.model_dump()
+        changed = {k: v for k, v in self.options.model_dump().items() if v != usual[k]}
+        told = ",".join(f"{k}={v}" for k, v in changed.items())
+        return f"{self.name}:{told}" if told else self.name
+
+    def resolved(self, shape: ModelShape) -> QuantOptions:
+        """The options with the policy's own thresholds for a model of that many layers."""
+        count = sum(layer.window is None for layer in shape.layers)
+        own = PLANS[self.name](count)
+        missing = {k: v for k, v in own.items() if getattr(self.options, k) is None}
+        return self.options.model_copy(update=missing)
+
+    def plan(self, shape: ModelShape) -> list[LayerPlan]:
+        """The plan of every full-attention layer. Raises ConfigError."""
+        return make_plan(self.resolved(shape), shape)
+
+    def build(self, shape: ModelShape) -> list[LayerCache]:
+        """See CachePolicy. Sliding-window layers are dense."""
+        options = self.resolved(shape)
+        plans = {p.place: p for p in make_plan(options, shape)}
+        made: dict[int, QuantLayer] = {}
+        layers: list[LayerCache] = []
+        for place, layer in enumerate(shape.layers):
+            plan = plans.get(place)
+            if plan is None:
+                layers.append(DenseLayer(layer, shape.dtype, shape.device))
+                continue
+            owners = (
+                made[o] if o is not None else None for o in (plan.key.owner, plan.value.owner)
+            )
+            made[place] = QuantLayer(plan, options, layer, shape.dtype, shape.device, *owners)
+            layers.append(made[place])
+        return layers
+
+    def estimate(self, shape: ModelShape, tokens: int, sealed: bool = False) -> int:
+        """See CachePolicy."""
+        if not sealed:
+            return DensePolicy().estimate(shape, tokens)
+        return self.nbytes(shape, tokens)
+
+    def nbytes(self, shape: ModelShape, tokens: int) -> int:
+        """Bytes of a sealed sequence of ``tokens`` tokens, in closed form (``layer_bytes``)."""
+        options = self.resolved(shape)
+        plans = {p.place: p for p in make_plan(options, shape)}
+        size = shape.dtype.itemsize
+        total = 0
+        for place, layer in enumerate(shape.layers):
+            if place in plans:
+                total += layer_bytes(options, plans[place], layer, shape.dtype, tokens)
+            else:
+                room = max(capacity(tokens), 1)
+                total += layer.kv_heads * (layer.key_dim + layer.value_dim) * room * size
+        return total
+
+    def nominal_bits(self, shape: ModelShape) -> float:
+        """Bits of a code, mean over keys and values (sheet 7.1): without scales and residual."""
+        return nominal_bits(self.plan(shape))
+
+    def true_bits(self, shape: ModelShape, tokens: int) -> float:
+        """Bits held a number of keys and values, everything counted (7.2)."""
+        many = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in shape.layers) * tokens
+        return 8 * self.nbytes(shape, tokens) / many
+
+
+def _even(part: int, count: int) -> int:
+    """``part`` of the paper's 32 layers, scaled to ``count`` and made even."""
+    return 2 * round(part * count / 64)
+
+
+PLANS = {
+    "kivi": lambda n: {"key_hi": n, "value_hi": n, "key_share_from": n, "value_share_from": n},
+    "asymkv": lambda n: {"key_hi": n, "value_hi": 0, "key_share_from": n, "value_share_from": n},
+    "xquant": lambda n: {
+        "key_hi": _even(30, n),
+        "value_hi": _even(2, n),
+        "key_share_from": n,
+        "value_share_from": _even(16, n),
+    },
+}
+"""Thresholds by policy and number of layers. XQuant's are the sheet's (30, 2, 32, 16) of 32."""
+
+CALIBRATED = {"eta1": 1 / 6, "eta2": 0.045}
+
+
+def _policy(name: str, given: dict[str, Any], **defaults: Any) -> QuantPolicy:
+    return QuantPolicy(name, QuantOptions(**{**defaults, **given}), QuantOptions(**defaults))
+
+
+def kivi(**options: Any) -> QuantPolicy:
+    """KIVI: all layers alike, plain min-max codes; ``bits`` 2 unless told otherwise."""
+    return _policy("kivi", options)
+
+
+def asymkv(**options: Any) -> QuantPolicy:
+    """AsymKV: keys of the first ``key_hi`` layers and values of the first ``value_hi`` in ``bits``,
+    the rest in ``lo_bits``; unless told otherwise all keys and no values (nominally 1.5 bits)."""
+    return _policy("asymkv", options)
+
+
+def xquant(**options: Any) -> QuantPolicy:
+    """XQuant: as AsymKV, with calibrated levels and shared value codes in the upper half
+    (nominally 1.38 bits)."""
+    return _policy("xquant", options, **CALIBRATED)
