@@ -332,6 +332,11 @@ class PolicyCache(Cache):  # type: ignore[misc]
         return len(self._rows.rows) or -1
 
     @property
+    def is_croppable(self) -> bool:
+        """Assisted decoding works with every policy (see the module)."""
+        return True
+
+    @property
     def sequences(self) -> list[list[LayerCache]]:
         """The layer caches of each sequence, for looking at."""
         return self._rows.rows
@@ -348,8 +353,8 @@ class PolicyCache(Cache):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest ``-tokens_to_remove`` slots (a positive number, which transformers
         deprecates, is the length to keep). Raises ConfigError where the policy cannot."""
-        slots = self.get_seq_length()
-        n = slots - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        slots, asked = self.get_seq_length(), int(tokens_to_remove)  # a tensor, in some releases
+        n = slots - asked if asked > 0 else -asked
         n = min(max(n, 0), slots)
         for layer in range(len(self.layers)):
             self._rows.crop(layer, n)
