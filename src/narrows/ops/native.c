@@ -287,7 +287,7 @@ SILU(silu_mul_bf16, bf16, load_bf16, to_f32, store_bf16, to_bf16)
       most = load(row + first);                                                                \
       for (i += WIDTH; i + WIDTH <= stop; i += WIDTH) {                                        \
         vec x = load(row + i);                                                                 \
-        for (int j = 0; j < WIDTH; j++) most[j] = x[j] > most[j] ? x[j] : most[j];             \
+        most = choose(x > most, x, most);                                                      \
       }                                                                                        \
       for (int j = 0; j < WIDTH; j++) top = most[j] > top ? most[j] : top;                     \
     }                                                                                          \
@@ -340,13 +340,9 @@ void softmax_mass(void *scores, int is_bf16, int64_t groups, int64_t rows, int64
     int64_t n = stop - first, stride = Dv + 2;                                                 \
     dense##_dots(q, group, D, Dv, k + first * D, v + first * Dv, n, score[0]);                 \
     for (int64_t g = 0; g < group; g++) {                                                      \
-      float top = -INFINITY;                                                                   \
-      for (int64_t t = 0; t < n; t++) {                                                        \
-        score[g][t] *= scale;                                                                  \
-        top = score[g][t] > top ? score[g][t] : top;                                           \
-      }                                                                                        \
-      part[g * stride] = top;                                                                  \
-      part[g * stride + 1] = exponentials(score[g], n, top);                                   \
+      for (int64_t t = 0; t < n; t++) score[g][t] *= scale;                                    \
+      part[g * stride] = greatest(score[g], n);                                                \
+      part[g * stride + 1] = exponentials(score[g], n, part[g * stride]);                      \
     }                                                                                          \
     dense##_mix(score[0], group, n, Dv, v + first * Dv, part + 2, stride);                     \
   }

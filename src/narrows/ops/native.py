@@ -1,4 +1,5 @@
-"""The CPU kernels of ``native.c``: compiled once with the machine's C compiler, called by ctypes.
+"""The CPU kernels of ``native.c`` and ``packed.c``: compiled once with the machine's C compiler,
+called by ctypes.
 
 Each operator here has its definition in plain torch and uses the kernel where it can: float32
 activations on the CPU, and a compiler found. ``status()`` says which runs and why.
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 from torch.nn.functional import silu
 
-SOURCES = tuple(Path(__file__).with_name(x) for x in ("native.c",))
+SOURCES = tuple(Path(__file__).with_name(x) for x in ("native.c", "packed.c"))
 HEADER = Path(__file__).with_name("vector.h")
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11"),
@@ -41,6 +42,7 @@ SIGNATURES = {
     "silu_mul": (None, (P, P, L, L, N)),
     "silu_mul_bf16": (None, (P, P, L, L, N)),
     "softmax_mass": (None, (P, N, L, L, L, L, L, L, P, P, N)),
+    "attend_packed": (N, (P, L, P, L, P, L, L, L, L, F, N, N, N)),
     "append_attend": (L, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, L, N, P, P, L, N)),
 }
 
@@ -136,7 +138,8 @@ KERNEL_ROWS = 64
 
 
 @functools.cache
-def _has_tiles() -> bool:
+def has_tiles() -> bool:
+    """Whether this processor has AMX tiles and lets us use them."""
     native = library()
     return native is not None and bool(native.amx_ready())
 
@@ -160,7 +163,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     native = library()
     if native is not None and weight.dtype == torch.bfloat16 and rows <= KERNEL_ROWS:
         out = x.new_empty((rows, outer))
-        tiles = outer % 32 == 0 and inner % 32 == 0 and _has_tiles()
+        tiles = outer % 32 == 0 and inner % 32 == 0 and has_tiles()
         (native.linear_bf16_amx if tiles else native.linear_bf16)(
             *(x.contiguous().data_ptr(), weight.data_ptr(), _pointer(bias), out.data_ptr()),
             *(rows, outer, inner, torch.get_num_threads()),

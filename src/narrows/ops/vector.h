@@ -61,13 +61,17 @@ static inline float sum(vec v) { /* halves onto halves: log2(WIDTH) vector addit
 
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
+/* a where the comparison held, else b */
+static inline vec choose(ivec held, vec a, vec b) {
+  return (vec)((held & (ivec)a) | (~held & (ivec)b));
+}
+
 /* e^x to about two units in the last place; below -87 the result is tiny, not zero. The minimax
  * polynomial of e^r on |r| <= ln(2)/2 is scaled by 2^n through the exponent bits. NaN stays NaN. */
 static inline vec vexp(vec x) {
-  for (int i = 0; i < WIDTH; i++) { /* becomes two vector instructions; NaN passes */
-    x[i] = x[i] < -87.0f ? -87.0f : x[i];
-    x[i] = x[i] > 88.0f ? 88.0f : x[i];
-  }
+  const vec none = {0}, low = none - 87.0f, high = none + 88.0f;
+  x = choose(x < low, low, x); /* NaN passes */
+  x = choose(x > high, high, x);
   vec n = x * 1.44269504f + 12582912.0f;
   ivec bits;
   memcpy(&bits, &n, sizeof bits); /* the integer nearest to x / ln 2 stands in the low bits */
@@ -118,6 +122,22 @@ static inline vec sums(const vec *v) {
 /* ---- a few query rows, some dense keys and values -------------------------------------------- */
 
 #define CHUNK 256 /* keys scored by one task; long contexts are split over threads */
+
+/* The greatest of n numbers; -INFINITY of none, and NaN counts as less than any. */
+static inline float greatest(const float *x, int64_t n) {
+  float top = -INFINITY;
+  int64_t i = 0;
+  if (n >= WIDTH) {
+    vec most = load_f32(x);
+    for (i = WIDTH; i + WIDTH <= n; i += WIDTH) {
+      vec next = load_f32(x + i);
+      most = choose(next > most, next, most);
+    }
+    for (int j = 0; j < WIDTH; j++) top = most[j] > top ? most[j] : top;
+  }
+  for (; i < n; i++) top = x[i] > top ? x[i] : top;
+  return top;
+}
 
 /* e^(score - top) in place over n scores (room up to a multiple of WIDTH); returns their sum. */
 static inline float exponentials(float *score, int64_t n, float top) {

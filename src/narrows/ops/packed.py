@@ -1,0 +1,332 @@
+"""Attention on packed codes: the record of one layer, the definition, and what runs it.
+
+A layer's tokens lie in three stretches: ``sink`` dense ones, the quantised ones, and a dense tail.
+Keys and values are cut at different tokens (sheet 3.3). Zero points are factored out (sheet 11):
+``score = (q * scale) . code + q . zero`` with one number a key group for the second term, and
+likewise for values, so that codes are never made dense beyond a block of tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from narrows.contracts import Span
+from narrows.ops import quant
+from narrows.ops.native import has_tiles, library
+
+FEW = 16
+"""New tokens of a sequence up to which the kernels run; more go through ``attend_torch``."""
+BLOCK = 1024
+"""Tokens whose codes are unpacked at once by ``attend_torch``."""
+ROWS = 256
+"""New tokens it scores at once."""
+MAX_GROUP, MAX_DIM = 64, 256  # as in packed.c
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in packed.c
+
+
+class Coarse(NamedTuple):
+    """Scales or zero points that are themselves codes, ``low + code * step``.
+
+    ``codes`` uint8 ``[kv_heads, blocks, size * bits / 8]`` (``quant.pack``) hold the numbers of a
+    head in the order of ``[n, m]``, ``size`` a block; ``step`` and ``low`` float16 ``[kv_heads,
+    blocks]``; ``width`` is m. bits is 4 or 8.
+    """
+
+    codes: Tensor
+    step: Tensor
+    low: Tensor
+    bits: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        """Numbers of one block."""
+        return self.codes.shape[2] * 8 // self.bits
+
+    def rows(self, first: int, stop: int) -> Tensor:
+        """Rows [first, stop) of ``[kv_heads, n, m]``, float32."""
+        a, b = first * self.width // self.size, -(-stop * self.width // self.size)
+        codes = quant.unpack(self.codes[:, a:b], self.bits).float()
+        numbers = codes * self.step[:, a:b, None].float() + self.low[:, a:b, None].float()
+        start = first * self.width - a * self.size
+        count = (stop - first) * self.width
+        return numbers.flatten(1)[:, start : start + count].reshape(len(codes), -1, self.width)
+
+
+Numbers = Tensor | Coarse
+"""Scales or zero points ``[kv_heads, n, m]``: float32, float16, bfloat16, or coarse."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayer:
+    """What attention reads of one layer of one sequence, ``length`` tokens in all.
+
+    Tokens ``[0, sink)`` are dense in ``k_sink`` ``[kv_heads, sink, D]`` and ``v_sink``
+    ``[kv_heads, sink, Dv]``. Of those behind it ``key_tokens`` (a multiple of ``group``, which is
+    one of 16) have packed keys and ``value_tokens`` packed values; the others stand from the start
+    of ``k_tail`` ``[kv_heads, capacity, D]`` and ``v_tail``. Tails and sinks are float32 or
+    bfloat16, all the same.
+
+    ``key_codes`` is in the order of ``quant.key_lines``, ``value_codes`` in that of
+    ``quant.value_lines``; both may be longer than the counts say and may be another layer's.
+    ``key_scale``, ``key_zero`` are ``[kv_heads, tokens / group, D]``, ``value_scale``,
+    ``value_zero`` ``[kv_heads, tokens, Dv / value_group]``. Codes and scale None: zero points only.
+    """
+
+    key_codes: Tensor | None
+    key_bits: int
+    key_scale: Numbers | None
+    key_zero: Numbers
+    key_tokens: int
+    value_codes: Tensor | None
+    value_bits: int
+    value_scale: Numbers | None
+    value_zero: Numbers
+    value_tokens: int
+    group: int
+    value_group: int
+    k_tail: Tensor
+    v_tail: Tensor
+    k_sink: Tensor
+    v_sink: Tensor
+    length: int
+
+    @property
+    def sink(self) -> int:
+        """Dense tokens at the start."""
+        return self.k_sink.shape[1]
+
+
+# ------------------------------------------------------------------------------ the definition
+
+
+def attend_torch(layer: PackedLayer, q: Tensor, scale: float) -> Tensor:
+    """Causal attention of ``q`` ``[n, heads, D]``, the newest n tokens -> ``[n, heads, Dv]`` in
+    q's dtype; computed in float32. Query heads share key heads in consecutive groups."""
+    n, heads, dim = q.shape
+    kv_heads, _, value_dim = layer.v_tail.shape
+    group = heads // kv_heads
+    out = q.new_empty((n, heads, value_dim))
+    for a in range(0, n, ROWS):
+        b = min(n, a + ROWS)
+        rows = q[a:b].float().reshape(b - a, kv_heads, group, dim).transpose(0, 1) * scale
+        seen = torch.arange(layer.length - n + a + 1, layer.length - n + b + 1, device=q.device)
+        mixed = _attend_rows(layer, rows.flatten(1, 2), seen.repeat_interleave(group))
+        mixed = mixed.view(kv_heads, b - a, group, value_dim).transpose(0, 1)
+        out[a:b] = mixed.flatten(1, 2)
+    return out
+
+
+def _attend_rows(layer: PackedLayer, q: Tensor, seen: Tensor) -> Tensor:
+    """Scaled ``q`` float32 ``[kv_heads, rows, D]``, of which row r sees ``seen[r]`` tokens ->
+    ``[kv_heads, rows, Dv]``; softmax over blocks as they come."""
+    top = q.new_full((*q.shape[:2], 1), -torch.inf)
+    total = torch.zeros_like(top)
+    out = q.new_zeros((*q.shape[:2], layer.v_tail.shape[2]))
+    for a, b in _blocks(layer):
+        token = torch.arange(a, b, device=q.device)
+        score = _scores(layer, q, a, b).masked_fill(token >= seen[:, None], -torch.inf)
+        higher = torch.maximum(top, score.amax(-1, keepdim=True))
+        weight, fade = torch.exp(score - higher), torch.exp(top - higher)
+        total = total * fade + weight.sum(-1, keepdim=True)
+        out = out * fade + _mix(layer, weight, a, b)
+        top = higher
+    return out / total
+
+
+def _blocks(layer: PackedLayer) -> Iterator[tuple[int, int]]:
+    """Tokens in blocks; the sink is one, and the others begin where groups do."""
+    size = max(1, BLOCK // layer.group) * layer.group
+    if layer.sink:
+        yield 0, layer.sink
+    for a in range(layer.sink, layer.length, size):
+        yield a, min(a + size, layer.length)
+
+
+def _scores(layer: PackedLayer, q: Tensor, a: int, b: int) -> Tensor:
+    """``q . key`` of tokens [a, b): ``[kv_heads, rows, b - a]``."""
+    sink, group, end = layer.sink, layer.group, layer.sink + layer.key_tokens
+    first, tail = min(max(a, sink), b), min(max(a, end), b)
+    parts = [q @ layer.k_sink[:, a:first].float().transpose(1, 2)]
+    if first < tail:
+        zero = _rows(layer.key_zero, (first - sink) // group, (tail - sink) // group)
+        packed = (q @ zero.transpose(1, 2)).repeat_interleave(group, 2)
+        if layer.key_codes is not None and layer.key_scale is not None:
+            scale = _rows(layer.key_scale, (first - sink) // group, (tail - sink) // group)
+            codes = _key_codes(layer, layer.key_codes, first - sink, tail - sink).float()
+            groups = codes.view(codes.shape[0], -1, group, codes.shape[2])
+            product = (q[:, None] * scale[:, :, None]) @ groups.transpose(2, 3)
+            packed += product.transpose(1, 2).flatten(2)
+        parts.append(packed)
+    parts.append(q @ layer.k_tail[:, tail - end : b - end].float().transpose(1, 2))
+    return torch.cat(parts, dim=-1)
+
+
+def _mix(layer: PackedLayer, weight: Tensor, a: int, b: int) -> Tensor:
+    """Sum of ``weight`` ``[kv_heads, rows, b - a]`` times the values of tokens [a, b)."""
+    sink, group, end = layer.sink, layer.value_group, layer.sink + layer.value_tokens
+    first, tail = min(max(a, sink), b), min(max(a, end), b)
+    out = weight[..., : first - a] @ layer.v_sink[:, a:first].float()
+    out += weight[..., tail - a :] @ layer.v_tail[:, tail - end : b - end].float()
+    if first < tail:
+        p = weight[..., first - a : tail - a]
+        zero = _rows(layer.value_zero, first - sink, tail - sink)
+        out += (p @ zero).repeat_interleave(group, 2)
+        if layer.value_codes is not None and layer.value_scale is not None:
+            scale = _rows(layer.value_scale, first - sink, tail - sink)
+            codes = _value_codes(layer, layer.value_codes, first - sink, tail - sink).float()
+            groups = codes.view(*codes.shape[:2], -1, group).transpose(1, 2)
+            product = (p[:, None] * scale.transpose(1, 2)[:, :, None]) @ groups
+            out += product.transpose(1, 2).flatten(2)
+    return out
+
+
+def _rows(x: Numbers, first: int, stop: int) -> Tensor:
+    """Rows [first, stop) of the numbers, float32."""
+    return x.rows(first, stop) if isinstance(x, Coarse) else x[:, first:stop].float()
+
+
+def _key_codes(layer: PackedLayer, lines: Tensor, first: int, stop: int) -> Tensor:
+    """Codes ``[kv_heads, stop - first, D]`` of quantised tokens; bounds are multiples of 16."""
+    return quant.key_codes(lines[:, first // quant.LANES : stop // quant.LANES], layer.key_bits)
+
+
+def _value_codes(layer: PackedLayer, lines: Tensor, first: int, stop: int) -> Tensor:
+    """Codes ``[kv_heads, stop - first, Dv]`` of quantised tokens; ``first`` a multiple of 4."""
+    quads = lines[:, first // quant.QUAD : -(-stop // quant.QUAD)]
+    return quant.value_codes(quads, layer.value_bits)[:, : stop - first]
+
+
+def dense(layer: PackedLayer) -> tuple[Tensor, Tensor]:
+    """The keys ``[kv_heads, length, D]`` and values that attention sees, float32 (for tests and
+    adapters; attention itself never makes them)."""
+    keys, values = layer.key_tokens, layer.value_tokens
+    k = _rows(layer.key_zero, 0, keys // layer.group).repeat_interleave(layer.group, 1)
+    if layer.key_codes is not None and layer.key_scale is not None:
+        scale = _rows(layer.key_scale, 0, keys // layer.group).repeat_interleave(layer.group, 1)
+        k = k + scale * _key_codes(layer, layer.key_codes, 0, keys)
+    v = _rows(layer.value_zero, 0, values).repeat_interleave(layer.value_group, 2)
+    if layer.value_codes is not None and layer.value_scale is not None:
+        scale = _rows(layer.value_scale, 0, values).repeat_interleave(layer.value_group, 2)
+        v = v + scale * _value_codes(layer, layer.value_codes, 0, values)
+    rest = layer.length - layer.sink
+    k_tail, v_tail = layer.k_tail[:, : rest - keys], layer.v_tail[:, : rest - values]
+    return (
+        torch.cat([layer.k_sink.float(), k, k_tail.float()], 1),
+        torch.cat([layer.v_sink.float(), v, v_tail.float()], 1),
+    )
+
+
+# ------------------------------------------------------------------------------------- dispatch
+
+
+def implementation(layer: PackedLayer, q: Tensor) -> str:
+    """What ``attend`` runs for a few rows of ``q`` ``[n, heads, D]``: "tiles" (int8 matrix units),
+    "floats" (vector registers; also the choice for float32 caches, whose precision tiles would
+    lose), "triton", or "torch"."""
+    kv_heads, _, dim = layer.k_tail.shape
+    fits = (
+        max(dim, layer.v_tail.shape[2]) <= MAX_DIM
+        and layer.group % quant.LANES == 0
+        and layer.value_group % quant.LANES == 0
+        and q.shape[1] // kv_heads <= MAX_GROUP
+    )
+    if not fits:
+        return "torch"
+    if q.device.type == "cpu" and library() is not None and sys.byteorder == "little":
+        return "tiles" if layer.k_tail.dtype is not torch.float32 and has_tiles() else "floats"
+    return "torch"
+
+
+def attend(layers: Sequence[PackedLayer], q: Tensor, spans: Sequence[Span], scale: float) -> Tensor:
+    """Causal attention for sequences laid end to end: rows ``spans[i]`` of ``q`` ``[T, heads, D]``
+    are the newest tokens of ``layers[i]`` -> ``[T, heads, Dv]`` in q's dtype. Rows of no span are
+    left unwritten. The layers are of one model layer and policy.
+
+    Raises ValueError if a row's own token, or one behind it, is in the sink or quantised while
+    there are later rows: the sequence must then be attended to in steps.
+    """
+    kind = implementation(layers[0], q)
+    out = q.new_empty((*q.shape[:2], layers[0].v_tail.shape[2]))
+    few: list[tuple[PackedLayer, Span]] = []
+    for layer, (a, b) in zip(layers, spans, strict=True):
+        stored = layer.sink + max(layer.key_tokens, layer.value_tokens)
+        if stored > layer.length - (b - a) + 1:
+            raise ValueError(
+                f"{b - a} rows at once, but {stored} of {layer.length} tokens are no longer in the"
+                " dense tail; attend in smaller steps"
+            )
+        if kind in ("tiles", "floats") and b - a <= FEW:
+            few.append((layer, (a, b)))
+        else:
+            out[a:b] = attend_torch(layer, q[a:b], scale)
+    if few:
+        wide = out if q.dtype is torch.float32 else torch.empty(out.shape)
+        _attend_native(few, q.float(), wide, scale, exact=kind == "floats")
+        if wide is not out:
+            for _, (a, b) in few:
+                out[a:b] = wide[a:b]
+    return out
+
+
+def _attend_native(
+    few: list[tuple[PackedLayer, tuple[int, int]]],
+    q: Tensor,
+    out: Tensor,
+    scale: float,
+    exact: bool,
+) -> None:
+    """One call of packed.c for all sequences."""
+    native = library()
+    assert native is not None
+    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
+        q = q.contiguous()
+    table: list[int] = []
+    for layer, (a, b) in few:
+        key = (layer.key_tokens, layer.group, layer.key_scale, layer.key_zero)
+        value = (layer.value_tokens, layer.value_group, layer.value_scale, layer.value_zero)
+        table += _side(layer.key_codes, layer.key_bits, *key, layer.k_sink, layer.k_tail)
+        table += _side(layer.value_codes, layer.value_bits, *value, layer.v_sink, layer.v_tail)
+        table += (layer.sink, layer.length, a, b - a)
+    tail = few[0][0].v_tail
+    failed = native.attend_packed(
+        *((ctypes.c_int64 * len(table))(*table), len(few), q.data_ptr(), q.stride(0)),
+        *(out.data_ptr(), q.shape[1], tail.shape[0], q.shape[2], tail.shape[2], scale),
+        *(tail.dtype is torch.bfloat16, exact, torch.get_num_threads()),
+    )
+    if failed:
+        raise MemoryError("attention on packed codes found no memory for its partial sums")
+
+
+def _side(
+    codes: Tensor | None,
+    bits: int,
+    tokens: int,
+    group: int,
+    scale: Numbers | None,
+    zero: Numbers,
+    sink: Tensor,
+    tail: Tensor,
+) -> tuple[int, ...]:
+    """One ``side`` of packed.c."""
+    where = (0, 0) if codes is None else (codes.data_ptr(), codes.stride(0))
+    numbers = (*_numbers(scale), *_numbers(zero))
+    dense = (sink.data_ptr(), tail.data_ptr(), sink.stride(0), tail.stride(0))
+    return (*where, bits, tokens, group, *numbers, *dense)
+
+
+def _numbers(x: Numbers | None) -> tuple[int, ...]:
+    """One ``numbers`` of packed.c."""
+    if x is None:
+        return (0,) * 7
+    if isinstance(x, Coarse):
+        where = (x.codes.data_ptr(), x.codes.stride(0), 3 if x.bits == 8 else 4)
+        return (*where, x.step.data_ptr(), x.low.data_ptr(), x.step.stride(0), x.size)
+    return (x.data_ptr(), x.stride(0), KINDS[x.dtype], 0, 0, 0, 0)
