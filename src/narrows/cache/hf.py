@@ -230,7 +230,7 @@ class _Rows:
             except ValueError as error:
                 raise ConfigError(
                     f"cache {self.policy.spec!r}: layer {layer} cannot be cropped by {n}: {error}; "
-                    "call activate_past_recording() before the tokens are read"
+                    "or call activate_past_recording() before the tokens are read"
                 ) from None
         self.counts[layer] = stop - n
         self.commit(layer)

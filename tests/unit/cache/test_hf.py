@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import narrows.cache
 from narrows.cache.dense import DenseLayer
 from narrows.cache.hf import HELD, PolicyCache, hf_cache
-from narrows.contracts import FlatBatch, LayerCache, LayerShape, ModelShape
+from narrows.cache.stack import parse_cache
+from narrows.contracts import CachePolicy, FlatBatch, LayerCache, LayerShape, ModelShape
 from narrows.errors import ConfigError, InputError, ModelError, UnsupportedModel
 from tiny import FAMILIES, config, hash_of, pair, prompts
 
@@ -103,6 +104,10 @@ def stock(family: str, attention: str = "sdpa") -> Any:
     return AutoModelForCausalLM.from_config(config(family), attn_implementation=attention).eval()
 
 
+SMALL = "group=16,residual=16"
+QUANTISED = [f"kivi:{SMALL}", f"xquant:{SMALL},value_share_from=0,sink=2", f"kivi:{SMALL},hold=8"]
+
+
 def ids(n: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 101, (batch, n), generator=generator)
@@ -186,6 +191,22 @@ def test_dense_is_dynamic_cache_over_several_turns(family: str) -> None:
         assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("spec", QUANTISED)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_every_mode_runs_quantised(family: str, mode: str, spec: str) -> None:
+    model, options = stock(family), dict(MODES[mode])
+    if options.pop("assistant", False):
+        options["assistant_model"] = stock("qwen3")
+    cache = hf_cache(spec, model)
+    out = generate(model, cache, ids(30).repeat(1, 2), **options)
+    assert out.sequences.shape[1] == 84
+    assert cache.get_seq_length() == 83
+    for row in cache.sequences:
+        for place, layer in enumerate(row):
+            assert layer.length == 83, place
+
+
 def test_dense_cache_of_a_prompt_can_be_copied_and_used_twice() -> None:
     model = stock("llama")
     prompt, rest = ids(40), [ids(5, seed=1), ids(8, seed=2)]
@@ -213,17 +234,18 @@ def test_the_prompt_is_attended_to_exactly_and_what_follows_is_not() -> None:
     assert all(c.seals == 1 and c.rounded == 41 - TAIL for c in coarse.sequences[0])
 
 
+@pytest.mark.parametrize("policy", [CoarsePolicy(), *map(parse_cache, QUANTISED)], ids=str)
 @torch.inference_mode()
-def test_decoding_is_our_engines() -> None:
+def test_decoding_is_our_engines(policy: CachePolicy) -> None:
     flat, model = pair("llama")
-    policy, (prompt,) = CoarsePolicy(), prompts(1)
+    (prompt,) = prompts(1, longest=200)
     cache, ours = hf_cache(policy, model), policy.build(flat.shape)
     at = torch.arange(len(prompt))
     model(torch.tensor([prompt]), past_key_values=cache)
     flat.hidden(torch.tensor(prompt), at, FlatBatch([(0, len(prompt))], [ours]))
     for layer in ours:
         layer.seal()
-    for step, token in enumerate(ids(2 * TAIL)[0].tolist()):
+    for step, token in enumerate(ids(40)[0].tolist()):
         theirs = model(torch.tensor([[token]]), past_key_values=cache).logits[0]
         place = torch.tensor([len(prompt) + step])
         hidden = flat.hidden(torch.tensor([token]), place, FlatBatch([(0, 1)], [ours]))
@@ -296,6 +318,44 @@ def test_padding_is_not_stored(policy: Any) -> None:
         for ours, its in zip(cache.sequences[i], alone.sequences[0], strict=True):
             assert ours.length == its.length == n + 23
             torch.testing.assert_close(ours.materialize(), its.materialize())
+
+
+def tokens(n: int, seed: int = 0, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    k, v = torch.randn((2, batch, 2, n, 16), generator=generator)
+    return k, v
+
+
+def feed(cache: PolicyCache, k: torch.Tensor, v: torch.Tensor, mask: Any = None) -> Any:
+    """One pass as a model of three layers makes it; what the last layer's queries would see."""
+    cache.note_mask(mask)
+    for layer in range(3):
+        seen = cache.update(k + layer, v - layer, layer)
+    return seen
+
+
+@pytest.mark.parametrize("spec", ["dense", *QUANTISED])
+def test_a_padded_row_is_stored_and_seen_as_if_alone(spec: str) -> None:
+    model, lengths = stock("llama"), (31, 3, 50)
+    _, mask = left_padded(lengths)
+    batch = hf_cache(spec, model)
+    alone = [hf_cache(spec, model) for _ in lengths]
+    k, v = tokens(50, batch=3)
+    feed(batch, k, v, mask)
+    for i, n in enumerate(lengths):
+        feed(alone[i], k[i : i + 1, :, -n:], v[i : i + 1, :, -n:])
+    for step, new in enumerate([1] * 20 + [30, 1]):
+        k, v = tokens(new, seed=step, batch=3)
+        mask = torch.cat([mask, torch.ones((3, new), dtype=torch.long)], 1)
+        seen = feed(batch, k, v, mask)
+        for i, n in enumerate(lengths):
+            single = feed(alone[i], k[i : i + 1], v[i : i + 1])
+            for ours, its in zip(seen, single, strict=True):
+                assert torch.equal(ours[i, :, 50 - n :], its[0])
+    for row, single in zip(batch.sequences, alone, strict=True):
+        for ours, its in zip(row, single.sequences[0], strict=True):
+            for a, b in zip(ours.materialize(), its.materialize(), strict=True):
+                assert torch.equal(a, b)
 
 
 def test_padding_in_the_middle_is_not_stored() -> None:
@@ -390,6 +450,21 @@ def test_select_and_repeat() -> None:
     assert cache.batch_size == 1
 
 
+@pytest.mark.parametrize("spec", QUANTISED)
+def test_reordering_commutes_with_reading_bit_for_bit(spec: str) -> None:
+    model, order = stock("llama"), torch.tensor([2, 0, 0, 1])
+    late, early = hf_cache(spec, model), hf_cache(spec, model)
+    k, v = tokens(45, batch=3)
+    feed(late, k, v)
+    late.seal()
+    late.reorder_cache(order)
+    feed(early, k[order], v[order])
+    for step in range(20):
+        k, v = tokens(1, seed=step, batch=4)
+        for ours, its in zip(feed(late, k, v), feed(early, k, v), strict=True):
+            assert torch.equal(ours, its)
+
+
 def test_beams_with_a_borrower_are_those_of_reading_each_beam_alone() -> None:
     model = stock("llama")
     out = generate(model, hf_cache(CoarsePolicy(borrow=True), model), ids(30), num_beams=3)
@@ -404,6 +479,12 @@ def test_beams_with_a_borrower_are_those_of_reading_each_beam_alone() -> None:
 
 
 # --------------------------------------------------------------------------------- going back
+
+
+def stop_recording(cache: PolicyCache) -> None:
+    """As transformers does when it gives a cache back."""
+    for layer in cache.layers:
+        layer.record_past = False
 
 
 def test_crop_before_sealing_is_exact_for_any_policy() -> None:
@@ -447,10 +528,43 @@ def test_recording_holds_back_a_bounded_number_of_tokens() -> None:
     model(ids(1), past_key_values=cache)
     assert {layer.length for layer in cache.sequences[0]} == {30 + 41}
     assert cache.get_seq_length() == 30 + HELD + 41
-    for layer in cache.layers:  # as transformers does when it gives the cache back
-        layer.record_past = False
+    stop_recording(cache)
     model(ids(1), past_key_values=cache)
     assert {layer.length for layer in cache.sequences[0]} == {30 + HELD + 42}
+
+
+@pytest.mark.parametrize("spec", ["dense", *QUANTISED])
+def test_a_draft_taken_back_leaves_no_trace(spec: str) -> None:
+    model = stock("llama")
+    cache, never = (hf_cache(spec, model) for _ in range(2))
+    for c in (cache, never):
+        feed(c, *tokens(40))
+    cache.activate_past_recording()
+    for step in range(12):
+        k, v = tokens(7, seed=step)
+        feed(cache, k, v)
+        cache.crop(-(step % 7))
+        for i in range(7 - (step % 7)):
+            feed(never, k[:, :, i : i + 1], v[:, :, i : i + 1])
+    k, v = tokens(1)
+    for ours, its in zip(feed(cache, k, v), feed(never, k, v), strict=True):
+        assert torch.equal(ours, its)
+
+
+def test_hold_lets_a_quantised_cache_be_cropped_without_recording() -> None:
+    model, spec = stock("llama"), f"kivi:{SMALL}"
+    for hold, works in ((8, True), (0, False)):
+        cache = hf_cache(f"{spec},hold={hold}" if hold else spec, model)
+        feed(cache, *tokens(40))
+        cache.seal()
+        for step in range(41):
+            feed(cache, *tokens(1, seed=step))
+        if works:
+            cache.crop(-8)
+            assert cache.get_seq_length() == 73
+        else:
+            with pytest.raises(ConfigError, match="give the cache hold=9; or call activate"):
+                cache.crop(-9)
 
 
 @pytest.mark.parametrize("mode", ["lookup", "assisted"])
@@ -484,7 +598,9 @@ def test_a_crop_the_policy_cannot_do_says_what_to_do() -> None:
     cache = hf_cache(CoarsePolicy(), model)
     model(ids(40), past_key_values=cache)
     cache.seal()
-    with pytest.raises(ConfigError, match=r"'coarse': layer 0 cannot be cropped by 7.*recording"):
+    with pytest.raises(
+        ConfigError, match=r"'coarse': layer 0 cannot be cropped by 7.*dense tail; or call"
+    ):
         cache.crop(-TAIL - 1)
 
 
