@@ -546,6 +546,7 @@ def test_a_draft_taken_back_leaves_no_trace(spec: str) -> None:
         cache.crop(-(step % 7))
         for i in range(7 - (step % 7)):
             feed(never, k[:, :, i : i + 1], v[:, :, i : i + 1])
+    stop_recording(cache)
     k, v = tokens(1)
     for ours, its in zip(feed(cache, k, v), feed(never, k, v), strict=True):
         assert torch.equal(ours, its)
