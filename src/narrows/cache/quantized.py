@@ -207,11 +207,11 @@ class QuantLayer(LayerCache):
         run at once is to read its tokens one by one."""
         base, start = self.length, 0
 
-        def stored(before: int) -> tuple[int, int]:
-            """Quantised keys and values while the token behind ``before`` new ones attends."""
-            tokens = base + before
-            fold = self.options.fold
-            return folded(self.options, "block", tokens), folded(self.options, fold, tokens)
+        def stored(before: int) -> tuple[int, int, int]:
+            """Quantised keys and values, and sinks, when ``before`` of the tokens are there."""
+            tokens, options = base + before, self.options
+            done = (folded(options, rule, tokens) for rule in ("block", options.fold))
+            return (*done, min(tokens, options.sink))  # type: ignore[return-value]
 
         while start < n:
             stop = start + 1
