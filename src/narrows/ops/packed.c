@@ -186,14 +186,14 @@ INLINE __m512i bytes(const uint8_t *line, int bits) {
 /* Splits n coefficients into high * 256 + low times the returned step. What is not finite makes the
  * step NaN. */
 static float split(const float *x, int64_t n, int8_t *high, int8_t *low) {
-  __m512 most = _mm512_setzero_ps(), all = most;
-  for (int64_t i = 0; i < n; i += WIDTH) {
-    __m512 size = _mm512_abs_ps(_mm512_loadu_ps(x + i));
-    most = _mm512_max_ps(most, size);
-    all = _mm512_add_ps(all, size);
-  }
-  float top = _mm512_reduce_max_ps(most), step = top / 32512.0f;
-  if (!isfinite(_mm512_reduce_add_ps(all))) step = NAN;
+  const __m512i size = _mm512_set1_epi32(0x7fffffff); /* sizes are ordered as their bits are */
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += WIDTH)
+    most = _mm512_max_epi32(most, _mm512_and_si512(size, _mm512_loadu_si512(x + i)));
+  int32_t bits = _mm512_reduce_max_epi32(most);
+  float top, step;
+  memcpy(&top, &bits, sizeof top);
+  step = isfinite(top) ? top / 32512.0f : NAN;
   __m512 scale = _mm512_set1_ps(top > 1e-30f ? 32512.0f / top : 0.0f);
   for (int64_t i = 0; i < n; i += WIDTH) {
     __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale));
@@ -217,33 +217,37 @@ static void tiles_on(int64_t rows) {
 }
 
 typedef struct {
-  int8_t parts[2 * ROWS][DIM], codes[BLOCKS][DIM / 4][LINE];
+  int8_t parts[2 * ROWS][DIM], codes[DIM / 16 * DIM / 4 + TILE_ROWS][LINE];
   int32_t sums[BLOCKS][TILE_ROWS][16];
   float step[ROWS];
 } __attribute__((aligned(64))) tile_room;
 
-INLINE void unpack(lines x, int bits, int64_t quads, int blocks, tile_room *room) {
-  for (int64_t k = 0; k < quads; k++)
-    for (int b = 0; b < blocks; b++)
-      _mm512_store_si512(room->codes[b][k], bytes(x.codes + k * x.quad + b * x.block, bits));
+INLINE void unpack(lines x, int bits, int64_t quads, int64_t blocks, tile_room *room) {
+  for (int64_t b = 0; b < blocks; b++)
+    for (int64_t k = 0; k < quads; k++)
+      _mm512_store_si512(room->codes[b * quads + k], bytes(x.codes + k * x.quad + b * x.block, bits));
 }
 
-/* As floats. */
+/* As floats. All lines are unpacked before the first is used, since a tile cannot be loaded before
+ * what was stored there has left the store buffer. Unpacking is about a fifth of the whole kernel's
+ * time (2 bit keys, 1 bit values, 3 query heads a key head): an owner and a borrower of the same
+ * value codes would save a tenth of the borrower's, too little to keep them unpacked between
+ * layers. */
 static void tiles(lines x, int64_t quads, int64_t blocks, const float *coef, int64_t rows,
                   float *out, int64_t stride, tile_room *room) {
-  const uint8_t *start = x.codes;
   for (int64_t r = 0; r < rows; r++)
     room->step[r] = split(coef + r * DIM, (4 * quads + LINE - 1) / LINE * LINE,
                           room->parts[2 * r], room->parts[2 * r + 1]);
+  switch (x.bits) {
+    case 1: unpack(x, 1, quads, blocks, room); break;
+    case 2: unpack(x, 2, quads, blocks, room); break;
+    case 4: unpack(x, 4, quads, blocks, room); break;
+    default: unpack(x, 8, quads, blocks, room);
+  }
   for (int64_t b = 0; b < blocks; b += BLOCKS) {
     int some = blocks - b < BLOCKS ? blocks - b : BLOCKS;
-    x.codes = start + b * x.block;
-    switch (x.bits) {
-      case 1: unpack(x, 1, quads, some, room); break;
-      case 2: unpack(x, 2, quads, some, room); break;
-      case 4: unpack(x, 4, quads, some, room); break;
-      default: unpack(x, 8, quads, some, room);
-    }
+    const int8_t *codes = room->codes[b * quads];
+    int64_t next = quads * LINE; /* from block to block */
     for (int64_t r = 0; r < rows; r += TILE_X) {
       _tile_zero(0);
       _tile_zero(1);
@@ -251,18 +255,18 @@ static void tiles(lines x, int64_t quads, int64_t blocks, const float *coef, int
       _tile_zero(3);
       for (int64_t k = 0; k < quads; k += TILE_ROWS) {
         _tile_loadd(4, room->parts[2 * r] + 4 * k, DIM);
-        _tile_loadd(5, room->codes[0][k], LINE);
+        _tile_loadd(5, codes + k * LINE, LINE);
         _tile_dpbsud(0, 4, 5);
         if (some > 1) {
-          _tile_loadd(6, room->codes[1][k], LINE);
+          _tile_loadd(6, codes + k * LINE + next, LINE);
           _tile_dpbsud(1, 4, 6);
         }
         if (some > 2) {
-          _tile_loadd(5, room->codes[2][k], LINE);
+          _tile_loadd(5, codes + k * LINE + 2 * next, LINE);
           _tile_dpbsud(2, 4, 5);
         }
         if (some > 3) {
-          _tile_loadd(6, room->codes[3][k], LINE);
+          _tile_loadd(6, codes + k * LINE + 3 * next, LINE);
           _tile_dpbsud(3, 4, 6);
         }
       }
