@@ -426,6 +426,87 @@ def bench_compress(
         report.draw(bench.curves(rows), plot, x="budget", panel="task")
 
 
+@bench_app.command("cache")
+def bench_cache(
+    model: Model = DEFAULT_MODEL,
+    data: Annotated[
+        Path | None, typer.Option(help="Data folder; default NARROWS_DATA, ../shared/data.")
+    ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="bytes, quality, retrieval, time, memory. Repeatable; default all."),
+    ] = None,
+    cache: Annotated[
+        list[str] | None, typer.Option(help="Cache policy spec. Repeatable; dense is always run.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="transformers, quanto4, quanto2, hqq4, hqq2 or none. Repeatable."),
+    ] = None,
+    versus: Annotated[
+        list[str] | None, typer.Option(help="What all others are compared with. Repeatable.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Of text, each from another document.")] = 16,
+    prefix: Annotated[int, typer.Option(help="Tokens of a window read as a prompt.")] = 1536,
+    decoded: Annotated[int, typer.Option(help="Tokens fed one by one after it.")] = 128,
+    held: Annotated[
+        list[int] | None, typer.Option(help="Tokens at which bytes count; 1024, 4096, 8192.")
+    ] = None,
+    retrieval: Annotated[
+        list[int] | None, typer.Option(help="Context tokens around a fact; default 1024, 2048.")
+    ] = None,
+    probes: Annotated[int, typer.Option(help="Facts a task, length and depth.")] = 4,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Contexts timed; 512, 1024, 2048, 4096, 8000.")
+    ] = None,
+    rounds: Rounds = 8,
+    steps: Annotated[int, typer.Option(help="Decoding steps a round.")] = 16,
+    memory: Annotated[int, typer.Option(help="Prompt tokens for peak memory.")] = 4096,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of text, facts and bootstrap.")] = 0,
+    quick: Quick = False,
+    json_file: Out = None,
+    plot: Picture = None,
+) -> None:
+    """Caches side by side: bytes, predictions against dense, retrieval, time, memory."""
+    from narrows.bench import cache as bench
+    from narrows.bench import report
+
+    _check_places(json_file, plot)
+    chosen = {
+        "parts": part,
+        "caches": cache,
+        "peers": peer,
+        "versus": versus,
+        "held": held,
+        "retrieval": retrieval,
+        "lengths": length,
+    }
+    rows = bench.run(
+        model=model,
+        data=data,
+        windows=windows,
+        prefix=prefix,
+        decoded=decoded,
+        probes=probes,
+        rounds=rounds,
+        steps=steps,
+        memory=memory,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        quick=quick,
+        **{name: value for name, value in chosen.items() if value},  # type: ignore[arg-type]
+    )
+    if json_file is not None:
+        report.write_json(json_file, rows)
+    for table in bench.tables(rows):
+        Console().print(table)
+    if plot is not None:
+        report.draw_points(bench.points(rows), plot, x="true_bits")
+
+
 def main() -> None:
     """Entry point of the ``narrows`` program."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

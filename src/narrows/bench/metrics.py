@@ -139,6 +139,31 @@ def bootstrap(
     return (float(low), float(high))
 
 
+def bootstrap_quantile(
+    values: Sequence[float],
+    share: float,
+    groups: Sequence[Hashable] | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile bootstrap interval of the ``share`` quantile of ``values``, drawn as
+    ``bootstrap`` draws."""
+    if not values:
+        return (float("nan"), float("nan"))
+    labels: Sequence[Hashable] = range(len(values)) if groups is None else groups
+    pools: dict[Hashable, list[float]] = {}
+    for value, label in zip(values, labels, strict=True):
+        pools.setdefault(label, []).append(value)
+    groups_of = [np.array(pool) for pool in pools.values()]
+    random = np.random.default_rng(seed)
+    draws = random.integers(len(groups_of), size=(resamples, len(groups_of)))
+    found = [np.quantile(np.concatenate([groups_of[i] for i in draw]), share) for draw in draws]
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return (float(low), float(high))
+
+
 def paired_bootstrap(
     ours: Sequence[float],
     theirs: Sequence[float],

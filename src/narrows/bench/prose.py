@@ -1,7 +1,9 @@
-"""Plain English prose as token ids: public speeches."""
+"""Plain English prose as token ids: public speeches, encyclopaedia articles."""
 
 from __future__ import annotations
 
+import itertools
+import random
 from pathlib import Path
 
 from narrows.bench.data import find, read_rows
@@ -22,3 +24,37 @@ def read_prose(data: Path, model: FlatModel, tokens: int) -> TokenizedText:
         if len(whole.ids) >= tokens:
             return tokenize(text[: whole.spans[tokens - 1][1]], model.tokenizer)
     raise InputError(f"the speeches in {data} have fewer than {tokens} tokens")
+
+
+SOURCES = ("state_union/speeches", "wikitext2/articles")
+"""Where windows of text come from, in turn."""
+
+
+def read_windows(
+    data: Path, model: FlatModel, count: int, tokens: int, seed: int = 0
+) -> list[list[int]]:
+    """``count`` runs of ``tokens`` token ids, each from another document, taken from SOURCES in
+    turn and starting at a random place. Raises InputError if there are too few documents that
+    are long enough."""
+    chance = random.Random(seed)
+    found: list[list[list[int]]] = []
+    for source in SOURCES:
+        texts = [row["text"] for row in read_rows(find(data, source))]
+        chance.shuffle(texts)
+        runs: list[list[int]] = []
+        for text in texts:
+            if len(runs) == count:
+                break
+            ids: list[int] = model.tokenizer(text, verbose=False)["input_ids"]
+            if len(ids) >= tokens:
+                start = chance.randrange(len(ids) - tokens + 1)
+                runs.append(ids[start : start + tokens])
+        found.append(runs)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*found))
+    windows = [run for run in turns if run is not None][:count]
+    if len(windows) < count:
+        raise InputError(
+            f"{data} has only {len(windows)} texts of at least {tokens} tokens, not {count}; "
+            "ask for fewer or shorter windows"
+        )
+    return windows

@@ -127,22 +127,39 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> Table:
     return result
 
 
+def pivot(rows: Sequence[Row], title: str, where: Sequence[str]) -> Table:
+    """A rich table with a line a method and a column a measure: metric with unit, and the values
+    of those ``where`` fields that differ between the rows. Cells are value and interval."""
+    from rich.table import Table
+
+    telling = [w for w in where if len({str(r.get(w)) for r in rows}) > 1]
+    cells: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for r in rows:
+        parts = [f"{r['metric']} ({r['unit']})", *(f"{w} {r[w]}" for w in telling if w in r)]
+        low, high = r["interval"]
+        cell = f"{r['value']:.4g}" + (f"\n{low:.3g} to {high:.3g}" if low < high else "")
+        columns[", ".join(parts)] = None
+        cells.setdefault(r["method"], {})[", ".join(parts)] = cell
+    result = Table(title=title, show_lines=True)
+    result.add_column("method")
+    for name in columns:
+        result.add_column(name, justify="right")
+    for method, line in cells.items():
+        result.add_row(method, *(line.get(name, "") for name in columns))
+    return result
+
+
 def draw(rows: Sequence[Row], path: Path, *, x: str, panel: str, series: str = "method") -> None:
     """Draw the rows as a PNG: a panel for each value of ``panel``, in it a line for each value
     of ``series`` over ``x``, bars showing the intervals.
 
     Raises ConfigError without matplotlib or without rows, InputError if it cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("drawing needs matplotlib: pip install narrows[bench]") from None
     panels = list(dict.fromkeys(r[panel] for r in rows))
     if not panels:
         raise ConfigError(f"there are no rows to draw in {path}")
-    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(5.5 * len(panels), 4.5)
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         inside = [r for r in rows if r[panel] == name]
         places = list(dict.fromkeys(str(r[x]) for r in inside))
@@ -157,6 +174,44 @@ def draw(rows: Sequence[Row], path: Path, *, x: str, panel: str, series: str = "
         axes.set(title=name, xlabel=x, ylabel=f"{inside[0]['metric']} ({inside[0]['unit']})")
         axes.set_xticks(range(len(places)), places)
         axes.legend(fontsize="x-small")
+    _save(figure, path)
+
+
+def draw_points(rows: Sequence[Row], path: Path, *, x: str, label: str = "method") -> None:
+    """Draw the rows as one panel of a PNG: a point each, named by its ``label``, over its number
+    ``x``; values on a logarithmic scale, bars showing the intervals. Raises as ``draw``."""
+    if not rows:
+        raise ConfigError(f"there are no rows to draw in {path}")
+    figure = _figure(8, 5.5)
+    axes = figure.subplots()
+    for r in rows:
+        low, high = max(0.0, r["value"] - r["interval"][0]), max(0.0, r["interval"][1] - r["value"])
+        axes.errorbar(r[x], r["value"], yerr=[[low], [high]], marker="o", capsize=2)
+        axes.annotate(
+            r[label],
+            (r[x], r["value"]),
+            textcoords="offset points",
+            xytext=(5, 4),
+            fontsize="x-small",
+        )
+    axes.set(yscale="log", xlabel=x, ylabel=f"{rows[0]['metric']} ({rows[0]['unit']})")
+    axes.margins(x=0.2)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure, in inches. Raises ConfigError without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("drawing needs matplotlib: pip install narrows[bench]") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:

@@ -202,7 +202,7 @@ def needle(
         if len(hay) > characters:
             start = chance.randrange(len(hay) - characters)
             hay = hay[start : start + characters]
-        number, city = str(chance.randrange(10**6, 10**7)), chance.choice(_CITIES)
+        number, city = str(chance.randrange(10**6, 10**7)), chance.choice(CITIES)
         sentence = f" The secret number of {city} is {number}."
         # After the first full stop behind the wanted depth, or at the end without one.
         at = hay.find(".", int(len(hay) * (i % 10) / 10)) + 1 or len(hay)
@@ -212,7 +212,7 @@ def needle(
     return items
 
 
-_CITIES = ("Lisbon", "Nairobi", "Osaka", "Quito", "Tallinn", "Perth", "Minsk", "Accra")
+CITIES = ("Lisbon", "Nairobi", "Osaka", "Quito", "Tallinn", "Perth", "Minsk", "Accra")
 
 
 def _short_answer(task: str, name: str, context: str, asked: dict[str, Any]) -> Item:

@@ -1,0 +1,127 @@
+"""What ``narrows bench cache`` compares, behind one interface: a model with a kind of cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from narrows.cache.stack import parse_cache
+from narrows.config import EngineConfig
+from narrows.contracts import FlatBatch, LayerCache, LayerShape
+from narrows.model.flat import FlatModel
+
+Reader = Any
+"""The cache of one sequence, as its Subject made it."""
+
+
+class Subject(Protocol):
+    """A model with one kind of cache.
+
+    A reader is the cache of one sequence that has read a prompt and was then told to compress;
+    every token after that is a decoding step through what is held.
+    """
+
+    method: str
+    """The cache's spec, or the peer's name."""
+
+    engine: str
+    """Whose model code runs: subjects of one engine share their dense yardstick."""
+
+    nominal_bits: float
+    """Code bits an element, without scales and what stays dense."""
+
+    def read(self, prompt: Sequence[int]) -> Reader:
+        """A reader of ``prompt``: attention to the prompt is dense, what is kept is not."""
+
+    def fill(self, tokens: int, seed: int) -> Reader:
+        """A reader as after a prompt of ``tokens`` tokens, of random keys and values: for what
+        does not depend on them."""
+
+    def step(self, readers: Sequence[Reader], tokens: Sequence[int]) -> Tensor:
+        """Give each reader its next token: float32 logits ``[len(readers), vocab_size]``."""
+
+    def held(self, reader: Reader) -> int:
+        """Bytes of the distinct storages the reader holds."""
+
+
+class Ours:
+    """This package's forward pass with the cache policy of a spec string.
+
+    Raises ConfigError for a spec that is wrong or that the model cannot take.
+    """
+
+    engine = "narrows"
+
+    def __init__(self, model: FlatModel, spec: str) -> None:
+        self.model = model
+        self.policy = parse_cache(spec)
+        self.method = self.policy.spec
+        nominal = getattr(self.policy, "nominal_bits", None)
+        dense = float(8 * model.shape.dtype.itemsize)
+        self.nominal_bits = dense if nominal is None else float(nominal(model.shape))
+        self.policy.build(model.shape)  # a plan this model cannot take is refused now
+
+    def read(self, prompt: Sequence[int]) -> list[LayerCache]:
+        """See Subject; in the chunks the engine reads prompts in."""
+        caches = self.policy.build(self.model.shape)
+        size = EngineConfig().prefill_chunk
+        for start in range(0, len(prompt), size):
+            self._forward([caches], [prompt[start : start + size]])
+        return _sealed(caches)
+
+    def fill(self, tokens: int, seed: int) -> list[LayerCache]:
+        """See Subject."""
+        shape = self.model.shape
+        caches = self.policy.build(shape)
+        pairs = random_layers(shape.layers, tokens, shape.dtype, shape.device, seed)
+        for cache, (k, v) in zip(caches, pairs, strict=True):
+            cache.append(k, v)
+        return _sealed(caches)
+
+    def step(self, readers: Sequence[list[LayerCache]], tokens: Sequence[int]) -> Tensor:
+        """See Subject; all readers in one flat batch."""
+        return self.model.logits(self._forward(readers, [[t] for t in tokens]))
+
+    def held(self, reader: list[LayerCache]) -> int:
+        """See Subject."""
+        return sum(cache.nbytes for cache in reader)
+
+    def _forward(
+        self, readers: Sequence[list[LayerCache]], chunks: Sequence[Sequence[int]]
+    ) -> Tensor:
+        ids: list[int] = []
+        positions: list[int] = []
+        spans = []
+        for caches, chunk in zip(readers, chunks, strict=True):
+            start = caches[0].length
+            spans.append((len(ids), len(ids) + len(chunk)))
+            positions.extend(range(start, start + len(chunk)))
+            ids.extend(chunk)
+        device = self.model.shape.device
+        return self.model.hidden(
+            torch.tensor(ids, device=device),
+            torch.tensor(positions, device=device),
+            FlatBatch(spans, list(readers)),
+        )
+
+
+def random_layers(
+    layers: Sequence[LayerShape], tokens: int, dtype: torch.dtype, device: torch.device, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normal keys and values ``[tokens, kv_heads, dim]`` of each layer in turn; the same for the
+    same seed."""
+    chance = torch.Generator().manual_seed(seed)
+    for layer in layers:
+        yield tuple(  # type: ignore[misc]
+            torch.randn(tokens, layer.kv_heads, dim, generator=chance).to(device, dtype)
+            for dim in (layer.key_dim, layer.value_dim)
+        )
+
+
+def _sealed(caches: list[LayerCache]) -> list[LayerCache]:
+    for cache in caches:
+        cache.seal()
+    return caches
