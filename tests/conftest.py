@@ -6,6 +6,7 @@ pay for loading transformers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
     from narrows.model.flat import FlatModel
+
+# Triton kernels are tested without a GPU; Triton reads this when it is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A shared machine may be slow at any moment; no test of ours is about wall-clock time.
 settings.register_profile("narrows", deadline=None)

@@ -9,8 +9,9 @@ likewise for values, so that codes are never made dense beyond a block of tokens
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -227,35 +228,50 @@ def dense(layer: PackedLayer) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------- dispatch
 
 
+TRITON_ROWS = 64
+"""New tokens times query heads a key head up to which the Triton kernel runs."""
+
+
+@functools.cache
+def _triton() -> Callable[[PackedLayer, Tensor, float], Tensor] | None:
+    try:
+        from narrows.ops.packed_triton import attend as kernel
+    except ImportError:
+        return None
+    return kernel
+
+
 def implementation(layer: PackedLayer, q: Tensor) -> str:
-    """What ``attend`` runs for a few rows of ``q`` ``[n, heads, D]``: "tiles" (int8 matrix units),
-    "floats" (vector registers; also the choice for float32 caches, whose precision tiles would
-    lose), "triton", or "torch"."""
-    kv_heads, _, dim = layer.k_tail.shape
+    """What ``attend`` runs for ``q`` ``[n, heads, D]``, the rows of one sequence: "tiles" (int8
+    matrix units), "floats" (vector registers; also for float32 caches, whose precision tiles would
+    lose), "triton", or "torch" (the definition)."""
+    n, heads, dim = q.shape
+    kv_heads, _, value_dim = layer.v_tail.shape
     fits = (
-        max(dim, layer.v_tail.shape[2]) <= MAX_DIM
+        n <= FEW
+        and max(dim, value_dim) <= MAX_DIM
+        and heads // kv_heads <= MAX_GROUP
         and layer.group % quant.LANES == 0
         and layer.value_group % quant.LANES == 0
-        and q.shape[1] // kv_heads <= MAX_GROUP
     )
-    if not fits:
-        return "torch"
-    if q.device.type == "cpu" and library() is not None and sys.byteorder == "little":
+    if fits and q.device.type == "cpu" and library() is not None and sys.byteorder == "little":
         return "tiles" if layer.k_tail.dtype is not torch.float32 and has_tiles() else "floats"
+    if fits and q.device.type == "cuda" and n * heads // kv_heads <= TRITON_ROWS and _triton():
+        return "triton"
     return "torch"
 
 
 def attend(layers: Sequence[PackedLayer], q: Tensor, spans: Sequence[Span], scale: float) -> Tensor:
     """Causal attention for sequences laid end to end: rows ``spans[i]`` of ``q`` ``[T, heads, D]``
     are the newest tokens of ``layers[i]`` -> ``[T, heads, Dv]`` in q's dtype. Rows of no span are
-    left unwritten. The layers are of one model layer and policy.
+    left unwritten. The layers are of one model layer. On the CPU all sequences with few rows go in
+    one kernel call.
 
-    Raises ValueError if a row's own token, or one behind it, is in the sink or quantised while
-    there are later rows: the sequence must then be attended to in steps.
+    Raises ValueError if a token that only some of the rows may see is in the sink or quantised: the
+    sequence must then be attended to in steps.
     """
-    kind = implementation(layers[0], q)
     out = q.new_empty((*q.shape[:2], layers[0].v_tail.shape[2]))
-    few: list[tuple[PackedLayer, Span]] = []
+    native: dict[str, list[tuple[PackedLayer, Span]]] = {"tiles": [], "floats": []}
     for layer, (a, b) in zip(layers, spans, strict=True):
         stored = layer.sink + max(layer.key_tokens, layer.value_tokens)
         if stored > layer.length - (b - a) + 1:
@@ -263,16 +279,22 @@ def attend(layers: Sequence[PackedLayer], q: Tensor, spans: Sequence[Span], scal
                 f"{b - a} rows at once, but {stored} of {layer.length} tokens are no longer in the"
                 " dense tail; attend in smaller steps"
             )
-        if kind in ("tiles", "floats") and b - a <= FEW:
-            few.append((layer, (a, b)))
+        kind = implementation(layer, q[a:b])
+        if kind in native:
+            native[kind].append((layer, (a, b)))
+        elif kind == "triton":
+            kernel = _triton()
+            assert kernel is not None
+            out[a:b] = kernel(layer, q[a:b], scale)
         else:
             out[a:b] = attend_torch(layer, q[a:b], scale)
-    if few:
-        wide = out if q.dtype is torch.float32 else torch.empty(out.shape)
-        _attend_native(few, q.float(), wide, scale, exact=kind == "floats")
-        if wide is not out:
-            for _, (a, b) in few:
-                out[a:b] = wide[a:b]
+    for kind, few in native.items():
+        if few:
+            wide = out if q.dtype is torch.float32 else torch.empty(out.shape)
+            _attend_native(few, q.float(), wide, scale, exact=kind == "floats")
+            if wide is not out:
+                for _, (a, b) in few:
+                    out[a:b] = wide[a:b]
     return out
 
 

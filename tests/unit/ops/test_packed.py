@@ -247,6 +247,45 @@ class TestKernel:
             assert out[:, :3].isfinite().all(), name
 
 
+class TestTriton:
+    """The CUDA kernel, through Triton's interpreter."""
+
+    @pytest.fixture(autouse=True)
+    def _triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kernel = pytest.importorskip("narrows.ops.packed_triton", exc_type=ImportError)
+        monkeypatch.setattr(self.kernel, "SPLIT", 128)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("counts", [(290, 4, 256, 217), (40, 0, 0, 0), (150, 9, 128, 0)])
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_equals_dense_attention(
+        self, shape: tuple[int, ...], counts: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        layer = layer_of(shape, counts, dtype)
+        n = few_rows(layer)
+        q = queries(shape, n)
+        got = self.kernel.attend(layer, q, 0.2)
+        torch.testing.assert_close(got.double(), by_dense(layer, q, 0.2), rtol=1e-5, atol=1e-5)
+
+    def test_coded_metadata_and_zero_points_alone(self) -> None:
+        layer = layer_of(SHAPES[0], (290, 4, 256, 217), torch.float32, "int4")
+        bare = dataclasses.replace(
+            layer, key_codes=None, key_scale=None, value_codes=None, value_scale=None
+        )
+        q = queries(SHAPES[0], 2)
+        for x in (layer, bare):
+            got = self.kernel.attend(x, q, 0.2)
+            torch.testing.assert_close(got.double(), by_dense(x, q, 0.2), rtol=1e-5, atol=1e-5)
+
+    def test_nan_is_not_hidden(self) -> None:
+        layer = layer_of(SHAPES[0], (290, 4, 256, 217), torch.float32)
+        q = queries(SHAPES[0], 2)
+        q[0, 4, 7] = torch.nan
+        out = self.kernel.attend(layer, q, 0.2)
+        assert out[0, 4].isnan().all()
+        assert out[1].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zero_points_alone(dtype: torch.dtype) -> None:
     """A borrower fitted by the mean has no codes."""
