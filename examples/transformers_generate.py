@@ -32,14 +32,13 @@ def ask(conversation: list[dict[str, str]], question: str, cache: object) -> str
     return reply
 
 
-# A model this small feels two bits a code; larger ones feel them less.
+# A model this small feels codes of one and two bits.
 for spec in ("dense", "kivi:bits=4", "xquant"):
     cache = hf_cache(spec, model)
     conversation: list[dict[str, str]] = []
     print(spec)
     first = f"{passage}\n\nWhat goal did Kennedy set about landing a man on the moon?"
     print("  1:", ask(conversation, first, cache))
-    print(
-        "  2:", ask(conversation, "Say it in one short sentence.", cache)
-    )  # reads only what is new
+    # The second turn reads only what is new.
+    print("  2:", ask(conversation, "Say it in one short sentence.", cache))
     print(f"  {cache.get_seq_length()} tokens in {cache.nbytes / 2**20:.2f} MiB")
