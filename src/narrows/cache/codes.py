@@ -10,6 +10,7 @@ from torch import Tensor
 from narrows.cache.plan import META_DTYPES, SECOND_LEVEL, Meta
 from narrows.errors import NumericalError
 from narrows.ops import quant
+from narrows.ops.fold import fold_value
 from narrows.ops.packed import Coarse, Numbers
 from narrows.ops.quant import QUAD, Fit
 
@@ -252,6 +253,23 @@ class ValueCodes(Codes):
 
     ``lines`` as ``quant.value_lines``; scale and zero ``[heads, tokens, dim / group]``.
     """
+
+    def fold(self, x: Tensor) -> None:
+        """See Codes."""
+        if x.shape[1] == 1 and self._fold_one(x):
+            self.tokens += 1
+        else:
+            super().fold(x)
+
+    def _fold_one(self, x: Tensor) -> bool:
+        """In one call, where there is room and the numbers are its own; False: not done."""
+        plain = isinstance(self.scale, Plain) and isinstance(self.zero, Plain)
+        if self.tokens % self.block == 0 or not plain:
+            return False
+        if self.owner is not None and self.fit != "minmax":
+            return False
+        scale, zero = self.scale.values, self.zero.values  # type: ignore[union-attr]
+        return fold_value(x, self.bits, self.eta, self.lines, scale, zero, self.tokens)
 
     def codes(self, first: int, stop: int) -> Tensor:
         """See Codes."""

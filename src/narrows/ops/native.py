@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 from torch.nn.functional import silu
 
-SOURCES = tuple(Path(__file__).with_name(x) for x in ("native.c", "packed.c"))
+SOURCES = tuple(Path(__file__).with_name(x) for x in ("native.c", "packed.c", "fold.c"))
 HEADER = Path(__file__).with_name("vector.h")
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11"),
@@ -43,6 +43,7 @@ SIGNATURES = {
     "silu_mul_bf16": (None, (P, P, L, L, N)),
     "softmax_mass": (None, (P, N, L, L, L, L, L, L, P, P, N)),
     "attend_packed": (N, (P, L, P, L, P, L, L, L, L, F, N, N, N)),
+    "fold_value": (N, (P, N, L, L, L, L, N, F, F, P, L, P, P, L, N, L)),
     "append_attend": (L, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, L, N, P, P, L, N)),
 }
 

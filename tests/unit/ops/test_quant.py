@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrows.ops import quant
+from narrows.ops import native, quant
+from narrows.ops.fold import fold_value
 from narrows.ops.quant import borrow, calibrate, dequantise, pack, quantise, unpack
 
 
@@ -167,3 +168,36 @@ def test_nan_shows_in_scale_and_zero() -> None:
     assert coded.scale[0].isfinite()
     assert coded.scale[1].isnan()
     assert coded.zero[1].isnan()
+
+
+@pytest.mark.skipif(native.library() is None, reason=native.status())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("meta", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", quant.BITS)
+@pytest.mark.parametrize("eta", [0.0, 0.045, 1 / 6])
+def test_one_token_at_a_time_is_all_at_once(
+    dtype: torch.dtype, meta: torch.dtype, bits: int, eta: float
+) -> None:
+    heads, tokens, dim, group = 3, 12, 32, 16
+    x = (torch.randn(heads, tokens, dim) * 3).to(dtype)
+    x[1, 4] = 0.25  # a group without range
+    coded = quantise(quant.value_groups(x.float(), group), bits, eta)
+    expected = quant.value_lines(coded.codes.flatten(-2), bits)
+    lines = torch.zeros_like(expected)
+    scale, zero = (torch.zeros(heads, tokens, dim // group, dtype=meta) for _ in range(2))
+    for t in range(tokens):
+        assert fold_value(x[:, t : t + 1], bits, eta, lines, scale, zero, t)
+    assert torch.equal(lines, expected)
+    assert torch.equal(scale, coded.scale.to(meta))
+    assert torch.equal(zero, coded.zero.to(meta))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
+def test_one_token_that_is_not_finite_leaves_nothing_behind(bad: float) -> None:
+    x = torch.randn(2, 1, 32)
+    x[1, 0, 3] = bad
+    lines = torch.zeros(2, 1, 2, 16, dtype=torch.uint8)
+    scale, zero = (torch.zeros(2, 4, 2, dtype=torch.float16) for _ in range(2))
+    assert not fold_value(x, 2, 0.0, lines, scale, zero, 0)
+    assert not lines.any()
+    assert not scale.any()
