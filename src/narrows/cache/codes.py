@@ -143,16 +143,22 @@ class Codes(ABC):
         finite, or too large for the type of scale and zero."""
         first, n = self.tokens, x.shape[1]
         groups = self._groups(x.float())
+        codes = None
         if self.owner is None:
-            coded = quant.quantise(groups, self.bits, self.eta)
-            self._put_lines(first, coded.codes)
-            scale, zero = coded.scale, coded.zero
+            codes, scale, zero = quant.quantise(groups, self.bits, self.eta)
         else:
-            codes = self._groups(self.owner.codes(first, first + n))
-            scale, zero = quant.borrow(codes, groups, self.bits, self.fit, self.eta)
-        for values, held in ((scale, self.scale), (zero, self.zero)):
-            if held is not None:
-                self._put(held, first, n, values)
+            # Its lines may have room, zeros, for tokens that it has not written.
+            assert self.owner.tokens >= first + n, f"{self.what}: the owner is behind"
+            borrowed = self._groups(self.owner.codes(first, first + n))
+            scale, zero = quant.borrow(borrowed, groups, self.bits, self.fit, self.eta)
+        pairs = ((scale, self.scale), (zero, self.zero))
+        new = [(held, self._rows(values)) for values, held in pairs if held is not None]
+        for held, rows in new:  # before anything is written
+            self._check(held, rows)
+        if codes is not None:
+            self._put_lines(first, codes)
+        for held, rows in new:
+            held.put(self._row(first), rows, self._row(self._room(first + n)))
         self.tokens += n
 
     def scales(self) -> Numbers | None:
@@ -163,15 +169,13 @@ class Codes(ABC):
         """Zero of every group, as ``PackedLayer`` has it."""
         return self.zero.numbers(self._width())
 
-    def _put(self, held: Metadata, first: int, n: int, values: Tensor) -> None:
-        rows = self._rows(values)
+    def _check(self, held: Metadata, rows: Tensor) -> None:
         limit = torch.finfo(torch.float16 if not isinstance(held, Plain) else held.values.dtype).max
         if not bool((rows.abs() <= limit).all()):
             raise NumericalError(
                 f"{self.what} cannot be quantised: they are not finite, or too large for the "
-                "metadata type (try meta bf16)"
+                "metadata type (try key_meta or value_meta bf16)"
             )
-        held.put(self._row(first), rows, self._row(self._room(first + n)))
 
     @abstractmethod
     def codes(self, first: int, stop: int) -> Tensor:
@@ -263,13 +267,13 @@ class ValueCodes(Codes):
 
     def _fold_one(self, x: Tensor) -> bool:
         """In one call, where there is room and the numbers are its own; False: not done."""
-        plain = isinstance(self.scale, Plain) and isinstance(self.zero, Plain)
-        if self.tokens % self.block == 0 or not plain:
+        scale, zero = self.scale, self.zero
+        if not isinstance(scale, Plain) or not isinstance(zero, Plain):
             return False
-        if self.owner is not None and self.fit != "minmax":
+        if self.tokens % self.block == 0 or (self.owner is not None and self.fit != "minmax"):
             return False
-        scale, zero = self.scale.values, self.zero.values  # type: ignore[union-attr]
-        return fold_value(x, self.bits, self.eta, self.lines, scale, zero, self.tokens)
+        held = scale.values, zero.values
+        return fold_value(x, self.bits, self.eta, self.lines, *held, self.tokens)
 
     def codes(self, first: int, stop: int) -> Tensor:
         """See Codes."""

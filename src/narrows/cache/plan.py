@@ -167,12 +167,19 @@ def nominal_bits(plans: list[LayerPlan]) -> float:
 
 
 def layer_bytes(
-    options: QuantOptions, plan: LayerPlan, layer: LayerShape, dtype: torch.dtype, tokens: int
+    options: QuantOptions,
+    plan: LayerPlan,
+    layer: LayerShape,
+    dtype: torch.dtype,
+    tokens: int,
+    most: bool = False,
 ) -> int:
     """Bytes a sealed layer holds at ``tokens`` tokens (7.2), exactly what its storages sum to.
 
     A tail that is not empty has room for ``residual + hold`` tokens; quantised values have room in
-    whole blocks of ``residual`` tokens.
+    whole blocks of ``residual`` tokens. Tails empty when a block is quantised, so this falls and
+    rises; ``most`` bounds it for every length up to ``tokens``, within a step too, when a tail has
+    the new token as well.
     """
     size, heads, total = dtype.itemsize, layer.kv_heads, 0
     sides = (
@@ -184,7 +191,8 @@ def layer_bytes(
         blocks = -(-done // options.residual)
         room = blocks * options.residual
         sink = min(tokens, options.sink)
-        tail = options.residual + options.hold if tokens - sink > done else 0
+        tail = options.residual + options.hold if most or tokens - sink > done else 0
+        tail += most
         total += heads * dim * (sink + tail) * size
         if side.owner is None:
             total += heads * dim * room * side.bits // 8

@@ -52,6 +52,17 @@ class Stretch:
         return self.length - self.sink.shape[1] - self.codes.tokens
 
     @property
+    def dense_tokens(self) -> int:
+        """Newest tokens that are dense; while nothing is quantised, the sink's too."""
+        return self.tail_tokens if self.codes.tokens else self.length
+
+    def forget(self, n: int) -> None:
+        """Drop the newest ``n`` of ``dense_tokens``."""
+        self.length -= n
+        if self.length < self.sink.shape[1]:
+            self.sink = self.sink[:, : self.length].clone()
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         dense = self.sink.untyped_storage().nbytes() + self.tail.untyped_storage().nbytes()
@@ -175,7 +186,10 @@ class QuantLayer(LayerCache):
         return out
 
     def settle(self) -> None:
-        """Quantise what has left the residual."""
+        """Quantise what has left the residual, an owner's first."""
+        for owner in self.owners:
+            if owner is not None:
+                owner.settle()
         for side in self._sealed:
             side.fold()
 
@@ -264,14 +278,14 @@ class QuantLayer(LayerCache):
         if self.dense is not None:
             self.dense.rollback(n)
             return
-        room = min(side.tail_tokens for side in self._sealed)
+        room = min(side.dense_tokens for side in self._sealed)
         if not 0 <= n <= room:
             raise ValueError(
                 f"cannot roll back {n} tokens: only the newest {room} are not quantised yet; give "
                 f"the cache hold={n}"
             )
         for side in self._sealed:
-            side.length -= n
+            side.forget(n)
 
     def materialize(self) -> tuple[Tensor, Tensor]:
         """See LayerCache."""
@@ -341,17 +355,21 @@ class QuantPolicy:
         """See CachePolicy."""
         if not sealed:
             return DensePolicy().estimate(shape, tokens)
-        return self.nbytes(shape, tokens)
+        return self._bytes(shape, tokens, most=True)
 
     def nbytes(self, shape: ModelShape, tokens: int) -> int:
-        """Bytes of a sealed sequence of ``tokens`` tokens, in closed form (``layer_bytes``)."""
+        """Bytes of a sealed sequence of ``tokens`` tokens, in closed form (``layer_bytes``).
+        Sliding-window layers, whose buffers depend on how the tokens came, count as full ones."""
+        return self._bytes(shape, tokens, most=False)
+
+    def _bytes(self, shape: ModelShape, tokens: int, most: bool) -> int:
         options = self.resolved(shape)
         plans = {p.place: p for p in make_plan(options, shape)}
         size = shape.dtype.itemsize
         total = 0
         for place, layer in enumerate(shape.layers):
             if place in plans:
-                total += layer_bytes(options, plans[place], layer, shape.dtype, tokens)
+                total += layer_bytes(options, plans[place], layer, shape.dtype, tokens, most)
             else:
                 room = max(capacity(tokens), 1)
                 total += layer.kv_heads * (layer.key_dim + layer.value_dim) * room * size

@@ -115,10 +115,11 @@ class Engine:
         if not work:
             return []
         ready, logits = runner.forward(self.model, work)
+        for item in work:
+            if item.sequence.computed >= item.sequence.prompt_length:
+                item.sequence.seal()
         if not ready:
             return []
-        for sequence in ready:
-            sequence.seal()
         samples = sample_batch([s.sampler for s in ready], logits, [s.generated for s in ready])
         pieces = []
         for sequence, (token, logprobs) in zip(ready, samples, strict=True):

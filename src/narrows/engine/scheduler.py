@@ -82,6 +82,8 @@ class Scheduler:
         work = []
         for sequence in self.running:
             count = sequence.pending
+            if not sequence.sealed:  # one read again is sealed where it was the first time
+                count = min(count, sequence.prompt_length - sequence.computed)
             if count > 1:
                 count = min(count, left)
                 left -= count
@@ -97,7 +99,10 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def _cost(self, sequence: Sequence) -> int:
-        return self.policy.estimate(self.shape, len(sequence.tokens) + 1, sequence.sealed)
+        cost = self.policy.estimate(self.shape, len(sequence.tokens) + 1, sealed=True)
+        if sequence.sealed:
+            return cost
+        return max(cost, self.policy.estimate(self.shape, sequence.prompt_length))
 
     def _shrink(self) -> None:
         used = sum(map(self._cost, self.running))

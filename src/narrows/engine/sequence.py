@@ -86,7 +86,7 @@ class Sequence:
         """Give the cache back and wait; tokens and random state are kept, so the text goes on
         exactly where it stopped once its tokens have been read again."""
         self._note_peak()
-        self.caches, self.state = None, State.WAITING
+        self.caches, self.sealed, self.state = None, False, State.WAITING
         self.metrics.preemptions += 1
 
     def accept(self, token: int, logprobs: dict[int, float] | None) -> str:
