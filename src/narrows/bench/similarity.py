@@ -88,7 +88,11 @@ def table(report: SimilarityReport) -> Table:
         title=f"{report.model} · {report.tokens} tokens, {report.bits}-bit codes · in brackets: "
         "the same with the upper layer's tokens permuted",
         caption="variance explained beyond chance: "
-        + ", ".join(f"{tensor} {_range(report, tensor)}" for tensor in TENSORS),
+        + ", ".join(f"{tensor} {_range(report, tensor)}" for tensor in TENSORS)
+        + "\nbest pairs of values to share: "
+        + similarity.propose(report)
+        + "\nbest pairs of keys or values: "
+        + similarity.propose(report, TENSORS),
     )
     result.add_column("")
     result.add_column("layers")

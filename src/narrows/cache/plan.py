@@ -24,6 +24,7 @@ SECOND_LEVEL = {"int8": 8, "int4": 4}
 """Bits of scale and zero that are themselves coded, a block at a time."""
 
 Count = Annotated[int, Field(ge=0)]
+Pairs = Annotated[str, Field(pattern=r"^\d+(\+\d+)*$")]
 Eta = Annotated[float, Field(ge=0.0, le=0.5)]
 
 
@@ -32,7 +33,8 @@ class QuantOptions(Settings):
 
     ``bits`` are those of keys below layer ``key_hi`` and values below ``value_hi``; later layers
     have ``lo_bits``. From ``key_share_from`` (``value_share_from``) on odd layers store no codes
-    and read those of the layer before them. None stands for the policy's own plan. ``eta1`` and
+    and read those of the layer before them; ``key_pairs`` (``value_pairs``), such as "17+20", names
+    the layers that do instead. None stands for the policy's own plan. ``eta1`` and
     ``eta2`` calibrate codes of 1 and 2 bits. ``borrow`` is how a borrower fits its own scale and
     zero to codes that are not its own. ``group`` counts tokens (keys), ``value_group`` channels.
     The newest ``residual`` tokens and the first ``sink`` stay dense. ``fold`` "token" quantises
@@ -48,6 +50,8 @@ class QuantOptions(Settings):
     value_hi: Count | None = None
     key_share_from: Count | None = None
     value_share_from: Count | None = None
+    key_pairs: Pairs | None = None
+    value_pairs: Pairs | None = None
     group: int = 128
     value_group: int = 64
     residual: int = 128
@@ -102,31 +106,48 @@ def make_plan(options: QuantOptions, shape: ModelShape) -> list[LayerPlan]:
     """The plan of every full-attention layer. Raises ConfigError for one that is not legal: a
     pair across a change of width or of shape, or sizes that the packing cannot take."""
     places = [i for i, layer in enumerate(shape.layers) if layer.window is None]
-    count = len(places)
-    hi = [count if x is None else x for x in (options.key_hi, options.value_hi)]
-    share = [count if x is None else x for x in (options.key_share_from, options.value_share_from)]
-    plans = []
-    for i, place in enumerate(places):
+    for place in places:
         _check_sizes(options, place, shape.layers[place])
-        sides = []
-        for name, below, first in zip(("keys", "values"), hi, share, strict=True):
-            bits = options.bits if i < below else options.lo_bits
-            owner = None
-            if i % 2 and i >= first:
-                owner = places[i - 1]
-                if (options.bits if i - 1 < below else options.lo_bits) != bits:
-                    raise ConfigError(
-                        f"{name} of layers {owner} and {place} cannot share codes: the plan gives "
-                        f"them different widths; make the threshold {below} even"
-                    )
-                if shape.layers[owner] != shape.layers[place]:
-                    raise ConfigError(
-                        f"{name} of layers {owner} and {place} cannot share codes: the layers "
-                        "differ in heads or head size"
-                    )
-            sides.append(Side(bits, owner))
-        plans.append(LayerPlan(place, *sides))
-    return plans
+    sides = []
+    for name, below, first, pairs in (
+        ("keys", options.key_hi, options.key_share_from, options.key_pairs),
+        ("values", options.value_hi, options.value_share_from, options.value_pairs),
+    ):
+        high = len(places) if below is None else below
+        bits = [options.bits if i < high else options.lo_bits for i in range(len(places))]
+        borrowers = _borrowers(name, len(places), first, pairs)
+        for i in borrowers:
+            _check_pair(name, shape, places[i - 1], places[i], bits[i - 1], bits[i])
+        sides.append(
+            [Side(b, places[i - 1] if i in borrowers else None) for i, b in enumerate(bits)]
+        )
+    return [LayerPlan(*x) for x in zip(places, *sides, strict=True)]
+
+
+def _borrowers(name: str, count: int, first: int | None, pairs: str | None) -> set[int]:
+    """The full-attention layers that read the codes of the one before them."""
+    if pairs is None:
+        return {i for i in range(1, count, 2) if first is not None and i >= first}
+    named = {int(i) for i in pairs.split("+")}
+    wrong = sorted(i for i in named if not 1 <= i < count or i - 1 in named)
+    if wrong:
+        raise ConfigError(
+            f"{name} of layer {wrong[0]} cannot be borrowed: there is no layer before it that "
+            f"stores codes (pairs {pairs}, {count} full-attention layers)"
+        )
+    return named
+
+
+def _check_pair(
+    name: str, shape: ModelShape, owner: int, place: int, bits: int, own_bits: int
+) -> None:
+    why = None
+    if bits != own_bits:
+        why = "the plan gives them different widths; make the threshold even, or pair other layers"
+    elif shape.layers[owner] != shape.layers[place]:
+        why = "the layers differ in heads or head size"
+    if why:
+        raise ConfigError(f"{name} of layers {owner} and {place} cannot share codes: {why}")
 
 
 def _check_sizes(options: QuantOptions, place: int, layer: LayerShape) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from narrows.cache.dense import DensePolicy
+from narrows.cache.quantized import PLANS
 from narrows.contracts import FlatBatch
 from narrows.errors import BudgetError, ConfigError, InputError, NumericalError, UnsupportedModel
 from narrows.model.flat import FlatModel
@@ -275,6 +276,34 @@ def choose_shared(
         values=[pair for tensor, pair in chosen if tensor == "values"],
         nominal=(whole - saved) / (2 * count),
     )
+
+
+def propose(report: SimilarityReport, tensors: Sequence[str] = ("values",)) -> str:
+    """The spec of ``xquant`` with its own widths and nominal bits, that shares what the report
+    finds most alike instead of every pair of the upper half, with least-squares borrowers."""
+    count = len(report.layers)
+    own = PLANS["xquant"](count)
+    widths = {
+        name: [2 if i < own[f"{name}_hi"] else 1 for i in range(count)] for name in ("key", "value")
+    }
+    whole = sum(map(sum, widths.values()))
+    saved = len(range(own["value_share_from"] | 1, count, 2))  # one bit each
+    shared = choose_shared(
+        report,
+        nominal=(whole - saved) / (2 * count),
+        key_bits=widths["key"],
+        value_bits=widths["value"],
+        tensors=tensors,
+    )
+    place = {layer: i for i, layer in enumerate(report.layers)}
+    options = ["borrow=lsq"]
+    for name, pairs in (("key", shared.keys), ("value", shared.values)):
+        uppers = sorted(place[upper] for _, upper in pairs)
+        if uppers:
+            options.append(f"{name}_pairs={'+'.join(map(str, uppers))}")
+        elif name == "value":
+            options.append(f"value_share_from={count}")
+    return f"xquant:{','.join(options)}"
 
 
 _Choice = tuple[float, tuple[tuple[str, Pair], ...]]

@@ -331,6 +331,10 @@ def test_bad_options_are_refused_when_parsed(spec: str, message: str) -> None:
         ("kivi", shape(2, dim=30), "key head size 30"),
         ("kivi", shape(2, dim=32, value_dim=40), "value head size 40"),
         ("kivi:value_group=48", shape(2, dim=64), "value_group 48"),
+        ("xquant:value_pairs=3+4", shape(8), "layer 4 cannot be borrowed"),
+        ("xquant:value_pairs=0", shape(8), "layer 0 cannot be borrowed"),
+        ("xquant:key_pairs=8", shape(8), "layer 8 cannot be borrowed"),
+        ("xquant:key_hi=4,key_pairs=4", shape(8), "layers 3 and 4 cannot share"),
     ],
 )
 def test_illegal_plans_are_refused_when_built(spec: str, made: ModelShape, message: str) -> None:
@@ -343,6 +347,15 @@ def test_layers_of_different_shape_do_not_share() -> None:
     made = ModelShape("x", (narrow, wide), 4, 64, 100, 1000, torch.float32, CPU)
     with pytest.raises(ConfigError, match="differ in heads or head size"):
         parse_cache("xquant:value_share_from=0,key_hi=2,value_hi=2").build(made)
+
+
+def test_named_pairs_take_the_place_of_the_threshold() -> None:
+    made = shape(8)
+    plans = policy("xquant:value_hi=0,value_pairs=2+5").plan(made)
+    assert {p.place: p.value.owner for p in plans if p.value.owner is not None} == {2: 1, 5: 4}
+    assert policy("xquant:value_pairs=2+5").spec == "xquant:value_pairs=2+5"
+    with pytest.raises(ConfigError, match="value_pairs"):
+        parse_cache("xquant:value_pairs=2-5")
 
 
 def test_pairs_are_counted_among_full_attention_layers() -> None:

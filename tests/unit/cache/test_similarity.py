@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from narrows.cache.quantized import QuantPolicy
 from narrows.cache.similarity import (
     Likeness,
     PairLikeness,
@@ -18,7 +20,10 @@ from narrows.cache.similarity import (
     choose_shared,
     compare,
     measure,
+    propose,
 )
+from narrows.cache.stack import parse_cache
+from narrows.contracts import LayerShape, ModelShape
 from narrows.errors import BudgetError, ConfigError, InputError, NumericalError, UnsupportedModel
 from tiny import pair as tiny_pair
 
@@ -257,3 +262,22 @@ def test_no_legal_choice_loses_less(
     else:
         with pytest.raises(BudgetError):
             ask()
+
+
+@pytest.mark.parametrize("tensors", [("values",), ("keys", "values"), ("keys",)])
+@pytest.mark.parametrize("count", [4, 7, 30, 32])
+def test_the_proposed_spec_is_a_legal_plan_of_no_more_bits(
+    tensors: tuple[str, ...], count: int
+) -> None:
+    chance = random.Random(count)
+    report = report_of(*([chance.random() for _ in range(count - 1)] for _ in range(2)))
+    layer = LayerShape(2, 32, 32)
+    # The report's layers are every other one of the model's.
+    sliding = LayerShape(2, 32, 32, window=8)
+    layers = tuple(x for _ in range(count) for x in (layer, sliding))
+    shape = ModelShape("x", layers, 4, 64, 100, 1000, torch.float32, torch.device("cpu"))
+    made, usual = parse_cache(propose(report, tensors)), parse_cache("xquant")
+    made.build(shape)
+    assert isinstance(made, QuantPolicy)
+    assert isinstance(usual, QuantPolicy)
+    assert made.nominal_bits(shape) <= usual.nominal_bits(shape)
