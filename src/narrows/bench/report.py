@@ -178,24 +178,24 @@ def draw(rows: Sequence[Row], path: Path, *, x: str, panel: str, series: str = "
 
 
 def draw_points(rows: Sequence[Row], path: Path, *, x: str, label: str = "method") -> None:
-    """Draw the rows as one panel of a PNG: a point each, named by its ``label``, over its number
-    ``x``; values on a logarithmic scale, bars showing the intervals. Raises as ``draw``."""
+    """Draw the rows as one panel of a PNG: a point each, over its number ``x`` and named by its
+    ``label`` in the legend; values on a logarithmic scale, bars showing the intervals, and a line
+    through the points that no other beats in both. Less is better. Raises as ``draw``."""
     if not rows:
         raise ConfigError(f"there are no rows to draw in {path}")
-    figure = _figure(8, 5.5)
+    figure = _figure(8, 6.5)
     axes = figure.subplots()
-    for r in rows:
-        low, high = max(0.0, r["value"] - r["interval"][0]), max(0.0, r["interval"][1] - r["value"])
-        axes.errorbar(r[x], r["value"], yerr=[[low], [high]], marker="o", capsize=2)
-        axes.annotate(
-            r[label],
-            (r[x], r["value"]),
-            textcoords="offset points",
-            xytext=(5, 4),
-            fontsize="x-small",
-        )
+    ordered = sorted(rows, key=lambda r: (r[x], r["value"]))
+    best = [r for i, r in enumerate(ordered) if all(r["value"] < o["value"] for o in ordered[:i])]
+    axes.plot([r[x] for r in best], [r["value"] for r in best], color="0.8", zorder=0)
+    for number, r in enumerate(ordered, 1):
+        at, value, (low, high) = r[x], r["value"], r["interval"]
+        errors = [[max(0.0, value - low)], [max(0.0, high - value)]]
+        name = f"{number}  {r[label]}"
+        axes.errorbar(at, value, yerr=errors, marker="o", capsize=2, label=name)
+        axes.annotate(str(number), (at, value), textcoords="offset points", xytext=(5, 3))
     axes.set(yscale="log", xlabel=x, ylabel=f"{rows[0]['metric']} ({rows[0]['unit']})")
-    axes.margins(x=0.2)
+    figure.legend(loc="outside lower center", fontsize="small", ncols=2)
     _save(figure, path)
 
 
