@@ -42,6 +42,7 @@ SIGNATURES = {
     "silu_mul": (None, (P, P, L, L, N)),
     "silu_mul_bf16": (None, (P, P, L, L, N)),
     "softmax_mass": (None, (P, N, L, L, L, L, L, L, P, P, N)),
+    "packed_int8": (N, ()),
     "attend_packed": (N, (P, L, P, L, P, L, L, L, L, F, N, N, N)),
     "fold_value": (N, (P, N, L, L, L, L, N, F, F, P, L, P, P, L, N, L)),
     "append_attend": (L, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, L, N, P, P, L, N)),
@@ -139,7 +140,7 @@ KERNEL_ROWS = 64
 
 
 @functools.cache
-def has_tiles() -> bool:
+def _has_tiles() -> bool:
     """Whether this processor has AMX tiles and lets us use them."""
     native = library()
     return native is not None and bool(native.amx_ready())
@@ -164,7 +165,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     native = library()
     if native is not None and weight.dtype == torch.bfloat16 and rows <= KERNEL_ROWS:
         out = x.new_empty((rows, outer))
-        tiles = outer % 32 == 0 and inner % 32 == 0 and has_tiles()
+        tiles = outer % 32 == 0 and inner % 32 == 0 and _has_tiles()
         (native.linear_bf16_amx if tiles else native.linear_bf16)(
             *(x.contiguous().data_ptr(), weight.data_ptr(), _pointer(bias), out.data_ptr()),
             *(rows, outer, inner, torch.get_num_threads()),

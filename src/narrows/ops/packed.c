@@ -6,8 +6,9 @@
  * tokens, so that both are one product of lines and coefficients (query times key scale, softmax
  * weight times value scale), made in two ways:
  *   floats  float32 on any machine;
- *   tiles   int8 AMX tiles, where a line is one tile row as it stands. Coefficients are split in
- *           two int8 parts and keep 16 bits of the row's greatest.
+ *   int8    products of codes and coefficients split in two int8 parts, which keep 16 bits of the
+ *           row's greatest: in vector registers for few rows, in AMX tiles, where a line is a tile
+ *           row as it stands, for more.
  * The zero points' share is added outside: one number a key group, one a token for values. */
 #include <stdlib.h>
 
@@ -16,8 +17,8 @@
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS 64 /* query rows (tokens times query heads of one key head) of one task */
 #define DIM 256 /* greatest head size; also the coefficients a product sums over at most */
+#define LANES 16
 #define LINE 64
-#define BLOCKS 4 /* of 16 kept places, made at once */
 
 int amx_ready(void);
 
@@ -90,8 +91,9 @@ typedef struct {
   int64_t bits, quad, block;
 } lines;
 
-/* The four codes of each of a line's 16 places, side by side in the low bits of 32. */
-INLINE uvec places(const uint8_t *line, int bits) {
+/* The four codes of each of WIDTH places of a line, side by side in the low bits of 32; `part` 0
+ * are the first places. */
+INLINE uvec places(const uint8_t *line, int bits, int part) {
   uvec out;
 #ifdef __AVX512F__
   __m512i wide;
@@ -107,34 +109,46 @@ INLINE uvec places(const uint8_t *line, int bits) {
     wide = _mm512_or_si512(_mm512_and_si512(byte, _mm512_set1_epi64(0x0f)), high);
   }
   memcpy(&out, &wide, sizeof out);
+  (void)part;
 #else
-  typedef uint8_t b16 __attribute__((vector_size(16), aligned(1)));
+  typedef uint8_t bvec __attribute__((vector_size(WIDTH), aligned(1)));
+  line += WIDTH * bits / 2 * part;
   if (bits == 8) memcpy(&out, line, sizeof out);
   if (bits == 4) out = __builtin_convertvector(*(const hvec *)line, uvec);
-  if (bits == 2) out = __builtin_convertvector(*(const b16 *)line, uvec);
-  if (bits == 1)
-    for (int i = 0; i < WIDTH; i++) out[i] = (line[i / 2] >> (4 * (i % 2))) & 15;
+  if (bits == 2) out = __builtin_convertvector(*(const bvec *)line, uvec);
+  if (bits == 1) {
+    uint32_t all = 0;
+    uvec shift;
+    memcpy(&all, line, WIDTH / 2);
+    for (int i = 0; i < WIDTH; i++) shift[i] = 4 * i;
+    out = ((uvec){0} + all) >> shift & 15;
+  }
 #endif
   return out;
 }
 
+#define PARTS (LANES / WIDTH)
+#define SOME (WIDTH == 16 ? 4 : 1) /* blocks at once, as many as there are registers for */
 INLINE void floats_of(lines x, int bits, int64_t quads, int blocks, const float *coef, int rows,
                       float *out, int64_t stride) {
-  vec acc[4][BLOCKS];
+  vec acc[4][SOME * PARTS];
   memset(acc, 0, sizeof acc);
-  for (int64_t k = 0; k < quads; k++) {
-    uvec four[BLOCKS];
-    for (int b = 0; b < blocks; b++) four[b] = places(x.codes + k * x.quad + b * x.block, bits);
-    for (int j = 0; j < 4; j++)
-      for (int b = 0; b < blocks; b++) {
-        ivec code = (ivec)(four[b] >> (bits * j) & ((1u << bits) - 1));
-        vec value = __builtin_convertvector(code, vec);
-        for (int r = 0; r < rows; r++) acc[r][b] += coef[r * DIM + 4 * k + j] * value;
+  for (int64_t k = 0; k < quads; k++)
+    for (int b = 0; b < blocks; b++)
+      for (int p = 0; p < PARTS; p++) {
+        uvec four = places(x.codes + k * x.quad + b * x.block, bits, p);
+        for (int j = 0; j < 4; j++) {
+          ivec code = (ivec)(four >> (bits * j) & ((1u << bits) - 1));
+          vec value = __builtin_convertvector(code, vec);
+          for (int r = 0; r < rows; r++)
+            acc[r][b * PARTS + p] += coef[r * DIM + 4 * k + j] * value;
+        }
       }
-  }
   for (int r = 0; r < rows; r++)
-    for (int b = 0; b < blocks; b++) *(vec *)(out + r * stride + WIDTH * b) = acc[r][b];
+    for (int i = 0; i < blocks * PARTS; i++) *(vec *)(out + r * stride + WIDTH * i) = acc[r][i];
 }
+
+#define CASES(BITS, N) CASE(BITS, N, 1) CASE(BITS, N, 2) CASE(BITS, N, 3) CASE(BITS, N, 4)
 
 /* out[r][16 b + i] = sum over k < quads and j < 4 of coef[r][4 k + j] * code j of place i of the
  * line (k, b). Rows of coef are DIM floats apart and zero up to a multiple of LINE. */
@@ -142,31 +156,39 @@ static void floats(lines x, int64_t quads, int64_t blocks, const float *coef, in
                    float *out, int64_t stride) {
   const uint8_t *start = x.codes;
   for (int64_t b = 0; b < blocks;) {
-    int64_t some = blocks - b < BLOCKS ? 1 : BLOCKS;
+    int64_t some = blocks - b < SOME ? 1 : SOME;
     x.codes = start + b * x.block;
     for (int64_t r = 0; r < rows; r += 4) {
       const float *c = coef + r * DIM;
-      float *to = out + r * stride + WIDTH * b;
+      float *to = out + r * stride + LANES * b;
       int64_t few = rows - r < 4 ? rows - r : 4;
 #define CASE(BITS, N, R)                                       \
   case BITS * 64 + N * 8 + R:                                  \
     floats_of(x, BITS, quads, N, c, R, to, stride);            \
     break;
-#define CASES(BITS, N) CASE(BITS, N, 1) CASE(BITS, N, 2) CASE(BITS, N, 3) CASE(BITS, N, 4)
       switch (x.bits * 64 + some * 8 + few) {
         CASES(1, 1) CASES(2, 1) CASES(4, 1) CASES(8, 1)
-        CASES(1, BLOCKS) CASES(2, BLOCKS) CASES(4, BLOCKS) CASES(8, BLOCKS)
+#if WIDTH == 16
+        CASES(1, 4) CASES(2, 4) CASES(4, 4) CASES(8, 4)
+#endif
       }
-#undef CASES
 #undef CASE
     }
     b += some;
   }
 }
 
-#if defined __AMX_INT8__ && defined __AVX512VBMI__
+#if defined __AVX512VNNI__ && defined __AVX512VBMI__
+#define INT8
 #define TILE_ROWS 16
+#define BLOCKS 4 /* of 16 kept places, in a tile of sums each */
 #define TILE_X 8 /* rows of coefficients in one tile: a high and a low part each */
+
+typedef struct {
+  int8_t parts[2 * ROWS][DIM], codes[DIM / 16 * DIM / 4 + TILE_ROWS][LINE];
+  int32_t sums[BLOCKS][TILE_ROWS][16];
+  float step[ROWS];
+} __attribute__((aligned(64))) int8_room;
 
 /* A line's codes as 64 bytes. */
 INLINE __m512i bytes(const uint8_t *line, int bits) {
@@ -204,6 +226,65 @@ static float split(const float *x, int64_t n, int8_t *high, int8_t *low) {
   return step;
 }
 
+/* Sums of high and low parts, as a number. At most 255 * 32512 * DIM: it fits 32 bits. */
+INLINE vec joined(__m512i high, __m512i low, float step) {
+  __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
+  return (vec)_mm512_mul_ps(sum, _mm512_set1_ps(step));
+}
+
+#define PAIR 2 /* blocks at once, and */
+#define FEW 4  /* rows */
+INLINE void direct_of(lines x, int bits, int64_t quads, int blocks, const int8_room *room,
+                      int64_t first, int rows, float *out, int64_t stride) {
+  __m512i acc[FEW][PAIR][2];
+  memset(acc, 0, sizeof acc);
+  for (int64_t k = 0; k < quads; k++) {
+    __m512i code[PAIR];
+    for (int b = 0; b < blocks; b++) code[b] = bytes(x.codes + k * x.quad + b * x.block, bits);
+    for (int r = 0; r < rows; r++)
+      for (int part = 0; part < 2; part++) {
+        int32_t four;
+        memcpy(&four, room->parts[2 * (first + r) + part] + 4 * k, sizeof four);
+        __m512i all = _mm512_set1_epi32(four);
+        for (int b = 0; b < blocks; b++)
+          acc[r][b][part] = _mm512_dpbusd_epi32(acc[r][b][part], code[b], all);
+      }
+  }
+  for (int r = 0; r < rows; r++)
+    for (int b = 0; b < blocks; b++)
+      *(vec *)(out + r * stride + WIDTH * b) =
+          joined(acc[r][b][0], acc[r][b][1], room->step[first + r]);
+}
+
+/* As floats, of coefficients in parts, in vector registers. */
+static void direct(lines x, int64_t quads, int64_t blocks, int64_t rows, float *out,
+                   int64_t stride, const int8_room *room) {
+  const uint8_t *start = x.codes;
+  for (int64_t b = 0; b < blocks;) {
+    int64_t some = blocks - b < PAIR ? 1 : PAIR;
+    x.codes = start + b * x.block;
+    for (int64_t r = 0; r < rows; r += FEW) {
+      float *to = out + r * stride + LANES * b;
+      int64_t few = rows - r < FEW ? rows - r : FEW;
+#define CASE(BITS, N, R)                                       \
+  case BITS * 64 + N * 8 + R:                                  \
+    direct_of(x, BITS, quads, N, room, r, R, to, stride);      \
+    break;
+      switch (x.bits * 64 + some * 8 + few) {
+        CASES(1, 1) CASES(2, 1) CASES(4, 1) CASES(8, 1)
+        CASES(1, PAIR) CASES(2, PAIR) CASES(4, PAIR) CASES(8, PAIR)
+      }
+#undef CASE
+    }
+    b += some;
+  }
+}
+
+#ifdef __AMX_INT8__
+#define TILES
+/* Whether a task of so many rows is one for tiles. */
+static int tiled(int64_t rows, int exact) { return !exact && rows > FEW && amx_ready(); }
+
 static void tiles_on(int64_t rows) {
   struct {
     uint8_t palette, start, reserved[14];
@@ -216,28 +297,17 @@ static void tiles_on(int64_t rows) {
   _tile_loadconfig(&shape);
 }
 
-typedef struct {
-  int8_t parts[2 * ROWS][DIM], codes[DIM / 16 * DIM / 4 + TILE_ROWS][LINE];
-  int32_t sums[BLOCKS][TILE_ROWS][16];
-  float step[ROWS];
-} __attribute__((aligned(64))) tile_room;
-
-INLINE void unpack(lines x, int bits, int64_t quads, int64_t blocks, tile_room *room) {
+INLINE void unpack(lines x, int bits, int64_t quads, int64_t blocks, int8_room *room) {
   for (int64_t b = 0; b < blocks; b++)
     for (int64_t k = 0; k < quads; k++)
-      _mm512_store_si512(room->codes[b * quads + k], bytes(x.codes + k * x.quad + b * x.block, bits));
+      _mm512_store_si512(room->codes[b * quads + k],
+                         bytes(x.codes + k * x.quad + b * x.block, bits));
 }
 
-/* As floats. All lines are unpacked before the first is used, since a tile cannot be loaded before
- * what was stored there has left the store buffer. Unpacking is about a fifth of the whole kernel's
- * time (2 bit keys, 1 bit values, 3 query heads a key head): an owner and a borrower of the same
- * value codes would save a tenth of the borrower's, too little to keep them unpacked between
- * layers. */
-static void tiles(lines x, int64_t quads, int64_t blocks, const float *coef, int64_t rows,
-                  float *out, int64_t stride, tile_room *room) {
-  for (int64_t r = 0; r < rows; r++)
-    room->step[r] = split(coef + r * DIM, (4 * quads + LINE - 1) / LINE * LINE,
-                          room->parts[2 * r], room->parts[2 * r + 1]);
+/* As direct, in tiles. All lines are unpacked before the first is used, since a tile cannot be
+ * loaded before what was stored there has left the store buffer. */
+static void tiles(lines x, int64_t quads, int64_t blocks, int64_t rows, float *out, int64_t stride,
+                  int8_room *room) {
   switch (x.bits) {
     case 1: unpack(x, 1, quads, blocks, room); break;
     case 2: unpack(x, 2, quads, blocks, room); break;
@@ -275,16 +345,14 @@ static void tiles(lines x, int64_t quads, int64_t blocks, const float *coef, int
       if (some > 2) _tile_stored(2, room->sums[2], 64);
       if (some > 3) _tile_stored(3, room->sums[3], 64);
       for (int64_t i = 0; i < TILE_X && r + i < rows; i++)
-        for (int c = 0; c < some; c++) { /* at most 255 * 32512 * DIM: it fits 32 bits */
-          __m512i high = _mm512_load_si512(room->sums[c][2 * i]);
-          __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high, 8),
-                                          _mm512_load_si512(room->sums[c][2 * i + 1]));
-          __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(both), _mm512_set1_ps(room->step[r + i]));
-          _mm512_storeu_ps(out + (r + i) * stride + WIDTH * (b + c), sum);
-        }
+        for (int c = 0; c < some; c++)
+          *(vec *)(out + (r + i) * stride + WIDTH * (b + c)) =
+              joined(_mm512_load_si512(room->sums[c][2 * i]),
+                     _mm512_load_si512(room->sums[c][2 * i + 1]), room->step[r + i]);
     }
   }
 }
+#endif
 #endif
 
 /* ---- one task: some rows, one key head, at most CHUNK tokens ------------------------------- */
@@ -306,15 +374,27 @@ typedef struct {
 typedef struct {
   float query[ROWS * DIM], coef[ROWS][DIM], score[ROWS][CHUNK], sum[ROWS][DIM];
   float scale[DIM], zero[DIM];
-#ifdef TILE_X
-  tile_room tiles;
+#ifdef INT8
+  int8_room int8;
 #endif
 } room;
 
+/* Of the coefficients in w. Unpacking is about a fifth of the whole kernel's time (2 bit keys, 1
+ * bit values, 3 query heads a key head): an owner and a borrower of the same value codes could
+ * save a tenth of the borrower's, too little to keep codes unpacked between layers. */
 static void product(lines x, int64_t quads, int64_t blocks, int64_t rows, float *out,
                     int64_t stride, int exact, room *w) {
-#ifdef TILE_X
-  if (!exact) return tiles(x, quads, blocks, w->coef[0], rows, out, stride, &w->tiles);
+#ifdef INT8
+  if (!exact) {
+    int8_room *int8 = &w->int8;
+    int64_t size = (4 * quads + LINE - 1) / LINE * LINE;
+    for (int64_t r = 0; r < rows; r++)
+      int8->step[r] = split(w->coef[r], size, int8->parts[2 * r], int8->parts[2 * r + 1]);
+#ifdef TILES
+    if (tiled(rows, exact)) return tiles(x, quads, blocks, rows, out, stride, int8);
+#endif
+    return direct(x, quads, blocks, rows, out, stride, int8);
+  }
 #endif
   (void)exact;
   floats(x, quads, blocks, w->coef[0], rows, out, stride);
@@ -434,8 +514,8 @@ static void run(const packed_place *p, const task *t, const float *q, int64_t q_
                 int64_t group, int64_t D, int64_t Dv, float scale, int is_bf16, int exact,
                 room *w) {
   int64_t n = t->stop - t->first, rows = t->rows * group, stride = Dv + 2;
-#ifdef TILE_X
-  if (!exact) tiles_on(rows);
+#ifdef TILES
+  if (tiled(rows, exact)) tiles_on(rows);
 #endif
   for (int64_t r = 0; r < rows; r++) {
     int64_t row = p->first_row + t->row + r / group;
@@ -477,6 +557,14 @@ static void join(const packed_place *p, const task *t, int64_t count, float *out
   }
 }
 
+/* Whether products in int8 were compiled in. */
+int packed_int8(void) {
+#ifdef INT8
+  return 1;
+#endif
+  return 0;
+}
+
 /* Causal attention of the newest `rows` tokens of each place. Rows of q are q_stride floats apart;
  * out is [T, heads, Dv]. All packed tokens and the sink must be visible to all rows. `exact` keeps
  * float32's precision. Returns 0, or -1 if there was no memory. */
@@ -484,7 +572,7 @@ int attend_packed(const packed_place *places, int64_t sequences, const float *q,
                   float *out, int64_t heads, int64_t kv_heads, int64_t D, int64_t Dv, float scale,
                   int is_bf16, int exact, int threads) {
   int64_t group = heads / kv_heads, few = ROWS / group, count = 0, units = 0, floats = 0;
-  exact |= !amx_ready();
+  exact |= !packed_int8();
   for (int64_t s = 0; s < sequences; s++) {
     const packed_place *p = places + s;
     int64_t chunks = (p->sink + CHUNK - 1) / CHUNK + (p->length - p->sink + CHUNK - 1) / CHUNK;
@@ -524,8 +612,8 @@ int attend_packed(const packed_place *places, int64_t sequences, const float *q,
 #pragma omp for schedule(static)
       for (int64_t u = 0; u < units; u++)
         join(places + unit[u]->place, unit[u], unit[u + 1] - unit[u], out, heads, group, Dv);
-#ifdef TILE_X
-      if (!exact) _tile_release();
+#ifdef TILES
+      if (!exact && amx_ready()) _tile_release();
 #endif
     }
   }

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from narrows.contracts import Span
 from narrows.ops import quant
-from narrows.ops.native import has_tiles, library
+from narrows.ops.native import library
 
 FEW = 16
 """New tokens of a sequence up to which the kernels run; more go through ``attend_torch``."""
@@ -242,9 +242,9 @@ def _triton() -> Callable[[PackedLayer, Tensor, float], Tensor] | None:
 
 
 def implementation(layer: PackedLayer, q: Tensor) -> str:
-    """What ``attend`` runs for ``q`` ``[n, heads, D]``, the rows of one sequence: "tiles" (int8
-    matrix units), "floats" (vector registers; also for float32 caches, whose precision tiles would
-    lose), "triton", or "torch" (the definition)."""
+    """What ``attend`` runs for ``q`` ``[n, heads, D]``, the rows of one sequence: "int8" (products
+    of 16 bit coefficients, made by the processor's int8 units), "floats" (where it has none, and
+    for float32 caches, whose precision int8 would lose), "triton", or "torch" (the definition)."""
     n, heads, dim = q.shape
     kv_heads, _, value_dim = layer.v_tail.shape
     fits = (
@@ -254,8 +254,10 @@ def implementation(layer: PackedLayer, q: Tensor) -> str:
         and layer.group % quant.LANES == 0
         and layer.value_group % quant.LANES == 0
     )
-    if fits and q.device.type == "cpu" and library() is not None and sys.byteorder == "little":
-        return "tiles" if layer.k_tail.dtype is not torch.float32 and has_tiles() else "floats"
+    compiled = library()
+    if fits and q.device.type == "cpu" and compiled is not None and sys.byteorder == "little":
+        exact = layer.k_tail.dtype is torch.float32 or not compiled.packed_int8()
+        return "floats" if exact else "int8"
     if fits and q.device.type == "cuda" and n * heads // kv_heads <= TRITON_ROWS and _triton():
         return "triton"
     return "torch"
@@ -271,7 +273,7 @@ def attend(layers: Sequence[PackedLayer], q: Tensor, spans: Sequence[Span], scal
     sequence must then be attended to in steps.
     """
     out = q.new_empty((*q.shape[:2], layers[0].v_tail.shape[2]))
-    native: dict[str, list[tuple[PackedLayer, Span]]] = {"tiles": [], "floats": []}
+    native: dict[str, list[tuple[PackedLayer, Span]]] = {"int8": [], "floats": []}
     for layer, (a, b) in zip(layers, spans, strict=True):
         stored = layer.sink + max(layer.key_tokens, layer.value_tokens)
         if stored > layer.length - (b - a) + 1:

@@ -1,6 +1,7 @@
 /* What the CPU kernels share: vector types, conversions, the exponential, and attention of a few
  * query rows to some dense keys and values. Vector types are the compiler's own, so that the files
- * build for any instruction set; 64 bytes is one AVX-512 register. */
+ * build for any instruction set; a vector is one register, since compilers keep wider ones in
+ * memory, which is several times slower. */
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -9,7 +10,13 @@
 #include <immintrin.h>
 #endif
 
+#if defined __AVX512F__
 #define WIDTH 16
+#elif defined __AVX__
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
 typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef uint16_t hvec __attribute__((vector_size(2 * WIDTH), aligned(2)));
@@ -47,16 +54,17 @@ static inline void store_bf16(bf16 *p, vec x) { /* as to_bf16, without branches 
   *(hvec *)p = __builtin_convertvector((round & ~nan) | (((bits >> 16) | 0x40u) & nan), hvec);
 }
 #define SAME(x) (x)
-static inline float sum(vec v) { /* halves onto halves: log2(WIDTH) vector additions */
-  typedef float v8 __attribute__((vector_size(32)));
+static inline float sum(vec v) { /* halves onto halves, in vector additions where it matters */
+#if WIDTH == 4
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#else
   typedef float v4 __attribute__((vector_size(16)));
-  v8 half[2];
-  memcpy(half, &v, sizeof v);
-  v8 a = half[0] + half[1];
-  v4 quarter[2];
-  memcpy(quarter, &a, sizeof a);
-  v4 b = quarter[0] + quarter[1];
-  return (b[0] + b[2]) + (b[1] + b[3]);
+  v4 part[WIDTH / 4];
+  memcpy(part, &v, sizeof v);
+  for (int n = WIDTH / 8; n; n /= 2)
+    for (int i = 0; i < n; i++) part[i] += part[i + n];
+  return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
+#endif
 }
 
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), aligned(4)));

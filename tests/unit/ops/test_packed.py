@@ -156,7 +156,7 @@ class TestKernel:
         layer = layer_of(shape, counts, dtype)
         for n in {1, few_rows(layer)}:
             q = queries(shape, n)
-            assert packed.implementation(layer, q) in ("tiles", "floats")
+            assert packed.implementation(layer, q) in ("int8", "floats")
             got = attend([layer], q, [(0, n)], 0.2)
             bound = 1e-5 if dtype is torch.float32 else 1e-3
             expected = by_dense(layer, q, 0.2)
