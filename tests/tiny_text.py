@@ -19,6 +19,8 @@ PROSE = (
     "Fish is sold on Mondays. Bread is sold every day! Who sells the tea?\r\n\r\n"
 )
 MIXED = PROSE + "渡轮在黎明离开。没有人说话！👩‍👩‍👧 said: naïve cafe\u0301\tdone.\n\n"
+# No character of several bytes, no CRLF, and no repeats whose scores would tie.
+UNITS_OF_ONE = ". ".join(chr(97 + i * i * 7 % 26) + f"b{i * 37 % 101} dxe" for i in range(45))
 VOCABULARY = 320
 
 

@@ -8,6 +8,7 @@ of the layer before them (XQuant, arXiv 2510.11236). The prompt is attended to u
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -265,11 +266,12 @@ class QuantLayer(LayerCache):
         if ready:
             records = [cache.record() for cache, _ in ready]
             mixed = packed.attend(records, q, [span for _, span in ready], scale)
-            if len(ready) == len(caches):
-                out = mixed
-            for cache, (a, b) in ready:
-                out[a:b] = mixed[a:b]
+            for cache, _ in ready:
                 cache.settle()
+            if len(ready) == len(caches):
+                return mixed
+            for _, (a, b) in ready:
+                out[a:b] = mixed[a:b]
         return out
 
     def rollback(self, n: int) -> None:
@@ -331,12 +333,11 @@ class QuantPolicy:
 
     def plan(self, shape: ModelShape) -> list[LayerPlan]:
         """The plan of every full-attention layer. Raises ConfigError."""
-        return make_plan(self.resolved(shape), shape)
+        return list(_planned(self, shape)[1].values())
 
     def build(self, shape: ModelShape) -> list[LayerCache]:
         """See CachePolicy. Sliding-window layers are dense."""
-        options = self.resolved(shape)
-        plans = {p.place: p for p in make_plan(options, shape)}
+        options, plans = _planned(self, shape)
         made: dict[int, QuantLayer] = {}
         layers: list[LayerCache] = []
         for place, layer in enumerate(shape.layers):
@@ -363,8 +364,7 @@ class QuantPolicy:
         return self._bytes(shape, tokens, most=False)
 
     def _bytes(self, shape: ModelShape, tokens: int, most: bool) -> int:
-        options = self.resolved(shape)
-        plans = {p.place: p for p in make_plan(options, shape)}
+        options, plans = _planned(self, shape)
         size = shape.dtype.itemsize
         total = 0
         for place, layer in enumerate(shape.layers):
@@ -383,6 +383,14 @@ class QuantPolicy:
         """Bits held a number of keys and values, everything counted (7.2)."""
         many = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in shape.layers) * tokens
         return 8 * self.nbytes(shape, tokens) / many
+
+
+@functools.lru_cache(maxsize=16)
+def _planned(policy: QuantPolicy, shape: ModelShape) -> tuple[QuantOptions, dict[int, LayerPlan]]:
+    """The options and the plan by place in the model. Remembered, since the scheduler asks for
+    bytes in every step."""
+    options = policy.resolved(shape)
+    return options, {p.place: p for p in make_plan(options, shape)}
 
 
 def _even(part: int, count: int) -> int:

@@ -6,11 +6,16 @@ from narrows.compression.llmlingua import LLMLingua
 from narrows.compression.units import tokenize
 from narrows.errors import ConfigError
 from oracles import llmlingua_reference
-from tiny_text import MIXED, PROSE, assert_within_one_unit, kept_text, prepare
+from tiny_text import (
+    MIXED,
+    PROSE,
+    UNITS_OF_ONE,
+    assert_within_one_unit,
+    kept_text,
+    prepare,
+)
 
 LONG = PROSE * 2
-# No character of several bytes, no CRLF, and no repeats whose scores would tie.
-UNITS_OF_ONE = ". ".join(chr(97 + i * i * 7 % 26) + f"b{i * 37 % 101} dxe" for i in range(45))
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,7 @@ from narrows.compression.dac import scaled
 from narrows.compression.sweep import DacSweep
 from narrows.errors import ConfigError, NumericalError
 from oracles import sweep_reference
-from tiny_text import MIXED, PROSE, assert_within_one_unit, prepare
-
-UNITS_OF_ONE = ". ".join(chr(97 + i * i * 7 % 26) + f"b{i * 37 % 101} dxe" for i in range(45))
+from tiny_text import MIXED, PROSE, UNITS_OF_ONE, assert_within_one_unit, prepare
 
 
 @pytest.fixture(scope="module")
