@@ -23,6 +23,10 @@ class Metadata(ABC):
         """Write float32 ``[heads, rows, many]`` at rows ``first`` on, holding ``room`` rows."""
 
     @abstractmethod
+    def cut(self, rows: int, room: int) -> None:
+        """Forget all but the first ``rows`` rows, holding ``room`` rows."""
+
+    @abstractmethod
     def numbers(self, width: int) -> Numbers:
         """The rows as ``[heads, n, width]``, as attention reads them."""
 
@@ -42,6 +46,11 @@ class Plain(Metadata):
         """See Metadata."""
         self.values = _grown(self.values, room)
         self.values[:, first : first + values.shape[1]] = values
+
+    def cut(self, rows: int, room: int) -> None:
+        """See Metadata."""
+        self.values = self.values[:, :room].clone()
+        self.values[:, rows:] = 0
 
     def numbers(self, width: int) -> Tensor:
         """See Metadata."""
@@ -69,6 +78,11 @@ class SecondLevel(Metadata):
         self.codes = torch.cat([self.codes[:, :first], packed], 1)
         self.step = torch.cat([self.step[:, :first], coded.scale.half()], 1)
         self.low = torch.cat([self.low[:, :first], coded.zero.half()], 1)
+
+    def cut(self, rows: int, room: int) -> None:
+        """See Metadata."""
+        kept = (x[:, :rows].clone() for x in (self.codes, self.step, self.low))
+        self.codes, self.step, self.low = kept
 
     def numbers(self, width: int) -> Coarse:
         """See Metadata."""
@@ -161,6 +175,16 @@ class Codes(ABC):
             held.put(self._row(first), rows, self._row(self._room(first + n)))
         self.tokens += n
 
+    def cut(self, tokens: int) -> None:
+        """Forget all but the first ``tokens`` tokens, and the room behind them. Whole groups for
+        keys, whole blocks where scale and zero are coded."""
+        if self.lines is not None:
+            self._cut_lines(tokens)
+        for held in (self.scale, self.zero):
+            if held is not None:
+                held.cut(self._row(tokens), self._row(self._room(tokens)))
+        self.tokens = tokens
+
     def scales(self) -> Numbers | None:
         """Scale of every group, as ``PackedLayer`` has it."""
         return None if self.scale is None else self.scale.numbers(self._width())
@@ -186,6 +210,9 @@ class Codes(ABC):
 
     @abstractmethod
     def _put_lines(self, first: int, grouped: Tensor) -> None: ...
+
+    @abstractmethod
+    def _cut_lines(self, tokens: int) -> None: ...
 
     @abstractmethod
     def _many(self, meta: Meta) -> int: ...
@@ -228,6 +255,10 @@ class KeyCodes(Codes):
         assert self.lines is not None
         new = quant.key_lines(self._from_groups(grouped), self.bits)
         self.lines = torch.cat([self.lines[:, : first // 16], new], 1)
+
+    def _cut_lines(self, tokens: int) -> None:
+        assert self.lines is not None
+        self.lines = self.lines[:, : tokens // 16].clone()
 
     def _many(self, meta: Meta) -> int:
         return self.dim
@@ -298,6 +329,17 @@ class ValueCodes(Codes):
         padded[:, first - start * QUAD : first - start * QUAD + codes.shape[1]] = codes
         # Tokens of the first quad that came earlier stay; the places of later ones are zero.
         self.lines[:, start:stop] |= quant.value_lines(padded, self.bits)
+
+    def _cut_lines(self, tokens: int) -> None:
+        assert self.lines is not None
+        start, room = tokens // QUAD, self._room(tokens) // QUAD
+        last = self.codes(start * QUAD, tokens)  # of a quad that stays in part
+        self.lines = self.lines[:, :room].clone()
+        self.lines[:, start:] = 0
+        if last.shape[1]:
+            padded = last.new_zeros((self.heads, QUAD, self.dim))
+            padded[:, : last.shape[1]] = last
+            self.lines[:, start : start + 1] = quant.value_lines(padded, self.bits)
 
     def _many(self, meta: Meta) -> int:
         groups = self.dim // self.group

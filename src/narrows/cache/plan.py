@@ -39,9 +39,10 @@ class QuantOptions(Settings):
     zero to codes that are not its own. ``group`` counts tokens (keys), ``value_group`` channels.
     The newest ``residual`` tokens and the first ``sink`` stay dense. ``fold`` "token" quantises
     values one by one as they leave the residual (the papers' rule), "block" whole blocks of
-    ``residual``, as keys always are. ``hold`` more of the newest tokens stay dense, so that as
-    many can be rolled back. ``key_meta`` and ``value_meta`` are the types of scale and zero;
-    int8 and int4 are coded themselves, against a minimum and a step a block.
+    ``residual``, as keys always are. ``hold`` tokens can be rolled back exactly: the originals of
+    what they push into the codes are kept beside them. ``key_meta`` and ``value_meta`` are the
+    types of scale and zero; int8 and int4 are coded themselves, against a minimum and a step a
+    block.
     """
 
     bits: int = 2
@@ -175,7 +176,7 @@ def value_group(options: QuantOptions, layer: LayerShape) -> int:
 def folded(options: QuantOptions, rule: str, tokens: int) -> int:
     """Quantised tokens of a sequence of ``tokens``, sinks not counted, once it has been sealed or
     has attended: whole blocks of ``residual``, or all but the newest ``residual``."""
-    free = max(0, tokens - options.sink - options.hold)
+    free = max(0, tokens - options.sink)
     if rule == "block":
         return free // options.residual * options.residual
     return max(0, free - options.residual)
@@ -197,8 +198,9 @@ def layer_bytes(
 ) -> int:
     """Bytes a sealed layer holds at ``tokens`` tokens (7.2), exactly what its storages sum to.
 
-    A tail that is not empty has room for ``residual + hold`` tokens; quantised values have room in
-    whole blocks of ``residual`` tokens. Tails empty when a block is quantised, so this falls and
+    A tail that is not empty has room for ``residual`` tokens; quantised values have room in
+    whole blocks of them; with ``hold``, the originals of what a rollback may ask for stand beside
+    the codes (fewer after a rollback). Tails empty when a block is quantised, so this falls and
     rises; ``most`` bounds it for every length up to ``tokens``, within a step too, when a tail has
     the new token as well.
     """
@@ -212,9 +214,11 @@ def layer_bytes(
         blocks = -(-done // options.residual)
         room = blocks * options.residual
         sink = min(tokens, options.sink)
-        tail = options.residual + options.hold if most or tokens - sink > done else 0
-        tail += most
-        total += heads * dim * (sink + tail) * size
+        tail = options.residual + most if most or tokens - sink > done else 0
+        originals = done - folded(options, rule, tokens - options.hold)
+        if most:
+            originals = min(done, options.hold + (rule == "block") * options.residual)
+        total += heads * dim * (sink + tail + originals) * size
         if side.owner is None:
             total += heads * dim * room * side.bits // 8
         groups = (

@@ -34,40 +34,55 @@ from narrows.ops.packed import PackedLayer
 
 
 class Stretch:
-    """Keys or values of a sealed layer: the sink, the codes, and the dense tail behind them."""
+    """Keys or values of a sealed layer: the sink, the codes, and the dense tail behind them.
+
+    ``originals`` are the newest quantised tokens as they were, as many as a rollback of ``hold``
+    tokens takes out of the codes again.
+    """
 
     def __init__(self, codes: Codes, rule: str, options: QuantOptions, x: Tensor) -> None:
         """``x`` are all tokens so far, dense: ``[heads, n, dim]``."""
         self.codes, self.rule, self.options = codes, rule, options
         self.sink = x[:, : options.sink].clone()
         self.length = x.shape[1]
-        self.tail = x.new_empty((x.shape[0], 0, x.shape[2]))
-        done = folded(options, rule, self.length)
+        self.tail = self.originals = x.new_empty((x.shape[0], 0, x.shape[2]))
+        start, done = self.sink.shape[1], folded(options, rule, self.length)
         if done:
-            codes.fold(x[:, options.sink : options.sink + done])
-        self._keep(x[:, self.sink.shape[1] + done :])
+            codes.fold(x[:, start : start + done])
+        self._keep(x[:, start + done :])
+        self._remember(x[:, start : start + done])
 
     @property
     def tail_tokens(self) -> int:
         """Dense tokens behind the quantised ones."""
         return self.length - self.sink.shape[1] - self.codes.tokens
 
-    @property
-    def dense_tokens(self) -> int:
-        """Newest tokens that are dense; while nothing is quantised, the sink's too."""
-        return self.tail_tokens if self.codes.tokens else self.length
+    def can_forget(self, n: int) -> bool:
+        """Whether the newest ``n`` tokens can be dropped as if they had never been there."""
+        back = self.codes.tokens - folded(self.options, self.rule, self.length - n)
+        return 0 <= n <= self.length and back <= self.originals.shape[1]
 
     def forget(self, n: int) -> None:
-        """Drop the newest ``n`` of ``dense_tokens``."""
+        """Drop the newest ``n`` tokens, and quantise no more than a sequence without them has."""
+        before = self.codes.tokens
         self.length -= n
         if self.length < self.sink.shape[1]:
             self.sink = self.sink[:, : self.length].clone()
+        stop = self.length - self.sink.shape[1]
+        done = folded(self.options, self.rule, self.length)
+        if done >= before:
+            return
+        first = self.originals.shape[1] - (before - done)
+        dense = torch.cat([self.originals[:, first:], self.tail[:, : max(0, stop - before)]], 1)
+        self.codes.cut(done)
+        self._keep(dense[:, : stop - done])
+        self.originals = self.originals[:, :first].clone()
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        dense = self.sink.untyped_storage().nbytes() + self.tail.untyped_storage().nbytes()
-        return self.codes.nbytes + dense
+        dense = (self.sink, self.tail, self.originals)
+        return self.codes.nbytes + sum(x.untyped_storage().nbytes() for x in dense)
 
     def append(self, x: Tensor) -> None:
         """Add tokens ``[heads, n, dim]`` to the tail, or to a sink that is not full yet."""
@@ -88,15 +103,27 @@ class Stretch:
         """Quantise what has left the residual."""
         n = folded(self.options, self.rule, self.length) - self.codes.tokens
         if n <= 0:
+            self._remember(self.tail[:, :0])
             return
         used = self.tail_tokens
-        self.codes.fold(self.tail[:, :n])
-        rest = self.tail[:, n:used].clone()
+        gone, rest = self.tail[:, :n], self.tail[:, n:used].clone()
+        self.codes.fold(gone)
+        self._remember(gone)
         self._keep(rest)
+
+    def _remember(self, gone: Tensor) -> None:
+        """Keep of the originals, with ``gone`` behind them, what a rollback may ask for."""
+        if not self.options.hold:
+            return
+        least = folded(self.options, self.rule, self.length - self.options.hold)
+        n = max(0, self.codes.tokens - least)
+        if n or self.originals.shape[1]:
+            together = torch.cat([self.originals, gone], 1)
+            self.originals = together[:, max(0, together.shape[1] - n) :].clone()
 
     def _keep(self, x: Tensor, least: int = 0) -> None:
         """Make ``x`` the tail, in a buffer as ``layer_bytes`` counts it."""
-        room = self.options.residual + self.options.hold if x.shape[1] or least else 0
+        room = self.options.residual if x.shape[1] or least else 0
         room = max(room, least, x.shape[1])
         if room != self.tail.shape[1] or not room:
             self.tail = x.new_empty((x.shape[0], room, x.shape[2]))
@@ -275,16 +302,15 @@ class QuantLayer(LayerCache):
         return out
 
     def rollback(self, n: int) -> None:
-        """See LayerCache. After ``seal`` only tokens that are still dense can be given back:
-        more raises ValueError (the option ``hold`` keeps as many as a draft may be long)."""
+        """See LayerCache. After ``seal`` at most ``hold`` tokens can be given back once they have
+        pushed others into the codes; more raises ValueError."""
         if self.dense is not None:
             self.dense.rollback(n)
             return
-        room = min(side.dense_tokens for side in self._sealed)
-        if not 0 <= n <= room:
+        if not all(side.can_forget(n) for side in self._sealed):
             raise ValueError(
-                f"cannot roll back {n} tokens: only the newest {room} are not quantised yet; give "
-                f"the cache hold={n}"
+                f"cannot roll back {n} of {self.length} tokens: what they pushed out of the "
+                f"residual is quantised; give the cache hold={n}"
             )
         for side in self._sealed:
             side.forget(n)

@@ -22,7 +22,7 @@ from narrows.contracts import FlatBatch, LayerCache, Span
 from narrows.errors import ConfigError, NumericalError
 from narrows.model.flat import FlatModel
 from narrows.ops.attention import causal_attention
-from narrows.ops.attn_mass import attention_with_mass
+from narrows.ops.blocked import blocked_attention
 from narrows.ops.native import attention_dtype
 
 Floats = NDArray[np.float64]
@@ -86,7 +86,7 @@ class OnePassLayer(LayerCache):
         if self.mass is None:
             k, v = k.transpose(0, 1), v.transpose(0, 1)
             return causal_attention(q, k, v, scale, self.window, dtype)
-        return attention_with_mass(q, k, v, scale, self.mass, self.window, self.block_rows, dtype)
+        return blocked_attention(q, k, v, scale, self.mass, self.window, self.block_rows, dtype)
 
     def rollback(self, n: int) -> None:
         """See LayerCache. Raises ValueError: nothing is kept that could be rolled back."""

@@ -27,7 +27,7 @@ from narrows.compression.units import Units, pool, runs, tokens_of
 from narrows.contracts import FlatBatch, LayerCache
 from narrows.errors import ConfigError
 from narrows.ops.attention import causal_attention
-from narrows.ops.attn_mass import attention_with_mass
+from narrows.ops.blocked import blocked_attention
 from narrows.ops.native import attention_dtype
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class SweepLayer(LayerCache):
             return causal_attention(q, k, v, scale, self.window, attention_dtype(q, self.stored))
         self.mass = torch.zeros(self.length, device=q.device)
         dtype = attention_dtype(q, self.stored)
-        return attention_with_mass(q, k, v, scale, self.mass, self.window, BLOCK_ROWS, dtype)
+        return blocked_attention(q, k, v, scale, self.mass, self.window, BLOCK_ROWS, dtype)
 
     def keep(self, newest: Tensor) -> None:
         """Of the newest tokens keep those where ``newest`` (bool) holds."""

@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from narrows.ops.blocked import blocked_attention
+from narrows.ops.native import flash_is_slow
+
 BLOCK = 256
 """Query rows scored at once when a mask is needed; the mask is at most BLOCK x keys."""
+PRODUCT_ROWS = 128
+"""Query rows scored at once by plain products, and the fewest for which those pay."""
 
 
 def visible(first: int, rows: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -36,9 +41,14 @@ def causal_attention(
     heads share key heads in consecutive groups. A query sees at most ``window`` tokens, its own
     included. No tensor of size n x m is made beyond BLOCK rows.
     """
-    wanted = q.dtype
-    q, k, v = (x.to(dtype or wanted) for x in (q, k, v))
+    wanted, dtype = q.dtype, dtype or q.dtype
     n, m = q.shape[0], k.shape[1]
+    if n >= PRODUCT_ROWS and q.device.type == "cpu" and flash_is_slow(dtype):
+        tokens_first = (x.transpose(0, 1) for x in (k, v))
+        return blocked_attention(
+            q, *tokens_first, scale, window=window, block_rows=PRODUCT_ROWS, dtype=dtype
+        )
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[0]
     heads_first = q.transpose(0, 1)
 

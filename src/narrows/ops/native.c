@@ -276,8 +276,8 @@ SILU(silu_mul_bf16, bf16, load_bf16, to_f32, store_bf16, to_bf16)
 /* ---- softmax that also sums its columns -------------------------------------------------------
  * scores [groups, rows, seen], float32 or bfloat16, become softmax weights in place. `folded` rows
  * in turn belong to one query, the first at key `offset`; a query sees the keys up to its own, at
- * most `window` of them (0: all). mass [seen] gains the column sums of the weights, in float32;
- * `parts` holds `threads` * seen floats. */
+ * most `window` of them (0: all). mass [seen], unless null, gains the column sums of the weights,
+ * in float32; `parts` then holds `threads` * seen floats. */
 #define SOFTMAX(name, T, load, scalar, store, round)                                           \
   static void name(T *row, int64_t first, int64_t stop, int64_t seen, float *part) {           \
     float top = -INFINITY, total = 0;                                                          \
@@ -297,12 +297,12 @@ SILU(silu_mul_bf16, bf16, load_bf16, to_f32, store_bf16, to_bf16)
     float share = 1.0f / (total + sum(added));                                                 \
     for (i = first; i + WIDTH <= stop; i += WIDTH) {                                           \
       vec p = vexp(load(row + i) - top) * share;                                               \
-      *(vec *)(part + i) += p;                                                                 \
+      if (part) *(vec *)(part + i) += p;                                                       \
       store(row + i, p);                                                                       \
     }                                                                                          \
     for (; i < stop; i++) {                                                                    \
       float p = expf(scalar(row[i]) - top) * share;                                            \
-      part[i] += p;                                                                            \
+      if (part) part[i] += p;                                                                  \
       row[i] = round(p);                                                                       \
     }                                                                                          \
     memset(row, 0, first * sizeof(T));                                                         \
@@ -314,17 +314,17 @@ SOFTMAX(softmax_bf16, bf16, load_bf16, to_f32, store_bf16, to_bf16)
 void softmax_mass(void *scores, int is_bf16, int64_t groups, int64_t rows, int64_t folded,
                   int64_t seen, int64_t offset, int64_t window, float *mass, float *parts,
                   int threads) {
-  memset(parts, 0, threads * seen * sizeof(float));
+  if (mass) memset(parts, 0, threads * seen * sizeof(float));
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t r = 0; r < groups * rows; r++) {
-    float *part = parts + omp_get_thread_num() * seen;
+    float *part = mass ? parts + omp_get_thread_num() * seen : NULL;
     int64_t stop = offset + r % rows / folded + 1, first = window && stop > window ? stop - window : 0;
     if (is_bf16)
       softmax_bf16((bf16 *)scores + r * seen, first, stop, seen, part);
     else
       softmax_f32((float *)scores + r * seen, first, stop, seen, part);
   }
-  for (int t = 0; t < threads; t++)
+  for (int t = 0; mass && t < threads; t++)
     for (int64_t i = 0; i < seen; i++) mass[i] += parts[t * seen + i];
 }
 

@@ -130,6 +130,13 @@ def attention_dtype(q: Tensor, stored: torch.dtype) -> torch.dtype:
     return q.dtype
 
 
+def flash_is_slow(dtype: torch.dtype) -> bool:
+    """Whether products and a softmax by blocks beat torch's flash attention at many rows of
+    ``dtype`` on this CPU: that kernel multiplies bfloat16 fast only on AMX tiles."""
+    units = dtype is torch.bfloat16 and wide_matmul_dtype() is torch.bfloat16
+    return units and library() is not None and not torch.cpu._is_amx_tile_supported()
+
+
 @functools.cache
 def _has_bf16_units() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -231,13 +238,13 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def softmax_mass_(
-    scores: Tensor, folded: int, offset: int, window: int | None, mass: Tensor
+    scores: Tensor, folded: int, offset: int, window: int | None, mass: Tensor | None = None
 ) -> None:
     """Scores ``[groups, rows, seen]`` to causal softmax weights in place, float32 or bfloat16.
 
     ``folded`` rows in turn belong to one query, the first of which stands at key ``offset``; a
-    query sees at most ``window`` keys, its own included. ``mass`` float32 ``[seen]`` gains the
-    column sums, taken in float32 before any rounding.
+    query sees at most ``window`` keys, its own included. ``mass`` float32 ``[seen]``, if given,
+    gains the column sums, taken in float32 before any rounding.
     """
     groups, rows, seen = scores.shape
     native = library()
@@ -247,14 +254,15 @@ def softmax_mass_(
         key = torch.arange(seen, device=scores.device)
         hidden = key > at if window is None else (key > at) | (key <= at - window)
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32)
-        mass += weights.sum((0, 1))
+        if mass is not None:
+            mass += weights.sum((0, 1))
         scores.copy_(weights)
         return
     threads = torch.get_num_threads()
-    parts = torch.empty(threads * seen)
+    parts = None if mass is None else torch.empty(threads * seen)
     native.softmax_mass(
         *(scores.data_ptr(), scores.dtype is torch.bfloat16, groups, rows, folded, seen, offset),
-        *(window or 0, mass.data_ptr(), parts.data_ptr(), threads),
+        *(window or 0, _pointer(mass), _pointer(parts), threads),
     )
 
 

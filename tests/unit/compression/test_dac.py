@@ -184,18 +184,18 @@ class TestStages:
         assert (chosen(llama, prepared, stages=4, alpha=1.0).kept != static.kept).any()
 
     def test_once_sums_attention_in_the_first_stage_only(self, llama, monkeypatch):
-        rows, sums = [], score.attention_with_mass
+        rows, sums = [], score.blocked_attention
 
         def counted(q, *rest):
             rows.append(len(q))
             return sums(q, *rest)
 
-        monkeypatch.setattr(score, "attention_with_mass", counted)
+        monkeypatch.setattr(score, "blocked_attention", counted)
         chosen(llama, ready(200, 50), stages=4, attn_refresh="once")
         assert rows == [200] * len(llama.shape.layers)
 
     def test_surprisal_alone_never_asks_for_attention(self, llama, monkeypatch):
-        monkeypatch.setattr(score, "attention_with_mass", None)
+        monkeypatch.setattr(score, "blocked_attention", None)
         preset = presets.surprisal_dynamic(llama, tokenizer=tiny_text.tokenizer())
         choice = preset.choose(ready(200, 50), None)
         assert (choice.kept.sum(), choice.report["stages_used"]) == (50, 2)

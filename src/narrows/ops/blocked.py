@@ -1,8 +1,9 @@
-"""Causal attention that also says how much attention every token received.
+"""Causal attention by blocks of query rows, two products and a softmax each; it can also say how
+much attention every token received.
 
 The received attention of token ``j`` is the column sum of the softmax weights over query heads
-and rows. Query rows are taken in blocks, so the memory held is heads x rows x keys, never
-tokens x tokens; keys past a block's last row, or left of its window, are not multiplied at all.
+and rows. The memory held is heads x rows x keys, never tokens x tokens; keys past a block's last
+row, or left of its window, are not multiplied at all.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from torch import Tensor
 from narrows.ops.native import softmax_mass_
 
 
-def attention_with_mass(
+def blocked_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scale: float,
-    mass: Tensor,
+    mass: Tensor | None = None,
     window: int | None = None,
     block_rows: int = 64,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Attend, and add each token's received attention to ``mass``.
+    """Attend, and add each token's received attention to ``mass`` if there is one.
 
     Args:
         q: queries ``[n, heads, d]`` of the newest tokens; consecutive heads share a key head.
@@ -56,7 +57,8 @@ def attention_with_mass(
         rows, seen = (b - a) * folded, stop - start
         scores = scratch[: groups * rows * seen].view(groups, rows, seen)
         torch.bmm(queries[:, a:b].reshape(groups, rows, d), keys[:, :, start:stop], out=scores)
-        softmax_mass_(scores, folded, first - start, window, mass[start:stop])
+        received = None if mass is None else mass[start:stop]
+        softmax_mass_(scores, folded, first - start, window, received)
         mixed = torch.bmm(scores, values[:, start:stop])
         out[a:b] = mixed.view(groups, b - a, folded, dv).transpose(0, 1)
     return out.view(n, heads, dv)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from narrows.ops.attention import causal_attention, visible
-from narrows.ops.attn_mass import attention_with_mass
+from narrows.ops.blocked import blocked_attention
 
 
 def dense(q, k, v, scale, window):
@@ -32,7 +32,7 @@ def qkv(n, heads=4, groups=2, d=8, dv=6, dtype=torch.float32):
 def test_equals_dense(block_rows, window, heads, groups):
     q, k, v = qkv(37, heads, groups)
     mass = torch.zeros(37)
-    out = attention_with_mass(q, k, v, 0.3, mass, window, block_rows)
+    out = blocked_attention(q, k, v, 0.3, mass, window, block_rows)
     expected, columns = dense(q, k, v, 0.3, window)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mass.double(), columns, rtol=1e-5, atol=1e-6)
@@ -41,7 +41,7 @@ def test_equals_dense(block_rows, window, heads, groups):
 @pytest.mark.parametrize("window", [None, 7])
 def test_output_is_that_of_plain_attention(window):
     q, k, v = qkv(50)
-    out = attention_with_mass(q, k, v, 0.3, torch.zeros(50), window)
+    out = blocked_attention(q, k, v, 0.3, torch.zeros(50), window)
     plain = causal_attention(q, k.transpose(0, 1), v.transpose(0, 1), 0.3, window)
     torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-6)
 
@@ -49,7 +49,7 @@ def test_output_is_that_of_plain_attention(window):
 def test_every_row_gives_one_unit_and_the_last_column_only_its_diagonal():
     q, k, v = qkv(20)
     mass = torch.zeros(20)
-    attention_with_mass(q, k, v, 0.3, mass)
+    blocked_attention(q, k, v, 0.3, mass)
     assert mass.sum().item() == pytest.approx(4 * 20, rel=1e-6)
     scores = torch.einsum("hd,jhd->hj", q[-1], k.repeat_interleave(2, 1)) * 0.3
     assert mass[-1].item() == pytest.approx(scores.softmax(-1)[:, -1].sum().item(), rel=1e-5)
@@ -58,9 +58,9 @@ def test_every_row_gives_one_unit_and_the_last_column_only_its_diagonal():
 def test_adds_to_what_is_there():
     q, k, v = qkv(9)
     once, twice = torch.zeros(9), torch.zeros(9)
-    attention_with_mass(q, k, v, 0.3, once)
+    blocked_attention(q, k, v, 0.3, once)
     for _ in range(2):
-        attention_with_mass(q, k, v, 0.3, twice)
+        blocked_attention(q, k, v, 0.3, twice)
     torch.testing.assert_close(twice, 2 * once)
 
 
@@ -73,7 +73,7 @@ def test_half_precision_holds_a_sink(dtype):
     q[..., 0], k[..., 0] = 5.0, 0.0
     k[0, :, 0] = 20.0
     mass = torch.zeros(n)
-    out = attention_with_mass(q, k, v, 0.3, mass)
+    out = blocked_attention(q, k, v, 0.3, mass)
     assert out.dtype == dtype
     assert torch.isfinite(out).all()
     columns = dense(q, k, v, 0.3, None)[1]
@@ -83,7 +83,7 @@ def test_half_precision_holds_a_sink(dtype):
 def test_huge_scores_stay_finite():
     q, k, v = qkv(30)
     mass = torch.zeros(30)
-    out = attention_with_mass(q * 1e4, k * 1e4, v, 1.0, mass)
+    out = blocked_attention(q * 1e4, k * 1e4, v, 1.0, mass)
     assert torch.isfinite(out).all()
     assert mass.sum().item() == pytest.approx(120, rel=1e-6)
 
@@ -93,10 +93,10 @@ def test_huge_scores_stay_finite():
 def test_newest_rows_after_a_past_are_those_of_the_whole(window, block_rows):
     q, k, v = qkv(37)
     mass = torch.zeros(37)
-    out = attention_with_mass(q[25:], k, v, 0.3, mass, window, block_rows)
+    out = blocked_attention(q[25:], k, v, 0.3, mass, window, block_rows)
     whole, both = torch.zeros(37), torch.zeros(25)
-    expected = attention_with_mass(q, k, v, 0.3, whole, window)
-    attention_with_mass(q[:25], k[:25], v[:25], 0.3, both, window)
+    expected = blocked_attention(q, k, v, 0.3, whole, window)
+    blocked_attention(q[:25], k[:25], v[:25], 0.3, both, window)
     torch.testing.assert_close(out, expected[25:], rtol=1e-5, atol=1e-6)
     whole[:25] -= both
     torch.testing.assert_close(mass, whole, rtol=1e-4, atol=1e-5)
