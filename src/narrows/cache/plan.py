@@ -7,6 +7,7 @@ layers; sliding-window layers stay dense and take no part.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
@@ -161,7 +162,8 @@ def _check_sizes(options: QuantOptions, place: int, layer: LayerShape) -> None:
     group = value_group(options, layer)
     if layer.value_dim % group:
         raise ConfigError(
-            f"layer {place}: value_group {group} does not divide the head size {layer.value_dim}"
+            f"layer {place}: value_group {group} does not divide the head size "
+            f"{layer.value_dim}; try value_group={math.gcd(group, layer.value_dim)}"
         )
 
 

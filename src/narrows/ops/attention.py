@@ -44,9 +44,9 @@ def causal_attention(
     wanted, dtype = q.dtype, dtype or q.dtype
     n, m = q.shape[0], k.shape[1]
     if n >= PRODUCT_ROWS and q.device.type == "cpu" and flash_is_slow(dtype):
-        tokens_first = (x.transpose(0, 1) for x in (k, v))
+        keys, values = k.transpose(0, 1), v.transpose(0, 1)
         return blocked_attention(
-            q, *tokens_first, scale, window=window, block_rows=PRODUCT_ROWS, dtype=dtype
+            q, keys, values, scale, window=window, block_rows=PRODUCT_ROWS, dtype=dtype
         )
     q, k, v = (x.to(dtype) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[0]

@@ -302,11 +302,10 @@ def test_what_is_rolled_back_was_never_there(
         run(stack, tokens, [tokens], made, tokens)
     for number, (n, draft) in enumerate(steps):
         wrong, right = data(draft, made, seed=100 + number), data(n, made, seed=200 + number)
-        for a, b in zip(ahead, plain, strict=True):
-            if draft:
-                type(a).step([a], *wrong, [(0, draft)], 0.2)
-        for a in ahead:
-            a.rollback(draft)
+        for cache in ahead if draft else ():
+            type(cache).step([cache], *wrong, [(0, draft)], 0.2)
+        for cache in ahead:
+            cache.rollback(draft)
         for a, b in zip(ahead, plain, strict=True):
             mine, theirs = (type(c).step([c], *right, [(0, n)], 0.2) for c in (a, b))
             assert torch.equal(mine, theirs)

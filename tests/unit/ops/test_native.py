@@ -147,3 +147,5 @@ def test_causal_attention_equals_the_masked_softmax(n: int, m: int, window: int 
     expected = torch.einsum("hnm,hmd->nhd", p, v.repeat_interleave(2, 0))
     got = causal_attention(q, k, v, 0.4, window)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    got = causal_attention(q, k, v, 0.4, window, torch.bfloat16)
+    torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2)
