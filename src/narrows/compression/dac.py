@@ -23,7 +23,7 @@ from narrows.compression.chunks import chunk_breaks
 from narrows.compression.score import Scorer
 from narrows.compression.select import max_apart, stage_targets
 from narrows.compression.stages import keep_apart, keep_best, keep_shares
-from narrows.compression.units import Units, pool
+from narrows.compression.units import Pooling, Units, pool
 from narrows.config import Settings
 from narrows.errors import ConfigError
 
@@ -62,7 +62,7 @@ class DacOptions(Settings):
     attn_refresh: Literal["stage", "once"] = "stage"
     chunk_policy: Literal["global", "proportional"] = "global"
     clip_quantile: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    pool: Literal["mean", "max"] = "mean"
+    pool: Pooling = "mean"
     diagnose: bool = False
     attn_norm: AttnNorm = "sum"
     chunk_tokens: Annotated[int, Field(ge=0)] = 1024

@@ -16,14 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from narrows.cache.dense import DensePolicy
 from narrows.compression.base import Choice, Prepared, UnitCompressor
 from narrows.compression.baselines import keep_forced_and_best
-from narrows.compression.score import Scorer
-from narrows.compression.select import fill
-from narrows.compression.units import Units, pool, runs, tokens_of
+from narrows.compression.score import Scorer, token_surprisal
+from narrows.compression.select import Shares
+from narrows.compression.units import pool, runs, tokens_of
 from narrows.contracts import Document, FlatBatch, LayerCache
 from narrows.errors import ConfigError
 from narrows.retrieve.passages import split_passages
@@ -122,19 +121,12 @@ class LLMLingua(UnitCompressor):
         units, ids = prepared.units, np.array(prepared.tokens.ids)
         kept = prepared.forced.copy()
         prefix = _Prefix(self.model)
-        total = int(units.costs[alive & ~prepared.forced].sum())
-        seen = spent = segments = 0
+        shares = Shares(units.costs, alive & ~prepared.forced, prepared.free)
+        segments = 0
         for segment in runs(np.flatnonzero(alive), units.costs, self.segment_tokens):
             places = tokens_of(units, segment)
             scores[places] = nats = prefix.surprisal(ids[places].tolist())
-            open_ = ~prepared.forced[segment]
-            costs = units.costs[segment]
-            seen += int(costs[open_].sum())
-            share = prepared.free * seen // total - spent
-            worth = pool(Units(np.append(0, np.cumsum(costs))), nats)
-            chosen = segment[open_][fill(worth[open_], costs[open_], share)]
-            kept[chosen] = True
-            spent += int(units.costs[chosen].sum())
+            kept[shares.pick(segment, nats)] = True
             prefix.extend(ids[tokens_of(units, segment[kept[segment]])].tolist())
             segments += 1
         return kept, segments
@@ -186,8 +178,7 @@ class _Prefix:
         known = [] if self._last is None else [self._last]
         predicting = torch.cat([*known, states[:-1]])
         targets = torch.tensor(ids[len(ids) - len(predicting) :], device=states.device)
-        nats = cross_entropy(self.model.logits(predicting), targets, reduction="none")
-        found = nats.double().cpu().numpy()
+        found = token_surprisal(self.model, predicting, targets)
         return found if known else np.append(found.max(initial=0.0), found)
 
     def _read(self, ids: list[int], caches: list[LayerCache]) -> Tensor:

@@ -23,7 +23,7 @@ from narrows.errors import ConfigError, NumericalError
 from narrows.model.flat import FlatModel
 from narrows.ops.attention import causal_attention
 from narrows.ops.blocked import blocked_attention
-from narrows.ops.native import attention_dtype
+from narrows.ops.native import attention_dtype, flow_dtype
 
 Floats = NDArray[np.float64]
 
@@ -250,10 +250,15 @@ def token_surprisal(model: FlatModel, states: Tensor, targets: Tensor) -> Floats
     nats, float64 ``[n]``. Never holds more than LOGIT_ROWS rows of logits."""
     nats = torch.empty(len(targets), device=targets.device)
     for a in range(0, len(targets), LOGIT_ROWS):
-        logits = model.logits(states[a : a + LOGIT_ROWS])
+        rows = states[a : a + LOGIT_ROWS]
+        if rows.dtype is torch.float32:
+            # Rounded here as the product would, they give logits that are not widened yet.
+            rows = rows.to(flow_dtype(len(rows), model.shape.dtype))
+        logits = model.logits(rows)
         for i in range(0, len(logits), LOSS_ROWS):
             few = slice(a + i, min(a + i + LOSS_ROWS, len(targets)))
-            nats[few] = cross_entropy(logits[i : i + LOSS_ROWS], targets[few], reduction="none")
+            wide = logits[i : i + LOSS_ROWS].float()
+            nats[few] = cross_entropy(wide, targets[few], reduction="none")
     return np.asarray(nats.double().cpu().numpy())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from narrows.compression.units import Pooling, Units, pool
 from narrows.errors import BudgetError, ConfigError, NumericalError
 
 Mask = NDArray[np.bool_]
@@ -56,6 +57,34 @@ def fill(scores: Floats, costs: NDArray[np.int64], budget: int) -> Mask:
             kept[unit] = True
             left -= cost
     return kept
+
+
+class Shares:
+    """A budget of tokens spent segment after segment, each given its share of the candidates.
+
+    Args:
+        costs: tokens of every unit.
+        candidates: units that may be chosen; the shares count these.
+        budget: tokens to spend in all.
+    """
+
+    def __init__(self, costs: NDArray[np.int64], candidates: Mask, budget: int) -> None:
+        self.costs, self.candidates, self.budget = costs, candidates, budget
+        self.total = int(costs[candidates].sum())
+        self.seen = self.spent = 0
+
+    def pick(
+        self, segment: NDArray[np.int64], token_scores: Floats, how: Pooling = "mean"
+    ) -> NDArray[np.int64]:
+        """The units chosen of ``segment``, unit indices whose tokens have ``token_scores``. What
+        rounding left over of earlier shares is spent here."""
+        costs, open_ = self.costs[segment], self.candidates[segment]
+        self.seen += int(costs[open_].sum())
+        share = self.budget * self.seen // max(self.total, 1) - self.spent
+        worth = pool(Units(np.append(0, np.cumsum(costs))), token_scores, how)
+        chosen = segment[open_][fill(worth[open_], costs[open_], share)]
+        self.spent += int(self.costs[chosen].sum())
+        return chosen
 
 
 def max_apart(deletable: Mask) -> int:

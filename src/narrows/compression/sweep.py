@@ -21,9 +21,9 @@ from narrows.compression.attn_norm import AttnNorm, normalise
 from narrows.compression.base import Choice, Prepared, UnitCompressor
 from narrows.compression.dac import COMMON, DacOptions, fuse
 from narrows.compression.score import check_finite, token_surprisal
-from narrows.compression.select import fill
+from narrows.compression.select import Shares
 from narrows.compression.stages import keep_best
-from narrows.compression.units import Units, pool, runs, tokens_of
+from narrows.compression.units import pool, runs, tokens_of
 from narrows.contracts import FlatBatch, LayerCache
 from narrows.errors import ConfigError
 from narrows.ops.attention import causal_attention
@@ -83,29 +83,21 @@ class DacSweep(UnitCompressor):
         forced = prepared.forced.copy()
         forced[0] |= units.costs[0] <= prepared.free
         free_budget = prepared.budget - int(units.costs[forced].sum())
-        total = int(units.costs[~forced].sum())
         kept, scores = forced.copy(), np.zeros(len(ids))
         sweep = _Sweep(self.model, attention=self.options.needs_attention)
-        seen = spent = segments = 0
-        limit = self.options.segment_tokens
-        for segment in runs(np.arange(len(units)), units.costs, limit):
+        shares = Shares(units.costs, ~forced, free_budget)
+        segments = 0
+        for segment in runs(np.arange(len(units)), units.costs, self.options.segment_tokens):
             places = tokens_of(units, segment)
             surprisal, attention = sweep.read([ids[t] for t in places], self.options.attn_norm)
             # DAC leaves the first token out of its scaling; here every one is predicted.
             heed = None if attention is None else np.append(0.0, attention)
             scores[places] = nats = fuse(np.append(0.0, surprisal), heed, self.options)[1:]
-            open_ = ~forced[segment]
-            costs = units.costs[segment]
-            seen += int(costs[open_].sum())
-            share = free_budget * seen // max(total, 1) - spent
-            worth = pool(Units(np.append(0, np.cumsum(costs))), nats, self.options.pool)
-            chosen = segment[open_][fill(worth[open_], costs[open_], share)]
-            kept[chosen] = True
-            spent += int(units.costs[chosen].sum())
-            sweep.forget(np.repeat(~kept[segment], costs))
+            kept[shares.pick(segment, nats, self.options.pool)] = True
+            sweep.forget(np.repeat(~kept[segment], units.costs[segment]))
             segments += 1
         # Shares rounded to whole units can leave a little over; it goes to the best of the rest.
-        rest = free_budget - spent
+        rest = free_budget - shares.spent
         if rest:
             kept |= keep_best(pool(units, scores), units.costs, ~kept, rest)
         return Choice(kept, scores, {"segments": segments})

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from narrows.contracts import Span
 
 Granularity = Literal["token", "word", "phrase", "sentence"]
+Pooling = Literal["mean", "max"]
 
 PHRASE_WORDS = 5
 """Most words in a phrase; a clause between two punctuation marks is often far longer."""
@@ -172,7 +173,7 @@ _CUTS = {"word": _word_cuts, "phrase": _phrase_cuts, "sentence": _sentence_cuts}
 
 
 def pool(
-    units: Units, token_scores: NDArray[np.float64], how: Literal["mean", "max"] = "mean"
+    units: Units, token_scores: NDArray[np.float64], how: Pooling = "mean"
 ) -> NDArray[np.float64]:
     """One score a unit, float64 ``[units]``, from ``token_scores`` ``[tokens]``."""
     if how not in ("mean", "max"):

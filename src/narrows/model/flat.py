@@ -86,7 +86,8 @@ class FlatModel:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits of ``hidden`` ``[n, hidden_size]`` -> float32 ``[n, vocab_size]``."""
+        """Next-token logits of ``hidden`` ``[n, hidden_size]`` -> float32 ``[n, vocab_size]``, or
+        bfloat16 where a float32 pass is given bfloat16 rows."""
         if self._fast is not None:
             return self._fast.logits(hidden)
         scores: Tensor = self._head(hidden).float()
