@@ -33,8 +33,8 @@ PASSAGE, CONTINUATION = 600, 64
 SHARES = (0.1, 0.3, 0.5)
 """Shares deleted."""
 KEEP = (0.5, 0.2, 0.1)
-FUSED, SURPRISAL = "dac", "surprisal-dynamic"
-DYNAMIC = ("dac:stages=10", "dac:stages=5", "dac:stages=1")
+FUSED, SURPRISAL = "dac:stages=5", "surprisal-dynamic:stages=5"
+DYNAMIC = ("dac:stages=10", "dac:stages=5", "dac-static")
 """Most rescoring first; the others are compared with it."""
 
 Floats = NDArray[np.float64]
@@ -51,8 +51,9 @@ def claim_rows(measurer: Measurer, data: Path, *, quick: bool = False) -> list[R
     rows = correlation_rows(model, pieces, seed)
     rows += deletion_rows(model, pieces, seed)
     rows += shift_rows(model, pieces, seed)
-    limit, contexts, keep = (2, 1, KEEP[:1]) if quick else (200, 50, KEEP)
-    items = gsm8k(data, limit=limit, seed=seed, contexts=contexts)
+    limit, keep = (2, KEEP[:1]) if quick else (100, KEEP)
+    # The items of the likelihood part, so that what it remembers serves here too.
+    items = gsm8k(data, limit=limit, seed=seed)
     for share in keep:
         for claim, specs in (("R4", (FUSED, SURPRISAL)), ("R5", DYNAMIC)):
             ours, *others = (
