@@ -36,6 +36,7 @@ stderr = Console(stderr=True, highlight=False)
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Known name, hub id, folder or GGUF.")]
 Cache = Annotated[str, typer.Option(help="Cache policy spec.")]
+Draft = Annotated[str, typer.Option(help="Drafter spec, none or auto.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if present.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to write.")]
@@ -46,10 +47,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 DEFAULT_MODEL = "smollm2-135m"
 
 
-def _load(model: str, cache: str, dtype: str, device: str | None) -> LLM:
+def _load(model: str, cache: str, draft: str, dtype: str, device: str | None) -> LLM:
     from narrows.llm import LLM
 
-    return LLM(model, cache=cache, dtype=dtype, device=device)
+    return LLM(model, cache=cache, draft=draft, dtype=dtype, device=device)
 
 
 def _params(max_tokens: int, temperature: float, top_p: float, seed: int | None) -> Any:
@@ -79,6 +80,7 @@ def ask(
     ranker: Annotated[str, typer.Option(help="bm25 or minilm.")] = "bm25",
     model: Model = DEFAULT_MODEL,
     cache: Cache = "dense",
+    draft: Draft = "auto",
     dtype: Dtype = "bfloat16",
     device: Device = None,
     max_tokens: MaxTokens = 128,
@@ -95,7 +97,7 @@ def ask(
     if not question.strip():
         raise InputError("the question is empty; say what to answer")
     documents = read_documents(doc or [])  # before the model is loaded, which takes longer
-    llm = _load(model, cache, dtype, device)
+    llm = _load(model, cache, draft, dtype, device)
     answer = answer_question(
         llm,
         question,
@@ -132,6 +134,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - for standard input.")],
     model: Model = DEFAULT_MODEL,
     cache: Cache = "dense",
+    draft: Draft = "auto",
     dtype: Dtype = "bfloat16",
     device: Device = None,
     max_tokens: MaxTokens = 128,
@@ -145,7 +148,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise InputError("the prompt is empty; give some text to continue")
-    llm = _load(model, cache, dtype, device)
+    llm = _load(model, cache, draft, dtype, device)
     request = llm.submit(text, params)
     for piece in llm.follow(request):
         if not as_json:
@@ -168,6 +171,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     model: Model = DEFAULT_MODEL,
     cache: Cache = "dense",
+    draft: Draft = "auto",
     dtype: Dtype = "bfloat16",
     device: Device = None,
     max_tokens: MaxTokens = 512,
@@ -177,7 +181,7 @@ def chat(
 ) -> None:
     """Talk to the model, a line a turn; an empty line or end of input leaves."""
     params = _params(max_tokens, temperature, top_p, seed)
-    llm = _load(model, cache, dtype, device)
+    llm = _load(model, cache, draft, dtype, device)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         if sys.stdin.isatty():

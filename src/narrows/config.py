@@ -74,9 +74,12 @@ class EngineConfig(Settings):
     ``cache_bytes`` bounds the key/value bytes of all running sequences; None takes
     ``cache_share`` of the memory that is free when the engine starts. ``prefill_chunk`` is the
     most prompt tokens read in one step, beside every running sequence's next token.
+    ``draft_tokens`` is how many of a drafter's guesses a step verifies of each sequence; None
+    chooses, step by step, what is fastest.
     """
 
     cache_bytes: Annotated[int, Field(ge=1)] | None = None
     cache_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     max_sequences: Annotated[int, Field(ge=1)] = 256
     prefill_chunk: Annotated[int, Field(ge=1)] = 512
+    draft_tokens: Annotated[int, Field(ge=0)] | None = None

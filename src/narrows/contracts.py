@@ -129,12 +129,47 @@ class CachePolicy(Protocol):
     def spec(self) -> str:
         """The spec string that makes this policy again."""
 
+    def holding(self, tokens: int) -> CachePolicy:
+        """This policy, or one like it whose caches can take back the newest ``tokens`` tokens."""
+
     def build(self, shape: ModelShape) -> list[LayerCache]:
         """One cache a layer, empty. Raises ConfigError if the model cannot take this policy."""
 
     def estimate(self, shape: ModelShape, tokens: int, sealed: bool = False) -> int:
         """Upper bound on the bytes one sequence of ``tokens`` tokens will hold, while its prompt
         is being read or, ``sealed``, afterwards."""
+
+
+# ------------------------------------------------------------------------------------- drafting
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Guessed tokens that may follow a sequence's newest one.
+
+    ``probabilities`` float64 ``[k, vocab_size]`` are the distributions the tokens were drawn
+    from, each given those before it; None says that they were not drawn but chosen. ``kind``
+    names how good guesses of this sort are expected to be: survival is counted by kind.
+    """
+
+    tokens: list[int]
+    probabilities: Tensor | None = None
+    kind: str = ""
+
+
+class Drafter(ABC):
+    """Guesses what sequences will say next. Sequences are known by a number."""
+
+    name: str
+    most: int
+    """Tokens a draft may have."""
+
+    @abstractmethod
+    def propose(self, number: int, tokens: Sequence[int], k: int) -> Draft:
+        """At most ``k`` tokens behind ``tokens``, all that the sequence has so far."""
+
+    def forget(self, number: int) -> None:  # noqa: B027 - most drafters have nothing to forget
+        """Sequence ``number`` has ended, or its caches were given back."""
 
 
 # ---------------------------------------------------------------------------------- compression
@@ -204,7 +239,8 @@ class Compressor(Protocol):
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Seconds and counts of one finished request; ``cache_bytes`` is the peak held."""
+    """Seconds and counts of one finished request; ``cache_bytes`` is the peak held. ``steps`` gave
+    it tokens; ``drafted_tokens`` were guessed for it, ``kept_tokens`` of them were right."""
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -213,12 +249,15 @@ class RequestMetrics:
     decode_s: float = 0.0
     cache_bytes: int = 0
     preemptions: int = 0
+    steps: int = 0
+    drafted_tokens: int = 0
+    kept_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:
         """Decode speed; the first token belongs to prefill."""
-        steps = self.generated_tokens - 1
-        return steps / self.decode_s if steps > 0 and self.decode_s > 0 else 0.0
+        decoded = self.generated_tokens - 1
+        return decoded / self.decode_s if decoded > 0 and self.decode_s > 0 else 0.0
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
 from narrows.contracts import Completion
+from narrows.draft.specs import make_drafter
 from narrows.engine.engine import Engine, Step
 from narrows.engine.sequence import Sequence as Request
 from narrows.engine.sequence import State
@@ -27,8 +28,8 @@ class LLM:
     Args:
         model: a known name (``narrows models``), a hub id, a folder or a GGUF file.
         cache: cache spec, such as ``"dense"``.
-        draft: ``"auto"`` or ``"none"``; ``"auto"`` takes the best drafter there is for the model,
-            and there is none yet.
+        draft: drafter spec, such as ``"lookup"``; ``"none"``; ``"auto"`` takes the best there is.
+            A drafter changes the speed and nothing else.
         dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
         device: ``"cpu"``, ``"cuda"``, ...; None takes CUDA where there is one.
         limits: fields of EngineConfig.
@@ -46,12 +47,10 @@ class LLM:
         device: str | None = None,
         **limits: Any,
     ) -> None:
-        if draft not in ("auto", "none"):
-            raise ConfigError(f"unknown drafter {draft!r} (known: auto, none)")
-        policy = parse_cache(cache)
+        policy, drafter = parse_cache(cache), make_drafter(draft)
         config = EngineConfig(**limits)
         self.model = FlatModel.load(model, dtype=dtype, device=device)
-        self.engine = Engine(self.model, policy, config)
+        self.engine = Engine(self.model, policy, config, drafter)
 
     @property
     def tokenizer(self) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar, cast
 
 from narrows.errors import ConfigError
@@ -49,3 +49,25 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._targets))
+
+
+def build(registry: Registry[Callable[..., T]], spec: str) -> T:
+    """What ``spec``, ``name`` or ``name:option=value,option=value``, makes of the callables in
+    ``registry``, which take options as keyword strings. Raises ConfigError for a spec of another
+    form, an unknown name or option."""
+    name, colon, rest = spec.strip().partition(":")
+    options: dict[str, str] = {}
+    for item in rest.split(",") if colon else ():
+        key, equals, value = item.partition("=")
+        if not (key and equals and value):
+            raise ConfigError(f"{registry.kind} {spec!r}: {item!r} is not of the form option=value")
+        if key in options:
+            raise ConfigError(f"{registry.kind} {spec!r}: option {key!r} is given twice")
+        options[key] = value
+    factory = registry.get(name)
+    try:
+        return factory(**options)
+    except TypeError:
+        raise ConfigError(
+            f"{registry.kind} {name!r} has no option among: {', '.join(options)}"
+        ) from None

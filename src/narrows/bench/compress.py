@@ -89,7 +89,7 @@ def run(
     folder = locate(data)
     suites = {n: load(n, folder, limit=limit or LIMITS.get(n), seed=seed) for n in tasks}
     ledger = Ledger(records)
-    llm = LLM(model, dtype=dtype, device=device)
+    llm = LLM(model, dtype=dtype, device=device, draft="none")
     rows: list[Row] = []
     with Progress("items", visible=show_progress) as progress:
         measurer = Measurer(llm, dtype=dtype, seed=seed, ledger=ledger, on_item=progress.advance)

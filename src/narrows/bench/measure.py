@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from narrows.bench.arms import Arm, Budget, Shortened
-from narrows.bench.likelihood import answer_ids, answer_nll, prompt_ids
+from narrows.bench.likelihood import Reader, answer_ids, prompt_ids
 from narrows.bench.metrics import bootstrap, paired_bootstrap
 from narrows.bench.records import Key, Ledger, Record
 from narrows.bench.report import Row, row
@@ -43,6 +43,7 @@ class Measurer:
         on_item: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.llm = llm
+        self.reader = Reader(llm.model)
         self.dtype = dtype
         self.seed = seed
         self.ledger = ledger
@@ -59,8 +60,10 @@ class Measurer:
     ) -> list[Record]:
         """One record an item, in order; with ``answers`` also a generated answer's score."""
         records: dict[Key, Record] = {}
-        for start in range(0, len(items), BLOCK):
-            block = items[start : start + BLOCK]
+        # Items that share a context in a row, so that it is read once.
+        ordered = sorted(items, key=lambda item: item.group)
+        for start in range(0, len(ordered), BLOCK):
+            block = ordered[start : start + BLOCK]
             missing = []
             for item in block:
                 known = self.ledger.get(self._key(item, arm, budget))
@@ -114,7 +117,7 @@ class Measurer:
             context_tokens=made.context_tokens,
             prompt_tokens=len(prompt),
             seconds=made.seconds,
-            nll=answer_nll(model, prompt, answer_ids(model, item.gold)),
+            nll=self.reader.answer_nll(prompt, answer_ids(model, item.gold)),
             survived=item.survives(made.text),
         )
 

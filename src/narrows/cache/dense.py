@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from narrows.contracts import LayerCache, LayerShape, ModelShape, Span
+from narrows.errors import ConfigError
 from narrows.ops import ragged
 from narrows.ops.attention import causal_attention
 from narrows.ops.native import attention_dtype
@@ -148,6 +149,12 @@ class DensePolicy:
     def spec(self) -> str:
         """See CachePolicy."""
         return "dense"
+
+    def holding(self, tokens: int) -> DensePolicy:
+        """See CachePolicy. Raises ConfigError for more than sliding layers keep."""
+        if tokens > ROLLBACK:
+            raise ConfigError(f"no more than {ROLLBACK} tokens can be drafted (given: {tokens})")
+        return self
 
     def build(self, shape: ModelShape) -> list[LayerCache]:
         """See CachePolicy."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -349,6 +349,12 @@ class QuantPolicy:
         changed = {k: v for k, v in self.options.model_dump().items() if v != usual[k]}
         told = ",".join(f"{k}={v}" for k, v in changed.items())
         return f"{self.name}:{told}" if told else self.name
+
+    def holding(self, tokens: int) -> QuantPolicy:
+        """See CachePolicy."""
+        if tokens <= self.options.hold:
+            return self
+        return replace(self, options=self.options.model_copy(update={"hold": tokens}))
 
     def resolved(self, shape: ModelShape) -> QuantOptions:
         """The options with the policy's own thresholds for a model of that many layers."""

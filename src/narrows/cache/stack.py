@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from narrows.contracts import CachePolicy
-from narrows.errors import ConfigError
-from narrows.registry import Registry
+from narrows.registry import Registry, build
 
 POLICIES: Registry[Callable[..., CachePolicy]] = Registry("cache policy")
 """Name -> callable that takes the spec's options as keyword strings."""
@@ -21,17 +20,4 @@ for _name in ("kivi", "asymkv", "xquant"):
 
 def parse_cache(spec: str) -> CachePolicy:
     """The policy ``spec`` names. Raises ConfigError for an unknown name or option."""
-    name, colon, rest = spec.strip().partition(":")
-    options: dict[str, str] = {}
-    for item in rest.split(",") if colon else ():
-        key, equals, value = item.partition("=")
-        if not (key and equals and value):
-            raise ConfigError(f"cache {spec!r}: {item!r} is not of the form option=value")
-        if key in options:
-            raise ConfigError(f"cache {spec!r}: option {key!r} is given twice")
-        options[key] = value
-    factory = POLICIES.get(name)
-    try:
-        return factory(**options)
-    except TypeError:
-        raise ConfigError(f"cache {name!r} has no option among: {', '.join(options)}") from None
+    return build(POLICIES, spec)

@@ -6,13 +6,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from narrows.config import EngineConfig, SamplingParams
-from narrows.contracts import CachePolicy
+from narrows.contracts import CachePolicy, Draft, Drafter
 from narrows.engine import memory, runner
 from narrows.engine.detokenize import StreamDecoder
-from narrows.engine.sampling import Sampler, sample_batch
+from narrows.engine.sampling import Sampled, Sampler
 from narrows.engine.scheduler import Scheduler, Work
 from narrows.engine.sequence import Sequence, State
+from narrows.engine.speculation import Speculation
+from narrows.engine.verify import verify_batch
 from narrows.errors import RequestRejected
 from narrows.model.flat import FlatModel
 
@@ -37,16 +41,26 @@ class Engine:
         model: the loaded model.
         policy: builds each sequence's caches.
         config: limits; the byte budget is fixed here, from free memory if none is given.
+        drafter: guesses tokens ahead; None decodes one at a time. What is written is the same.
     """
 
-    def __init__(self, model: FlatModel, policy: CachePolicy, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: FlatModel,
+        policy: CachePolicy,
+        config: EngineConfig,
+        drafter: Drafter | None = None,
+    ) -> None:
         self.model = model
+        ahead = drafter.most if drafter else 0
+        policy = policy.holding(ahead)
         self.policy = policy
+        self.speculation = Speculation(drafter, model, config.draft_tokens) if drafter else None
         budget = config.cache_bytes
         if budget is None:
             budget = int(memory.free_bytes(model.shape.device) * config.cache_share)
         self.scheduler = Scheduler(
-            model.shape, policy, config, budget, lambda: policy.build(model.shape)
+            model.shape, policy, config, budget, lambda: policy.build(model.shape), ahead
         )
         self._count = 0
 
@@ -69,8 +83,7 @@ class Engine:
     def cancel(self, sequence: Sequence) -> None:
         """End a request now; its text so far stays. Does nothing if it has ended."""
         if sequence.state is not State.FINISHED:
-            self.scheduler.remove(sequence)
-            sequence.finish("cancelled")
+            self._end(sequence, "cancelled")
 
     @property
     def busy(self) -> bool:
@@ -88,18 +101,19 @@ class Engine:
         started = time.perf_counter()
         work = self.scheduler.plan()
         try:
-            pieces = self._advance(work)
+            moved = self._advance(work)
         except BaseException:
             for item in work:
                 self.cancel(item.sequence)
             raise
         running = self.scheduler.running
+        written = sum(len(tokens) for _, tokens, _ in moved)
         return Step(
-            pieces=pieces,
+            pieces=[(sequence, text) for sequence, _, text in moved],
             running=len(running),
             waiting=len(self.scheduler.waiting),
-            prompt_tokens=sum(w.count for w in work) - len(pieces),
-            generated_tokens=len(pieces),
+            prompt_tokens=sum(w.count for w in work) - len(moved),
+            generated_tokens=written,
             seconds=time.perf_counter() - started,
         )
 
@@ -111,25 +125,55 @@ class Engine:
                 on_step(step)
             yield step
 
-    def _advance(self, work: list[Work]) -> list[tuple[Sequence, str]]:
+    @torch.inference_mode()
+    def _advance(self, work: list[Work]) -> list[tuple[Sequence, list[int], str]]:
+        """What each sequence that got tokens got: the tokens, and the text that became final."""
         if not work:
             return []
-        ready, logits = runner.forward(self.model, work)
+        drafts = [Draft([])] * len(work)
+        if self.speculation:
+            drafts = self.speculation.drafts(work, self._limit)
+        ready, logits = runner.forward(self.model, work, drafts)
         for item in work:
             if item.sequence.computed >= item.sequence.prompt_length:
                 item.sequence.seal()
         if not ready:
             return []
-        samples = sample_batch([s.sampler for s in ready], logits, [s.generated for s in ready])
-        pieces = []
-        for sequence, (token, logprobs) in zip(ready, samples, strict=True):
-            text = sequence.accept(token, logprobs)
+        sequences = [work[i].sequence for i in ready]
+        tried = [drafts[i] for i in ready]
+        committed = verify_batch(
+            [s.sampler for s in sequences], logits, [s.generated for s in sequences], tried
+        )
+        moved = []
+        for sequence, draft, samples in zip(sequences, tried, committed, strict=True):
+            tokens, text = self._accept(sequence, samples)
+            sequence.settle(len(draft.tokens), len(tokens) - 1)
+            moved.append((sequence, tokens, text))
+            if self.speculation:
+                self.speculation.learn(sequence, draft, len(samples) - 1)
+        return moved
+
+    def _accept(self, sequence: Sequence, samples: list[Sampled]) -> tuple[list[int], str]:
+        """Commit tokens up to the one that ends the request."""
+        tokens, text = [], ""
+        for token, logprobs in samples:
+            tokens.append(token)
+            text += sequence.accept(token, logprobs)
             reason = self._finish_reason(sequence, token)
             if reason:
-                self.scheduler.remove(sequence)
-                text += sequence.finish(reason)
-            pieces.append((sequence, text))
-        return pieces
+                text += self._end(sequence, reason)
+                break
+        return tokens, text
+
+    def _end(self, sequence: Sequence, reason: str) -> str:
+        self.scheduler.remove(sequence)
+        if self.speculation:
+            self.speculation.forget(sequence)
+        return sequence.finish(reason)
+
+    def _limit(self, sequence: Sequence) -> int:
+        """Tokens at which a request ends, prompt included."""
+        return min(sequence.prompt_length + sequence.params.max_tokens, self.model.shape.max_tokens)
 
     def _finish_reason(self, sequence: Sequence, token: int) -> str:
         params = sequence.params
@@ -139,5 +183,4 @@ class Engine:
             return "stop"
         if sequence.decoder is not None and sequence.decoder.stopped:
             return "stop"
-        limit = min(sequence.prompt_length + params.max_tokens, self.model.shape.max_tokens)
-        return "length" if len(sequence.tokens) >= limit else ""
+        return "length" if len(sequence.tokens) >= self._limit(sequence) else ""

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from narrows.contracts import FlatBatch
+from narrows.contracts import Draft, FlatBatch
 from narrows.engine.scheduler import Work
-from narrows.engine.sequence import Sequence
 from narrows.model.flat import FlatModel
 
 
-def forward(model: FlatModel, work: list[Work]) -> tuple[list[Sequence], Tensor]:
-    """Read every planned token. Returns the sequences whose last token was read and the
-    float32 logits ``[len(sequences), vocab_size]`` of what follows it."""
+def forward(
+    model: FlatModel, work: list[Work], drafts: Sequence[Draft]
+) -> tuple[list[int], Tensor]:
+    """Read every planned token, and behind a sequence's newest one its draft. Returns which of
+    ``work`` had their newest token read, and the float32 logits of what follows it and each
+    guess: rows of the first such sequence, then of the next, ``[n, vocab_size]``."""
     ids: list[int] = []
     positions: list[int] = []
     spans = []
     caches = []
     ready = []
-    last_rows = []
-    for item in work:
+    rows: list[int] = []
+    for number, (item, draft) in enumerate(zip(work, drafts, strict=True)):
         sequence, start = item.sequence, item.sequence.computed
         assert sequence.caches is not None
-        stop = start + item.count
-        spans.append((len(ids), len(ids) + item.count))
-        ids.extend(sequence.tokens[start:stop])
-        positions.extend(range(start, stop))
+        read = [*sequence.tokens[start : start + item.count], *draft.tokens]
+        spans.append((len(ids), len(ids) + len(read)))
+        ids.extend(read)
+        positions.extend(range(start, start + len(read)))
         caches.append(sequence.caches)
-        if stop == len(sequence.tokens):
-            ready.append(sequence)
-            last_rows.append(len(ids) - 1)
+        if start + item.count == len(sequence.tokens):
+            ready.append(number)
+            rows.extend(range(len(ids) - len(draft.tokens) - 1, len(ids)))
     device = model.shape.device
     hidden = model.hidden(
         torch.tensor(ids, device=device),
         torch.tensor(positions, device=device),
         FlatBatch(spans, caches),
     )
-    return ready, model.logits(hidden[last_rows])
+    return ready, model.logits(hidden[rows])

@@ -71,6 +71,14 @@ class Sampler:
             or (len(generated) < self.params.min_tokens and len(self._ends))
         )
 
+    def takes_best(self, generated: Sequence[int], ahead: Sequence[int] = ()) -> bool:
+        """Whether the token after ``generated``, and after each more of ``ahead``, is just the
+        best scored, with nothing to tell about it."""
+        if not self.greedy or self.params.logprobs is not None:
+            return False
+        # Settings that begin to matter as a text grows, and those that cease to.
+        return not self.edits(generated) and not (ahead and self.edits([*generated, *ahead]))
+
     def process(self, logits: Tensor, generated: Sequence[int]) -> Tensor:
         """Scores float32 ``[V]`` with minimum length, bias and penalties applied.
 
@@ -79,7 +87,7 @@ class Sampler:
         Raises NumericalError if a score is NaN or +inf, or all are -inf.
         """
         scores = self._edited(logits, generated) if self.edits(generated) else logits
-        _check(scores.amax())
+        check_scores(scores.amax())
         return scores
 
     def _edited(self, logits: Tensor, generated: Sequence[int]) -> Tensor:
@@ -163,27 +171,7 @@ class Sampler:
         self._generator.set_state(state)
 
 
-def sample_batch(
-    samplers: Sequence[Sampler], logits: Tensor, generated: Sequence[Sequence[int]]
-) -> list[Sampled]:
-    """What each sampler's ``sample`` gives for its row of ``logits`` float32 ``[n, V]``.
-
-    All rows are checked, and the best token of each found, in one pass; rows that need nothing
-    else are then done. Raises NumericalError before any random number is used if a row holds
-    NaN or +inf or nothing but -inf, so the rows can still be sampled one by one.
-    """
-    best = logits.max(dim=1)
-    _check(best.values)
-    tokens = best.indices.tolist()
-    return [
-        (token, None)
-        if sampler.greedy and sampler.params.logprobs is None and not sampler.edits(said)
-        else sampler.sample(row, said)
-        for sampler, row, said, token in zip(samplers, logits, generated, tokens, strict=True)
-    ]
-
-
-def _check(best: Tensor) -> None:
+def check_scores(best: Tensor) -> None:
     """Refuse rows by their largest scores: NaN and +inf win a maximum, -inf only if alone."""
     if not best.isfinite().all():
         raise NumericalError(

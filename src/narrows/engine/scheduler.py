@@ -33,6 +33,7 @@ class Scheduler:
         config: limits.
         cache_bytes: the byte budget in force.
         build: makes the empty caches of a sequence that enters.
+        ahead: tokens a step may cache beyond those it commits.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class Scheduler:
         config: EngineConfig,
         cache_bytes: int,
         build: Callable[[], list[LayerCache]],
+        ahead: int = 0,
     ) -> None:
         self.shape = shape
         self.policy = policy
         self.config = config
         self.cache_bytes = cache_bytes
         self.build = build
+        self.ahead = ahead
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -61,7 +64,7 @@ class Scheduler:
                 f"the prompt has {prompt} tokens but the model takes {window} with the answer; "
                 "shorten or compress it"
             )
-        longest = min(window, prompt + sequence.params.max_tokens)
+        longest = min(window, prompt + sequence.params.max_tokens) + self.ahead
         need = max(
             self.policy.estimate(self.shape, prompt),
             self.policy.estimate(self.shape, longest, sealed=True),
@@ -99,7 +102,8 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def _cost(self, sequence: Sequence) -> int:
-        cost = self.policy.estimate(self.shape, len(sequence.tokens) + 1, sealed=True)
+        longest = len(sequence.tokens) + 1 + self.ahead
+        cost = self.policy.estimate(self.shape, longest, sealed=True)
         if sequence.sealed:
             return cost
         return max(cost, self.policy.estimate(self.shape, sequence.prompt_length))

@@ -104,6 +104,16 @@ class Sequence:
             return ""
         return self.decoder.push(token)
 
+    def settle(self, drafted: int, kept: int) -> None:
+        """Count a step that read ``drafted`` guesses, of which ``kept`` were committed, and take
+        the others out of the caches."""
+        self.metrics.steps += 1
+        self.metrics.drafted_tokens += drafted
+        self.metrics.kept_tokens += kept
+        surplus = self.computed - len(self.tokens) + 1
+        for cache in (self.caches or ()) if surplus > 0 else ():
+            cache.rollback(surplus)
+
     def finish(self, reason: str) -> str:
         """End with ``reason``; returns the text still held back."""
         self._note_peak()

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from narrows.bench import arms, claims, compress, overhead
 from narrows.bench.arms import Arm, Budget
-from narrows.bench.likelihood import answer_ids, answer_nll, prompt_ids
+from narrows.bench.likelihood import Reader, answer_ids, answer_nll, prompt_ids
 from narrows.bench.measure import Measurer, gap_rows, mean_rows
 from narrows.bench.prose import read_prose
 from narrows.bench.records import Ledger, Record
@@ -93,6 +93,14 @@ def test_answer_nll_is_that_of_the_reference_model(llm, tiny):
     rows = log_softmax(logits[len(prompt) - 1 : -1].double(), -1)
     expected = -sum(float(r[t]) for r, t in zip(rows, answer, strict=True)) / len(answer)
     assert answer_nll(llm.model, prompt, answer) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_shared_prefix_read_once_changes_no_likelihood(llm):
+    reader, first = Reader(llm.model), list(range(3, 40))
+    for prompt in (first, [*first[:30], 50, 51], first[:10], [7, 8], first, first):
+        for answer in ([4, 5], [4], [9, 10, 11]):
+            expected = answer_nll(llm.model, prompt, answer)
+            assert reader.answer_nll(prompt, answer) == pytest.approx(expected, abs=1e-5)
 
 
 def test_answer_nll_refuses_what_it_cannot_read(llm):
@@ -207,7 +215,8 @@ def test_measuring_twice_measures_once(fakes, llm, folder):
     assert Ends.calls == calls
     answered = measurer.measure(items, arm, budget, answers=True)
     assert all(r.score is not None and r.prediction is not None for r in answered)
-    assert [r.nll for r in answered] == [r.nll for r in first]
+    # Read behind what the prompt before left in the cache, so in other pieces.
+    assert [r.nll for r in answered] == pytest.approx([r.nll for r in first], rel=1e-5)
 
 
 def test_the_same_question_after_other_exemplars_is_another_measurement(fakes, llm, folder):

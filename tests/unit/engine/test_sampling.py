@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrows.config import SamplingParams
-from narrows.engine.sampling import Sampler, sample_batch
+from narrows.contracts import Draft
+from narrows.engine.sampling import Sampler
+from narrows.engine.verify import verify_batch
 from narrows.errors import ConfigError, NumericalError
 from oracles import sampling_reference
 
@@ -49,6 +51,11 @@ def truncation_settings(draw):
         top_p=draw(st.sampled_from([1.0, 0.9137, 0.5219, 0.0113])),
         min_p=draw(st.sampled_from([0.0, 0.0317, 0.2113, 1.0])),
     )
+
+
+def sample_batch(samplers, logits, said):
+    """One token each: a batch without drafts."""
+    return [one for (one,) in verify_batch(samplers, logits, said, [Draft([])] * len(samplers))]
 
 
 def sampler(prompt=PROMPT, vocab=V, **values):

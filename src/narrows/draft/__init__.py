@@ -1,0 +1,1 @@
+"""Guessing several tokens ahead, and verifying the guesses without changing a single answer."""

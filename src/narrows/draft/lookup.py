@@ -1,0 +1,74 @@
+"""Prompt lookup: what followed the same few tokens the last time they stood in the text.
+
+After Saxena, "Prompt Lookup Decoding" (2023), with an index in place of a search, the longest
+match first, and the most recent of several matches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from narrows.config import Settings
+from narrows.contracts import Draft, Drafter
+
+
+class LookupOptions(Settings):
+    """``most`` tokens of a draft; ``longest`` to ``shortest`` matched tokens are tried."""
+
+    most: Annotated[int, Field(ge=1, le=64)] = 8
+    longest: Annotated[int, Field(ge=1, le=16)] = 4
+    shortest: Annotated[int, Field(ge=1)] = 2
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.shortest > self.longest:
+            raise ValueError("shortest must not exceed longest")
+        return self
+
+
+class Lookup(Drafter):
+    """Costs next to nothing, and guesses well where an answer repeats its prompt."""
+
+    name = "lookup"
+
+    def __init__(self, options: LookupOptions) -> None:
+        self.most = options.most
+        self.longest, self.shortest = options.longest, options.shortest
+        self._indexes: dict[int, _Index] = {}
+
+    def propose(self, number: int, tokens: Sequence[int], k: int) -> Draft:
+        """See Drafter."""
+        index = self._indexes.setdefault(number, _Index())
+        index.read(tokens, self.longest, self.shortest)
+        for size in range(min(self.longest, len(tokens)), self.shortest - 1, -1):
+            behind = index.places.get(tuple(tokens[-size:]))
+            if behind is not None and k > 0:
+                return Draft(list(tokens[behind : behind + k]), kind=f"{self.name}{size}")
+        return Draft([])
+
+    def forget(self, number: int) -> None:
+        """See Drafter."""
+        self._indexes.pop(number, None)
+
+
+def lookup(**options: Any) -> Lookup:
+    """Prompt lookup with LookupOptions. Raises ConfigError."""
+    return Lookup(LookupOptions(**options))
+
+
+class _Index:
+    """Where the text went on after each run of tokens, as last seen before its end."""
+
+    def __init__(self) -> None:
+        self.places: dict[tuple[int, ...], int] = {}
+        self.read_to = 0
+
+    def read(self, tokens: Sequence[int], longest: int, shortest: int) -> None:
+        """Take in what ``tokens`` has gained; the end itself is what is looked up, so it waits."""
+        for stop in range(max(self.read_to, shortest), len(tokens)):
+            for size in range(shortest, min(longest, stop) + 1):
+                self.places[tuple(tokens[stop - size : stop])] = stop
+        self.read_to = max(self.read_to, len(tokens))
