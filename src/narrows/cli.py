@@ -125,7 +125,9 @@ def _print_savings(answer: Answer) -> None:
         f"cache    {saved.cache_bytes / 2**20:.1f} MiB (whole input: "
         f"{saved.full_cache_bytes / 2**20:.1f} MiB)\n"
         f"seconds  {times}\n"
-        f"speed    {saved.tokens_per_second:.1f} tokens/s[/dim]"
+        f"speed    {saved.tokens_per_second:.1f} tokens/s; {saved.answer_tokens} tokens in "
+        f"{saved.steps} steps, {saved.accepted_tokens} of {saved.drafted_tokens} guesses right"
+        "[/dim]"
     )
 
 

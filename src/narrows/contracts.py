@@ -240,7 +240,7 @@ class Compressor(Protocol):
 @dataclass(slots=True)
 class RequestMetrics:
     """Seconds and counts of one finished request; ``cache_bytes`` is the peak held. ``steps`` gave
-    it tokens; ``drafted_tokens`` were guessed for it, ``kept_tokens`` of them were right."""
+    it tokens; ``drafted_tokens`` were guessed for it, ``accepted_tokens`` of them were right."""
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -251,7 +251,7 @@ class RequestMetrics:
     preemptions: int = 0
     steps: int = 0
     drafted_tokens: int = 0
-    kept_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:

@@ -50,7 +50,8 @@ class Source:
 @dataclass(slots=True)
 class Savings:
     """What narrowing the input saved. ``full_cache_bytes`` is what the same cache policy would
-    hold for the whole input, had the model been able to take it."""
+    hold for the whole input, had the model been able to take it. The answer took ``steps`` of the
+    model, for which ``drafted_tokens`` were guessed and ``accepted_tokens`` of them were right."""
 
     document_tokens: int = 0
     kept_tokens: int = 0
@@ -60,6 +61,9 @@ class Savings:
     full_cache_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     tokens_per_second: float = 0.0
+    steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -163,6 +167,9 @@ def ask(
     savings.seconds["prefill"] = done.metrics.prefill_s
     savings.seconds["decode"] = done.metrics.decode_s
     savings.tokens_per_second = done.metrics.tokens_per_second
+    savings.steps = done.metrics.steps
+    savings.drafted_tokens = done.metrics.drafted_tokens
+    savings.accepted_tokens = done.metrics.accepted_tokens
     sources = [Source(p.document, p.span, s) for p, s in zip(pieces, scores, strict=True)]
     return Answer(done.text.strip(), sources, savings, done)
 

@@ -132,7 +132,7 @@ def test_metrics_count_guesses() -> None:
     metrics = request.completion().metrics
     assert written == metrics.generated_tokens == 21
     assert metrics.steps == 5  # the first token, then four times five
-    assert metrics.drafted_tokens == metrics.kept_tokens == 16
+    assert metrics.drafted_tokens == metrics.accepted_tokens == 16
 
 
 def test_a_longer_draft_than_a_sliding_layer_holds_is_refused() -> None:

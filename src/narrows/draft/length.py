@@ -14,7 +14,6 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from narrows.contracts import Draft
 
@@ -28,26 +27,57 @@ FADING = 0.995
 """Weight of the past each time a kind is left untried, so that it is given another chance."""
 GAIN = 1.03
 """Speed, against plain decoding, that a choice must promise before anything is drafted."""
+ROW_COST = 0.02
+"""What a row adds to a step, of a step of one row, until steps have shown it: reading the weights
+takes most of the time of small steps."""
+SHARE, DRIFT = 0.2, 0.02
+"""Weight of a new step for its own number of rows, and for all others."""
+MOST_ROWS = 512
 
 
-@dataclass(frozen=True, slots=True)
-class StepTime:
-    """Seconds of a step by its rows of tokens, and what each key that a row looks at adds.
+class StepTimes:
+    """Seconds of a step by its rows of tokens, learnt from the steps taken.
 
-    ``rows`` rise, the first is 1; between them time is linear, beyond the last it goes on so.
+    Each number of rows has a factor on the expected shape ``1 + ROW_COST * (rows - 1)``. Rows not
+    tried take theirs from their neighbours, and factors not used drift to the latest one, so that
+    longer contexts, other loads and single slow steps do not mislead for long.
     """
 
-    rows: tuple[int, ...]
-    seconds: tuple[float, ...]
-    per_key: float
+    def __init__(self) -> None:
+        self._factors: dict[int, float] = {}
 
-    def __call__(self, rows: int, keys: int) -> float:
-        """Seconds for ``rows`` tokens that look at ``keys`` keys in all."""
-        place = 1
-        while place < len(self.rows) - 1 and self.rows[place] < rows:
-            place += 1
-        (a, b), (x, y) = self.rows[place - 1 : place + 1], self.seconds[place - 1 : place + 1]
-        return x + (y - x) * (rows - a) / (b - a) + keys * self.per_key
+    def observe(self, rows: int, seconds: float) -> None:
+        """Note a step of ``rows`` tokens; steps of more than MOST_ROWS teach nothing."""
+        if not 1 <= rows <= MOST_ROWS:
+            return
+        new = seconds / _shape(rows)
+        known = self._factors.get(rows)
+        if known is not None:
+            new = known + SHARE * (min(new, 2 * known) - known)
+        for other, factor in self._factors.items():
+            self._factors[other] = factor + DRIFT * (new - factor)
+        self._factors[rows] = new
+
+    def __call__(self, rows: int) -> float:
+        """Seconds expected of a step of ``rows`` tokens, in an arbitrary unit before the first
+        observation."""
+        return _shape(rows) * self._factor(rows)
+
+    def _factor(self, rows: int) -> float:
+        if not self._factors:
+            return 1.0
+        below = max((r for r in self._factors if r <= rows), default=None)
+        above = min((r for r in self._factors if r >= rows), default=None)
+        if below is None or above is None or below == above:
+            nearest = above if below is None else below
+            assert nearest is not None
+            return self._factors[nearest]
+        low, high = self._factors[below], self._factors[above]
+        return low + (high - low) * (rows - below) / (above - below)
+
+
+def _shape(rows: int) -> float:
+    return 1.0 + ROW_COST * (rows - 1)
 
 
 class _Record:
@@ -64,12 +94,11 @@ class _Record:
 class DraftLength:
     """Chooses draft lengths and learns from their outcomes.
 
-    Args:
-        step_time: what a step costs, drafting included.
+    ``times`` learns what steps cost, drafting included.
     """
 
-    def __init__(self, step_time: StepTime) -> None:
-        self.step_time = step_time
+    def __init__(self) -> None:
+        self.times = StepTimes()
         self._kinds: dict[tuple[str, int], _Record] = defaultdict(
             lambda: _Record(PRIOR_HITS, PRIOR_TRIALS)
         )
@@ -83,30 +112,27 @@ class DraftLength:
         rate = common.hits / common.trials
         return (own.hits + OWN_TRIALS * rate) / (own.trials + OWN_TRIALS)
 
-    def choose(self, drafts: Sequence[tuple[int, Draft, int]], rows: int, keys: int) -> list[int]:
-        """Guesses to verify of each draft, given with its sequence's number and length.
-
-        ``rows`` and ``keys`` are those of the step without any draft; ``rows`` counts one row for
-        each sequence that will get a token, with a draft or without.
-        """
+    def choose(self, drafts: Sequence[tuple[int, Draft]], rows: int, decoding: int) -> list[int]:
+        """Guesses to verify of each draft, given with its sequence's number. Without any, the
+        step has ``rows`` rows, and ``decoding`` sequences get a token each."""
         lengths = [0] * len(drafts)
         heap: list[tuple[float, int]] = []
 
         def offer(i: int, chance: float) -> None:
-            number, draft, _ = drafts[i]
+            number, draft = drafts[i]
             if lengths[i] < len(draft.tokens):
                 chance *= self.survival(number, draft.kind, lengths[i])
                 heapq.heappush(heap, (-chance, i))
 
         for i in range(len(drafts)):
             offer(i, 1.0)
-        plain = rows / self.step_time(rows, keys)
-        best, chosen, expected = plain * GAIN, list(lengths), float(rows)
+        expected = float(decoding)
+        best, chosen = GAIN * expected / self.times(rows), list(lengths)
         while heap:
             negative, i = heapq.heappop(heap)
             lengths[i] += 1
-            rows, keys, expected = rows + 1, keys + drafts[i][2], expected - negative
-            speed = expected / self.step_time(rows, keys)
+            rows, expected = rows + 1, expected - negative
+            speed = expected / self.times(rows)
             if speed > best:
                 best, chosen = speed, list(lengths)
             offer(i, -negative)

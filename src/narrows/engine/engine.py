@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +35,16 @@ class Step:
     seconds: float
 
 
+class Move(NamedTuple):
+    """What a step gave one sequence: tokens, and the text that became final; ``drafted`` guesses
+    were verified for it."""
+
+    sequence: Sequence
+    tokens: list[int]
+    text: str
+    drafted: int
+
+
 class Engine:
     """Continuous batching over one model with one cache policy.
 
@@ -55,7 +66,7 @@ class Engine:
         ahead = drafter.most if drafter else 0
         policy = policy.holding(ahead)
         self.policy = policy
-        self.speculation = Speculation(drafter, model, config.draft_tokens) if drafter else None
+        self.speculation = Speculation(drafter, config.draft_tokens) if drafter else None
         budget = config.cache_bytes
         if budget is None:
             budget = int(memory.free_bytes(model.shape.device) * config.cache_share)
@@ -107,14 +118,18 @@ class Engine:
                 self.cancel(item.sequence)
             raise
         running = self.scheduler.running
-        written = sum(len(tokens) for _, tokens, _ in moved)
+        seconds = time.perf_counter() - started
+        if self.speculation and work:
+            guesses = sum(m.drafted for m in moved)
+            self.speculation.observe(sum(w.count for w in work) + guesses, seconds)
+        written = sum(len(m.tokens) for m in moved)
         return Step(
-            pieces=[(sequence, text) for sequence, _, text in moved],
+            pieces=[(m.sequence, m.text) for m in moved],
             running=len(running),
             waiting=len(self.scheduler.waiting),
             prompt_tokens=sum(w.count for w in work) - len(moved),
             generated_tokens=written,
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
         )
 
     def run(self, on_step: Callable[[Step], None] | None = None) -> Iterator[Step]:
@@ -126,8 +141,7 @@ class Engine:
             yield step
 
     @torch.inference_mode()
-    def _advance(self, work: list[Work]) -> list[tuple[Sequence, list[int], str]]:
-        """What each sequence that got tokens got: the tokens, and the text that became final."""
+    def _advance(self, work: list[Work]) -> list[Move]:
         if not work:
             return []
         drafts = [Draft([])] * len(work)
@@ -148,7 +162,7 @@ class Engine:
         for sequence, draft, samples in zip(sequences, tried, committed, strict=True):
             tokens, text = self._accept(sequence, samples)
             sequence.settle(len(draft.tokens), len(tokens) - 1)
-            moved.append((sequence, tokens, text))
+            moved.append(Move(sequence, tokens, text, len(draft.tokens)))
             if self.speculation:
                 self.speculation.learn(sequence, draft, len(samples) - 1)
         return moved

@@ -109,7 +109,7 @@ class Sequence:
         the others out of the caches."""
         self.metrics.steps += 1
         self.metrics.drafted_tokens += drafted
-        self.metrics.kept_tokens += kept
+        self.metrics.accepted_tokens += kept
         surplus = self.computed - len(self.tokens) + 1
         for cache in (self.caches or ()) if surplus > 0 else ():
             cache.rollback(surplus)

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
-import torch
-
-from narrows.cache.dense import DensePolicy
-from narrows.contracts import Draft, Drafter, FlatBatch
-from narrows.draft.length import DraftLength, StepTime
+from narrows.contracts import Draft, Drafter
+from narrows.draft.length import DraftLength
 from narrows.engine.scheduler import Work
 from narrows.engine.sequence import Sequence
-from narrows.model.flat import FlatModel
-
-ROWS = (1, 2, 4, 8, 16, 32, 64)
-"""Rows of the steps that are timed; the draft lengths of a step are chosen from those times."""
-KEYS = 2048
-"""Keys behind the rows of the step that tells what a key costs."""
-TRIALS = 3
 
 
 class Speculation:
@@ -26,16 +15,14 @@ class Speculation:
 
     Args:
         drafter: makes the guesses.
-        model: verifies them; timed when the first guess is made.
         fixed: verify that many guesses of each draft; None chooses what is fastest.
     """
 
-    def __init__(self, drafter: Drafter, model: FlatModel, fixed: int | None = None) -> None:
+    def __init__(self, drafter: Drafter, fixed: int | None = None) -> None:
         self.drafter = drafter
-        self.model = model
         self.most = drafter.most if fixed is None else min(fixed, drafter.most)
         self.adapts = fixed is None
-        self.length: DraftLength | None = None
+        self.length = DraftLength()
         self._offered: dict[int, Draft] = {}
 
     def drafts(self, work: list[Work], limit: Callable[[Sequence], int]) -> list[Draft]:
@@ -57,13 +44,11 @@ class Speculation:
             for i, draft in asked:
                 made[i] = draft
             return made
-        if self.length is None:
-            self.length = DraftLength(step_time(self.model))
         rows = sum(item.count for item in work)
-        keys = sum(item.count * len(item.sequence.tokens) for item in work)
-        sequences = [work[i].sequence for i, _ in asked]
-        offers = [(s.number, d, len(s.tokens)) for s, (_, d) in zip(sequences, asked, strict=True)]
-        for (i, draft), k in zip(asked, self.length.choose(offers, rows, keys), strict=True):
+        decoding = sum(item.count == item.sequence.pending for item in work)
+        offers = [(work[i].sequence.number, draft) for i, draft in asked]
+        lengths = self.length.choose(offers, rows, decoding)
+        for (i, draft), k in zip(asked, lengths, strict=True):
             probabilities = draft.probabilities
             if probabilities is not None:
                 probabilities = probabilities[:k]
@@ -73,48 +58,14 @@ class Speculation:
     def learn(self, sequence: Sequence, draft: Draft, kept: int) -> None:
         """Note how many guesses of a sequence's draft were right."""
         offered = self._offered.get(sequence.number)
-        if offered is not None and self.length is not None:
+        if offered is not None:
             self.length.learn(sequence.number, offered, len(draft.tokens), kept)
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """Note what a step of ``rows`` tokens took, drafting included."""
+        self.length.times.observe(rows, seconds)
 
     def forget(self, sequence: Sequence) -> None:
         """A sequence has ended or gave its caches back."""
         self.drafter.forget(sequence.number)
-        if self.length is not None:
-            self.length.forget(sequence.number)
-
-
-def step_time(model: FlatModel) -> StepTime:
-    """Time steps of ROWS tokens, and one behind KEYS more, on ``model`` with a dense cache: the
-    least of TRIALS each. Takes about as long as twenty decoding steps of small batches."""
-    rows = tuple(r for r in ROWS if r < model.shape.max_tokens)
-    seconds = [_seconds(model, r, 0) for r in rows]
-    for i in range(1, len(rows)):  # a step of more rows is never quicker
-        seconds[i] = max(seconds[i], seconds[i - 1])
-    keys = min(KEYS, model.shape.max_tokens - rows[-1])
-    few = rows[min(3, len(rows) - 1)]
-    added = _seconds(model, few, keys) - seconds[rows.index(few)]
-    return StepTime(rows, tuple(seconds), max(0.0, added) / (few * keys))
-
-
-def _seconds(model: FlatModel, rows: int, keys: int) -> float:
-    device = model.shape.device
-    caches = DensePolicy().build(model.shape)
-
-    def read(count: int) -> None:
-        place = caches[0].length
-        ids = torch.zeros(count, dtype=torch.long, device=device)
-        positions = torch.arange(place, place + count, device=device)
-        model.logits(model.hidden(ids, positions, FlatBatch([(0, count)], [caches])))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    if keys:
-        read(keys)
-    taken = []
-    for _ in range(TRIALS + 1):  # the first also warms up
-        started = time.perf_counter()
-        read(rows)
-        taken.append(time.perf_counter() - started)
-        for cache in caches:
-            cache.rollback(rows)
-    return min(taken[1:])
+        self.length.forget(sequence.number)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrows.contracts import Draft
-from narrows.draft.length import DraftLength, StepTime
+from narrows.draft.length import DraftLength, StepTimes
 from narrows.draft.specs import make_drafter
 from narrows.errors import ConfigError
 
@@ -58,35 +58,37 @@ def test_bad_specs_are_refused(spec, message):
     assert make_drafter("none") is None
 
 
-FLAT = StepTime((1, 64), (1.0, 1.0), 0.0)
-STEEP = StepTime((1, 64), (1.0, 64.0), 0.0)
+def length_for(*steps: tuple[int, float]) -> DraftLength:
+    made = DraftLength()
+    for rows, seconds in steps:
+        made.times.observe(rows, seconds)
+    return made
 
 
 def test_free_rows_take_every_guess_and_dear_ones_none():
-    offers = [(i, Draft([1, 2, 3]), 10) for i in range(3)]
-    assert DraftLength(FLAT).choose(offers, 3, 30) == [3, 3, 3]
-    assert DraftLength(STEEP).choose(offers, 3, 30) == [0, 0, 0]
+    offers = [(i, Draft([1, 2, 3])) for i in range(3)]
+    assert length_for((3, 1.0), (12, 1.0)).choose(offers, 3, 3) == [3, 3, 3]
+    assert length_for((3, 3.0), (4, 4.0), (12, 12.0)).choose(offers, 3, 3) == [0, 0, 0]
 
 
 def test_the_choice_is_the_best_of_all_choices():
     for seed in range(10):
-        seconds = (1.0, 1.1 + seed / 20, 1.6 + seed / 5)
-        length = DraftLength(StepTime((1, 4, 9), seconds, 0.001 * seed))
-        offers = [(i, Draft([1] * 3, kind=f"{i}"), 20) for i in range(3)]
-        for number, draft, _ in offers:
+        length = length_for((3, 1.0), (6, 1.1 + seed / 20), (12, 1.6 + seed / 5))
+        offers = [(i, Draft([1] * 3, kind=f"{i}")) for i in range(3)]
+        for number, draft in offers:
             for _ in range(10):
                 length.learn(number, draft, 3, (seed + number) % 4)
 
         def speed(ks, length=length, offers=offers):
             expected = 3.0
-            for (number, draft, _), k in zip(offers, ks, strict=True):
+            for (number, draft), k in zip(offers, ks, strict=True):
                 chance = 1.0
                 for place in range(k):
                     chance *= length.survival(number, draft.kind, place)
                     expected += chance
-            return expected / length.step_time(3 + sum(ks), 60 + 20 * sum(ks))
+            return expected / length.times(3 + sum(ks))
 
-        chosen = length.choose(offers, 3, 60)
+        chosen = length.choose(offers, 3, 3)
         best = max(itertools.product(range(4), repeat=3), key=speed)
         if any(chosen):
             assert speed(chosen) == pytest.approx(speed(best), rel=1e-6)
@@ -95,21 +97,30 @@ def test_the_choice_is_the_best_of_all_choices():
 
 
 def test_a_kind_that_fails_is_left_and_tried_again_later():
-    length, draft = (
-        DraftLength(StepTime((1, 2, 64), (1.0, 1.3, 20.0), 0.0)),
-        Draft([5, 6], kind="x"),
-    )
+    length, draft = length_for((1, 1.0), (2, 1.3), (3, 1.6)), Draft([5, 6], kind="x")
     tries = []
     for _ in range(600):
-        (k,) = length.choose([(0, draft, 5)], 1, 5)
+        (k,) = length.choose([(0, draft)], 1, 1)
         tries.append(k)
         length.learn(0, draft, k, 0)
+        length.times.observe(1 + k, 1.0 + 0.3 * k)
     assert tries[0] > 0
     assert tries[30] == 0
     assert 0 < sum(t > 0 for t in tries[50:]) < 60
 
 
-def test_time_is_linear_between_and_beyond_the_rows_measured():
-    t = StepTime((1, 4, 8), (1.0, 4.0, 6.0), 0.5)
-    assert [t(r, 0) for r in (1, 2, 4, 6, 8, 12)] == [1.0, 2.0, 4.0, 5.0, 6.0, 8.0]
-    assert t(1, 4) == 3.0
+def test_times_are_learnt_and_one_slow_step_is_forgotten():
+    times = StepTimes()
+    assert times(9) > times(1)
+    for _ in range(40):
+        times.observe(1, 0.02)
+        times.observe(8, 0.04)
+    assert times(1) == pytest.approx(0.02, rel=0.2)
+    assert times(8) == pytest.approx(0.04, rel=0.2)
+    assert times(1) < times(4) < times(8) < times(16)
+    times.observe(8, 5.0)
+    assert times(8) < 0.06
+    times.observe(9, 1.0)
+    for _ in range(200):
+        times.observe(1, 0.02)
+    assert times(9) < 0.05
