@@ -157,19 +157,53 @@ class Draft:
     kind: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A sequence that wants at most ``k`` guesses behind ``tokens``, all that it has so far."""
+
+    number: int
+    tokens: Sequence[int]
+    k: int
+
+
 class Drafter(ABC):
-    """Guesses what sequences will say next. Sequences are known by a number."""
+    """Guesses what sequences will say next. Sequences are known by a number.
+
+    In every engine step ``propose`` is asked first; then the target reads the newest tokens and
+    the guesses, ``read`` sees what it made of them, and ``keep`` is told where each sequence
+    stands once the guesses have been verified.
+    """
 
     name: str
     most: int
     """Tokens a draft may have."""
+    kind: str | None = None
+    """The kind of all its drafts, which then are made only where they are worth it; None if a
+    draft's kind is seen when it is made."""
+    taps: tuple[int, ...] = ()
+    """Hidden states of the target that ``read`` wants, as ``FlatModel.hidden_and_taps`` counts."""
+
+    def build(self) -> list[LayerCache]:
+        """Caches of its own for one sequence; they become further layers behind the target's."""
+        return []
+
+    def estimate(self, tokens: int) -> int:
+        """Upper bound on the bytes of ``build``'s caches with that many tokens."""
+        return 0
+
+    def read(self, taps: Tensor, positions: Tensor, batch: FlatBatch) -> None:  # noqa: B027
+        """See every row of a step: hidden states ``[T, len(taps), hidden_size]`` and positions
+        ``[T]``. Appends to its caches in ``batch``."""
+
+    def keep(self, numbers: Sequence[int], rows: Sequence[int]) -> None:  # noqa: B027
+        """The newest token of each sequence was read in that row of the step."""
 
     @abstractmethod
-    def propose(self, number: int, tokens: Sequence[int], k: int) -> Draft:
-        """At most ``k`` tokens behind ``tokens``, all that the sequence has so far."""
+    def propose(self, asked: Sequence[Asked]) -> list[Draft]:
+        """A draft for each sequence asked about; it may be shorter than asked, or empty."""
 
     def forget(self, number: int) -> None:  # noqa: B027 - most drafters have nothing to forget
-        """Sequence ``number`` has ended, or its caches were given back."""
+        """Sequence ``number`` has ended."""
 
 
 # ---------------------------------------------------------------------------------- compression

@@ -27,7 +27,10 @@ class Told(Drafter):
     def __init__(self, texts: dict[tuple[int, ...], list[int]], skill: float) -> None:
         self.texts, self.skill, self.chance = texts, skill, random.Random(1)
 
-    def propose(self, number, tokens, k):
+    def propose(self, asked):
+        return [self.guess(one.tokens, one.k) for one in asked]
+
+    def guess(self, tokens, k):
         prompt = next(p for p in self.texts if tuple(tokens[: len(p)]) == p)
         coming = [*self.texts[prompt], *[0] * k][len(tokens) - len(prompt) :][:k]
         return Draft([t if self.chance.random() < self.skill else (t + 1) % 101 for t in coming])
@@ -77,6 +80,20 @@ def test_every_cache_compared_with_itself(family: str, spec: str) -> None:
     for skill, k in ((0.6, 4), (0.0, 8), (1.0, 8)):
         machine = engine(family, spec, Told(texts, skill), draft_tokens=k)
         assert write(machine, batch, params) == expected
+
+
+def test_a_drafter_of_one_kind_is_asked_only_for_what_is_wanted() -> None:
+    batch, params = prompts(4, seed=2), [SamplingParams(max_tokens=30)] * 4
+    expected = write(engine("llama"), batch, params)
+    texts = {tuple(p): t for p, t in zip(batch, expected, strict=True)}
+    for skill in (1.0, 0.0):
+        drafter = Told(texts, skill)
+        drafter.kind = "told"
+        asked = []
+        propose = drafter.propose
+        drafter.propose = lambda a, propose=propose, asked=asked: asked.extend(a) or propose(a)
+        assert write(engine("llama", drafter=drafter), batch, params) == expected
+        assert all(one.k > 0 for one in asked)
 
 
 def test_lookup_and_the_length_policy_change_no_text() -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from narrows.config import Settings
-from narrows.contracts import Draft, Drafter
+from narrows.contracts import Asked, Draft, Drafter
 
 
 class LookupOptions(Settings):
@@ -39,14 +39,17 @@ class Lookup(Drafter):
         self.longest, self.shortest = options.longest, options.shortest
         self._indexes: dict[int, _Index] = {}
 
-    def propose(self, number: int, tokens: Sequence[int], k: int) -> Draft:
+    def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See Drafter."""
-        index = self._indexes.setdefault(number, _Index())
+        return [self._propose(one) for one in asked]
+
+    def _propose(self, one: Asked) -> Draft:
+        index, tokens = self._indexes.setdefault(one.number, _Index()), one.tokens
         index.read(tokens, self.longest, self.shortest)
         for size in range(min(self.longest, len(tokens)), self.shortest - 1, -1):
             behind = index.places.get(tuple(tokens[-size:]))
-            if behind is not None and k > 0:
-                return Draft(list(tokens[behind : behind + k]), kind=f"{self.name}{size}")
+            if behind is not None and one.k > 0:
+                return Draft(list(tokens[behind : behind + one.k]), kind=f"{self.name}{size}")
         return Draft([])
 
     def forget(self, number: int) -> None:

@@ -16,7 +16,7 @@ from narrows.engine.detokenize import StreamDecoder
 from narrows.engine.sampling import Sampled, Sampler
 from narrows.engine.scheduler import Scheduler, Work
 from narrows.engine.sequence import Sequence, State
-from narrows.engine.speculation import Speculation
+from narrows.engine.speculation import DraftingPolicy, Speculation
 from narrows.engine.verify import verify_batch
 from narrows.errors import RequestRejected
 from narrows.model.flat import FlatModel
@@ -64,8 +64,10 @@ class Engine:
     ) -> None:
         self.model = model
         ahead = drafter.most if drafter else 0
-        policy = policy.holding(ahead)
+        if drafter:
+            policy = DraftingPolicy(policy, drafter).holding(ahead)
         self.policy = policy
+        self.drafter = drafter
         self.speculation = Speculation(drafter, config.draft_tokens) if drafter else None
         budget = config.cache_bytes
         if budget is None:
@@ -147,7 +149,7 @@ class Engine:
         drafts = [Draft([])] * len(work)
         if self.speculation:
             drafts = self.speculation.drafts(work, self._limit)
-        ready, logits = runner.forward(self.model, work, drafts)
+        ready, rows, logits = runner.forward(self.model, work, drafts, self.drafter)
         for item in work:
             if item.sequence.computed >= item.sequence.prompt_length:
                 item.sequence.seal()
@@ -158,13 +160,17 @@ class Engine:
         committed = verify_batch(
             [s.sampler for s in sequences], logits, [s.generated for s in sequences], tried
         )
-        moved = []
-        for sequence, draft, samples in zip(sequences, tried, committed, strict=True):
+        moved, newest = [], []
+        for sequence, draft, samples, row in zip(sequences, tried, committed, rows, strict=True):
             tokens, text = self._accept(sequence, samples)
             sequence.settle(len(draft.tokens), len(tokens) - 1)
             moved.append(Move(sequence, tokens, text, len(draft.tokens)))
+            newest.append(row + len(samples) - 1)
             if self.speculation:
                 self.speculation.learn(sequence, draft, len(samples) - 1)
+        if self.drafter:
+            going = [i for i, m in enumerate(moved) if m.sequence.state is State.RUNNING]
+            self.drafter.keep([moved[i].sequence.number for i in going], [newest[i] for i in going])
         return moved
 
     def _accept(self, sequence: Sequence, samples: list[Sampled]) -> tuple[list[int], str]:

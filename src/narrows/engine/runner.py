@@ -7,22 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from narrows.contracts import Draft, FlatBatch
+from narrows.contracts import Draft, Drafter, FlatBatch
 from narrows.engine.scheduler import Work
 from narrows.model.flat import FlatModel
 
 
 def forward(
-    model: FlatModel, work: list[Work], drafts: Sequence[Draft]
-) -> tuple[list[int], Tensor]:
-    """Read every planned token, and behind a sequence's newest one its draft. Returns which of
-    ``work`` had their newest token read, and the float32 logits of what follows it and each
-    guess: rows of the first such sequence, then of the next, ``[n, vocab_size]``."""
+    model: FlatModel, work: list[Work], drafts: Sequence[Draft], drafter: Drafter | None = None
+) -> tuple[list[int], list[int], Tensor]:
+    """Read every planned token, and behind a sequence's newest one its draft; the drafter sees
+    all of it. Returns which of ``work`` had their newest token read, its row in the step, and the
+    float32 logits of what follows it and each guess: those of the first such sequence, then of
+    the next, ``[n, vocab_size]``."""
     ids: list[int] = []
     positions: list[int] = []
     spans = []
     caches = []
     ready = []
+    newest: list[int] = []
     rows: list[int] = []
     for number, (item, draft) in enumerate(zip(work, drafts, strict=True)):
         sequence, start = item.sequence, item.sequence.computed
@@ -34,11 +36,13 @@ def forward(
         caches.append(sequence.caches)
         if start + item.count == len(sequence.tokens):
             ready.append(number)
-            rows.extend(range(len(ids) - len(draft.tokens) - 1, len(ids)))
-    device = model.shape.device
-    hidden = model.hidden(
-        torch.tensor(ids, device=device),
-        torch.tensor(positions, device=device),
-        FlatBatch(spans, caches),
-    )
-    return ready, model.logits(hidden[rows])
+            newest.append(len(ids) - len(draft.tokens) - 1)
+            rows.extend(range(newest[-1], len(ids)))
+    device, batch = model.shape.device, FlatBatch(spans, caches)
+    tokens, places = (torch.tensor(x, device=device) for x in (ids, positions))
+    if drafter is not None and drafter.taps:
+        hidden, taps = model.hidden_and_taps(tokens, places, batch, drafter.taps)
+        drafter.read(taps, places, batch)
+    else:
+        hidden = model.hidden(tokens, places, batch)
+    return ready, newest, model.logits(hidden[rows])

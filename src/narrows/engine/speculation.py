@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from narrows.contracts import Draft, Drafter
+from narrows.contracts import Asked, CachePolicy, Draft, Drafter, LayerCache, ModelShape
 from narrows.draft.length import DraftLength
 from narrows.engine.scheduler import Work
 from narrows.engine.sequence import Sequence
@@ -27,33 +28,36 @@ class Speculation:
 
     def drafts(self, work: list[Work], limit: Callable[[Sequence], int]) -> list[Draft]:
         """A draft, often empty, for each item of ``work``; none reaches the request's ``limit``."""
-        made = [Draft([])] * len(work)
-        asked = []
+        asked: dict[int, Asked] = {}
         for i, item in enumerate(work):
             sequence = item.sequence
-            room = limit(sequence) - len(sequence.tokens) - 1
-            if sequence.sealed and sequence.pending == 1 and room > 0:
-                k = min(self.most, room)
-                draft = self.drafter.propose(sequence.number, sequence.tokens, k)
-                if draft.tokens:
-                    asked.append((i, draft))
-        self._offered = {work[i].sequence.number: draft for i, draft in asked}
-        if not asked:
-            return made
-        if not self.adapts:
-            for i, draft in asked:
-                made[i] = draft
-            return made
+            k = min(self.most, limit(sequence) - len(sequence.tokens) - 1)
+            if sequence.sealed and sequence.pending == 1 and k > 0:
+                asked[i] = Asked(sequence.number, sequence.tokens, k)
         rows = sum(item.count for item in work)
         decoding = sum(item.count == item.sequence.pending for item in work)
-        offers = [(work[i].sequence.number, draft) for i, draft in asked]
-        lengths = self.length.choose(offers, rows, decoding)
-        for (i, draft), k in zip(asked, lengths, strict=True):
-            probabilities = draft.probabilities
-            if probabilities is not None:
-                probabilities = probabilities[:k]
-            made[i] = Draft(draft.tokens[:k], probabilities, draft.kind)
-        return made
+        kind = self.drafter.kind
+        if kind is None:
+            made = dict(zip(asked, self.drafter.propose(list(asked.values())), strict=True))
+        else:  # only their number matters before they are made
+            made = {i: Draft([0] * one.k, kind=kind) for i, one in asked.items()}
+        made = {i: draft for i, draft in made.items() if draft.tokens}
+        self._offered = {work[i].sequence.number: draft for i, draft in made.items()}
+        chosen = self._cut(work, made, rows, decoding)
+        if kind is not None:
+            wanted = [Asked(asked[i].number, asked[i].tokens, k) for i, k in chosen.items()]
+            made = dict(zip(chosen, self.drafter.propose(wanted), strict=True))
+        return [_first(made[i], chosen[i]) if i in chosen else Draft([]) for i in range(len(work))]
+
+    def _cut(
+        self, work: list[Work], made: dict[int, Draft], rows: int, decoding: int
+    ) -> dict[int, int]:
+        """Guesses to verify by place in ``work``, where there are any."""
+        lengths = [len(draft.tokens) for draft in made.values()]
+        if self.adapts and made:
+            offers = [(work[i].sequence.number, draft) for i, draft in made.items()]
+            lengths = self.length.choose(offers, rows, decoding)
+        return {i: k for i, k in zip(made, lengths, strict=True) if k}
 
     def learn(self, sequence: Sequence, draft: Draft, kept: int) -> None:
         """Note how many guesses of a sequence's draft were right."""
@@ -66,6 +70,36 @@ class Speculation:
         self.length.times.observe(rows, seconds)
 
     def forget(self, sequence: Sequence) -> None:
-        """A sequence has ended or gave its caches back."""
+        """A sequence has ended."""
         self.drafter.forget(sequence.number)
         self.length.forget(sequence.number)
+
+
+def _first(draft: Draft, k: int) -> Draft:
+    probabilities = None if draft.probabilities is None else draft.probabilities[:k]
+    return Draft(draft.tokens[:k], probabilities, draft.kind)
+
+
+@dataclass(frozen=True)
+class DraftingPolicy:
+    """A cache policy with a drafter's caches behind it as further layers."""
+
+    policy: CachePolicy
+    drafter: Drafter
+
+    @property
+    def spec(self) -> str:
+        """See CachePolicy: the target's."""
+        return self.policy.spec
+
+    def holding(self, tokens: int) -> DraftingPolicy:
+        """See CachePolicy."""
+        return DraftingPolicy(self.policy.holding(tokens), self.drafter)
+
+    def build(self, shape: ModelShape) -> list[LayerCache]:
+        """See CachePolicy."""
+        return [*self.policy.build(shape), *self.drafter.build()]
+
+    def estimate(self, shape: ModelShape, tokens: int, sealed: bool = False) -> int:
+        """See CachePolicy."""
+        return self.policy.estimate(shape, tokens, sealed) + self.drafter.estimate(tokens)

@@ -9,6 +9,7 @@ views into them, so nothing is held twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +65,15 @@ class FastDecoder:
             return None
         return cls(model, shape)
 
-    def hidden(self, ids: Tensor, positions: Tensor, batch: FlatBatch) -> Tensor:
-        """As ``FlatModel.hidden``; float32 whatever the weights are."""
+    def hidden(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        batch: FlatBatch,
+        tap: Callable[[int, Tensor], None] = lambda number, states: None,
+    ) -> Tensor:
+        """As ``FlatModel.hidden``; float32 whatever the weights are. ``tap`` is shown the states
+        that enter each layer, which later ones overwrite."""
         shape, count = self.shape, ids.shape[0]
         h = self.embed[ids].float()
         # float32 input makes the rotary module give float32 tables.
@@ -74,6 +82,7 @@ class FastDecoder:
         flow = flow_dtype(count, self.embed.dtype)
         for number, (layer, facts) in enumerate(zip(self.layers, shape.layers, strict=True)):
             x = add_rms_norm(h, delta, layer.first_norm, self.eps, flow)
+            tap(number, h)
             qkv = linear(x, layer.qkv, layer.qkv_bias).float().view(count, -1, facts.key_dim)
             rotated = shape.heads + facts.kv_heads
             q, k, v = qkv[:, : shape.heads], qkv[:, shape.heads : rotated], qkv[:, rotated:]

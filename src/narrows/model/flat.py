@@ -6,6 +6,7 @@ The model is transformers' own. ``FlatModel.hidden`` runs it over ``[T]`` token 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from narrows.model import attention, hub
 from narrows.model.adapter import check_supported, model_shape
 from narrows.model.fast import FastDecoder
 from narrows.model.pretrained import from_folder, weights_from_folder
+from narrows.model.taps import tapped
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -75,6 +77,28 @@ class FlatModel:
         if self._fast is not None:
             return self._fast.hidden(ids, positions, batch)
         return self.reference_hidden(ids, positions, batch)
+
+    @torch.inference_mode()
+    def hidden_and_taps(
+        self, ids: Tensor, positions: Tensor, batch: FlatBatch, taps: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """``hidden``, and with it other hidden states, ``[T, len(taps), hidden_size]``: number
+        ``i`` enters decoder layer ``i``, 0 is the embedding, and one past the last layer are the
+        states after the final norm, which ``hidden`` gives. All in the dtype of ``hidden``."""
+        layers = len(self.shape.layers)
+        seen: dict[int, Tensor] = {}
+
+        def tap(number: int, states: Tensor) -> None:
+            if number in taps:
+                seen[number] = states.clone()
+
+        if self._fast is not None:
+            hidden = self._fast.hidden(ids, positions, batch, tap)
+        else:
+            with tapped(self.model.base_model, tap):
+                hidden = self.reference_hidden(ids, positions, batch)
+        seen[layers] = hidden
+        return hidden, torch.stack([seen[number] for number in taps], 1)
 
     @torch.inference_mode()
     def reference_hidden(self, ids: Tensor, positions: Tensor, batch: FlatBatch) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrows.contracts import Draft
+from narrows.contracts import Asked, Draft
 from narrows.draft.length import DraftLength, StepTimes
 from narrows.draft.specs import make_drafter
 from narrows.errors import ConfigError
@@ -24,6 +24,11 @@ def search(tokens: list[int], k: int, longest: int, shortest: int) -> list[int]:
     return []
 
 
+def guesses(drafter, number: int, tokens: list[int], k: int) -> list[int]:
+    (draft,) = drafter.propose([Asked(number, tokens, k)])
+    return draft.tokens
+
+
 @given(
     tokens=st.lists(st.integers(0, 3), min_size=1, max_size=40),
     more=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5), max_size=4),
@@ -36,10 +41,10 @@ def test_lookup_is_a_search(tokens, more, k, lengths):
     for extra in [[], *more]:
         tokens = tokens + extra
         expected = search(tokens, k, longest, shortest)
-        assert drafter.propose(1, tokens, k).tokens == expected
-    assert drafter.propose(2, [1], 3).tokens == []
+        assert guesses(drafter, 1, tokens, k) == expected
+    assert guesses(drafter, 2, [1], 3) == []
     drafter.forget(1)
-    assert drafter.propose(1, tokens, k).tokens == search(tokens, k, longest, shortest)
+    assert guesses(drafter, 1, tokens, k) == search(tokens, k, longest, shortest)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,27 @@
+"""Tapped hidden states are transformers' own, on the fast path and on the reference."""
+
+import pytest
+import torch
+
+from narrows.cache.dense import DensePolicy
+from narrows.contracts import FlatBatch
+from tiny import FAMILIES, pair, prompts
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_taps_are_the_hidden_states_of_transformers(family, fast, monkeypatch):
+    flat, stock = pair(family)
+    if not fast:
+        monkeypatch.setattr(flat, "_fast", None)
+    (ids,) = prompts(1, seed=3)
+    layers = len(flat.shape.layers)
+    wanted = (0, layers // 2, layers - 1, layers)
+    batch = FlatBatch([(0, len(ids))], [DensePolicy().build(flat.shape)])
+    hidden, taps = flat.hidden_and_taps(torch.tensor(ids), torch.arange(len(ids)), batch, wanted)
+    with torch.no_grad():
+        base = stock.base_model(torch.tensor([ids]), output_hidden_states=True)
+    for place, number in enumerate(wanted):
+        expected = base.hidden_states[number][0]
+        torch.testing.assert_close(taps[:, place], expected, rtol=2e-4, atol=2e-4)
+    assert torch.equal(taps[:, -1], hidden)
