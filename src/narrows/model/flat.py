@@ -6,6 +6,8 @@ The model is transformers' own. ``FlatModel.hidden`` runs it over ``[T]`` token 
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,6 +109,42 @@ class FlatModel:
             input_ids=ids[None], position_ids=positions[None], use_cache=False, flat=batch
         ).last_hidden_state[0]
         return states
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of the model's sizes and a sample of its weights, the same
+        in every precision that holds bfloat16."""
+        shape = self.shape
+        told = hashlib.sha256(
+            f"{shape.family} {len(shape.layers)} {shape.hidden_size} {shape.vocab_size}".encode()
+        )
+        for name, weight in self.model.named_parameters():
+            if weight.ndim == 1 or "embed" in name:
+                sample = weight.detach().flatten()[:4096].to("cpu", torch.bfloat16)
+                told.update(sample.view(torch.uint8).numpy().tobytes())
+        return told.hexdigest()[:16]
+
+    @torch.inference_mode()
+    def final_norm(self, states: Tensor) -> Tensor:
+        """The norm before the head, on states ``[n, hidden_size]`` of any depth."""
+        base = self.model.base_model
+        norm = base.ln_f if hasattr(base, "ln_f") else base.norm
+        normed: Tensor = norm(states)
+        return normed
+
+    @torch.inference_mode()
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines float32 ``[n, key_dim]`` of the model's full-attention layers; 1 and 0
+        for a model that knows places otherwise."""
+        module = getattr(self.model.base_model, "rotary_emb", None)
+        wide = torch.zeros(1, device=positions.device)
+        if module is None:
+            flat = wide.expand(len(positions), self.shape.layers[-1].key_dim)
+            return flat + 1.0, flat
+        kinds = getattr(self.config, "layer_types", None)
+        split = {"layer_type": "full_attention"} if hasattr(module, "layer_types") and kinds else {}
+        cosine, sine = module(wide, positions[None], **split)
+        return cosine[0], sine[0]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,0 +1,179 @@
+"""The SpecFormer module: what may see what, and that the engine runs what training ran."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.nn.functional import rms_norm
+
+from narrows.cache.dense import DensePolicy
+from narrows.cache.stack import parse_cache
+from narrows.config import EngineConfig, SamplingParams
+from narrows.contracts import FlatBatch
+from narrows.draft.specformer import (
+    CONFIG,
+    WEIGHTS,
+    GroupedRMSNorm,
+    SpecFormer,
+    SpecFormerConfig,
+    SpecFormerDrafter,
+)
+from narrows.engine.engine import Engine
+from narrows.errors import ConfigError, ModelError
+from tiny import FAMILIES, pair, prompts
+
+
+def module(family: str = "llama", **changes: object) -> SpecFormer:
+    torch.manual_seed(0)
+    made = SpecFormer(SpecFormerConfig.of(pair(family)[0], **{"slots": 4, **changes}))
+    for weight in made.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.1)
+    return made
+
+
+def taps_of(family: str, ids: list[int]) -> torch.Tensor:
+    flat = pair(family)[0]
+    wanted = SpecFormerConfig.of(flat).taps
+    batch = FlatBatch([(0, len(ids))], [DensePolicy().build(flat.shape)])
+    return flat.hidden_and_taps(torch.tensor(ids), torch.arange(len(ids)), batch, wanted)[1].clone()
+
+
+def contexts(made: SpecFormer, family: str, ids: list[int]) -> torch.Tensor:
+    cosine, sine = pair(family)[0].rotary(torch.arange(len(ids)))
+    with torch.no_grad():
+        return made(taps_of(family, ids)[None], cosine, sine)[0]
+
+
+def test_grouped_norm_is_a_norm_of_each_group():
+    norm = GroupedRMSNorm(4, 33, 1e-5)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 5, 4, 33, requires_grad=True)
+    apart = [rms_norm(x[..., i, :], (33,), norm.weight[i], 1e-5) for i in range(4)]
+    torch.testing.assert_close(norm(x), torch.stack(apart, -2))
+    other = torch.autograd.grad(torch.stack(apart, -2).square().sum(), (x, norm.weight))
+    mine = torch.autograd.grad(norm(x).square().sum(), (x, norm.weight))
+    for a, b in zip(mine, other, strict=True):
+        torch.testing.assert_close(a, b)
+    assert norm(x.bfloat16()).dtype is torch.bfloat16
+
+
+def test_the_future_of_the_context_is_not_seen():
+    made, (ids,) = module(), prompts(1, longest=30, seed=1)
+    before = contexts(made, "llama", ids)
+    after = contexts(made, "llama", [*ids[:-1], (ids[-1] + 1) % 101])
+    torch.testing.assert_close(before[:-1], after[:-1])
+    assert (before[-1] - after[-1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["bidirectional", "causal"])
+def test_slots_see_each_other_both_ways_unless_causal(kind):
+    made = module(draft_attention=kind)
+    drafts = torch.randn(3, 4, 48)
+    changed = drafts.clone()
+    changed[:, 2] += 1.0
+    a, b = made.between_slots(drafts), made.between_slots(changed)
+    moved = (a - b).abs().amax((0, 2)) > 1e-6
+    assert moved.tolist() == ([True] * 4 if kind == "bidirectional" else [False, False, True, True])
+
+
+def test_slots_have_no_place_of_their_own():
+    made, drafts, order = module(), torch.randn(3, 4, 48), torch.tensor([2, 0, 3, 1])
+    permuted = made.between_slots(drafts[:, order])
+    torch.testing.assert_close(permuted, made.between_slots(drafts)[:, order])
+
+
+def test_fewer_slots_are_the_first_of_all():
+    made, x = module(), torch.randn(5, 48)
+    torch.testing.assert_close(made.slots(x, 2), made.slots(x)[:, :2])
+
+
+@pytest.mark.parametrize("rows", [3071, 3073, 4096, 9000])
+def test_many_rows_are_each_by_itself(rows):
+    made, x = module(), torch.randn(rows, 48)
+    with torch.no_grad():
+        whole = made.slots(x)
+        for part in (slice(0, 1), slice(3070, 3075), slice(rows - 1, rows)):
+            torch.testing.assert_close(whole[part], made.slots(x[part]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_the_engine_guesses_are_those_of_the_whole_sequence(family):
+    """Whatever the chunks of the prompt, and after any rollback."""
+    flat = pair(family)[0]
+    (prompt,) = prompts(1, longest=40, seed=5)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    for chunk in (512, 7):
+        drafter = SpecFormerDrafter(module(family), flat)
+        config = EngineConfig(cache_bytes=1 << 28, prefill_chunk=chunk, draft_tokens=3)
+        machine = Engine(flat, parse_cache("dense"), config, drafter)
+        request = machine.submit(prompt, params)
+        seen = {}
+        for _ in machine.run():
+            if drafter._states:
+                seen[len(request.tokens)] = drafter._states[request.number]
+        whole = contexts(module(family), family, request.tokens)
+        assert len(seen) > 3
+        for length, state in seen.items():
+            torch.testing.assert_close(state, whole[length - 2], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_an_untrained_drafter_changes_no_text(family):
+    flat = pair(family)[0]
+    for spec in ("dense", "kivi:bits=4,residual=32,group=16,value_group=16"):
+        texts = []
+        for drafter in (None, SpecFormerDrafter(module(family), flat)):
+            config = EngineConfig(cache_bytes=1 << 28, draft_tokens=4 if drafter else None)
+            machine = Engine(flat, parse_cache(spec), config, drafter)
+            requests = [
+                machine.submit(p, SamplingParams(max_tokens=40)) for p in prompts(5, seed=2)
+            ]
+            for _ in machine.run():
+                pass
+            texts.append([r.generated for r in requests])
+        assert texts[0] == texts[1]
+
+
+def test_what_was_saved_is_loaded_and_the_target_stays(tmp_path):
+    flat = pair("llama")[0]
+    before = {k: v.clone() for k, v in flat.model.state_dict().items()}
+    config = flat.config.to_dict()
+    made = module()
+    made.save(tmp_path)
+    again = SpecFormer.load(tmp_path)
+    assert again.config == made.config
+    for name, weight in made.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight.bfloat16().float())
+    SpecFormerDrafter(again, flat)
+    assert flat.config.to_dict() == config
+    assert all(torch.equal(before[k], v) for k, v in flat.model.state_dict().items())
+
+
+def test_a_drafter_of_another_model_is_refused():
+    for family, what in (("qwen2", "fingerprint"), ("gemma3_text", "layer|last tapped")):
+        with pytest.raises(ConfigError, match=what):
+            SpecFormerDrafter(module("llama"), pair(family)[0])
+    other = module("llama").config.model_copy(update={"vocab_size": 7})
+    with pytest.raises(ConfigError, match="vocabulary"):
+        SpecFormerDrafter(SpecFormer(other), pair("llama")[0])
+
+
+def test_broken_files_are_refused(tmp_path):
+    with pytest.raises(ModelError, match="cannot read"):
+        SpecFormer.load(tmp_path)
+    module().save(tmp_path)
+    whole = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="cannot read"):
+        SpecFormer.load(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(whole)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "slots": 3}))
+    with pytest.raises(ModelError, match="do not belong"):
+        SpecFormer.load(tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "depth": 3}))
+    with pytest.raises(ModelError, match="depth"):
+        SpecFormer.load(tmp_path)
