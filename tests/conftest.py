@@ -30,7 +30,7 @@ settings.load_profile("narrows")
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The benchmark data, or a skip with the reason."""
-    from narrows.bench import data
+    from narrows import data
     from narrows.errors import InputError
 
     try:

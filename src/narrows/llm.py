@@ -28,7 +28,8 @@ class LLM:
     Args:
         model: a known name (``narrows models``), a hub id, a folder or a GGUF file.
         cache: cache spec, such as ``"dense"``.
-        draft: drafter spec, such as ``"lookup"``; ``"none"``; ``"auto"`` takes the best there is.
+        draft: drafter spec, such as ``"lookup"``, or the folder of a trained one; ``"none"``;
+            ``"auto"`` takes the best there is.
             A drafter changes the speed and nothing else.
         dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
         device: ``"cpu"``, ``"cuda"``, ...; None takes CUDA where there is one.
@@ -47,10 +48,10 @@ class LLM:
         device: str | None = None,
         **limits: Any,
     ) -> None:
-        policy, drafter = parse_cache(cache), make_drafter(draft)
+        policy = parse_cache(cache)
         config = EngineConfig(**limits)
         self.model = FlatModel.load(model, dtype=dtype, device=device)
-        self.engine = Engine(self.model, policy, config, drafter)
+        self.engine = Engine(self.model, policy, config, make_drafter(draft, self.model))
 
     @property
     def tokenizer(self) -> Any:

@@ -14,7 +14,7 @@ ORDER = [
     {"errors"},
     {"registry"},
     {"contracts"},
-    {"config"},
+    {"config", "data"},
     {"ops"},
     {"model"},
     {"retrieve"},
@@ -23,6 +23,7 @@ ORDER = [
     {"compression"},
     {"engine"},
     {"llm", "pipeline"},
+    {"train"},
     {"bench", "server", "export"},
     {"cli"},
 ]

@@ -24,12 +24,12 @@ from narrows.bench.cache_quality import (
 )
 from narrows.bench.cache_retrieval import ask, check_retrieval, make_probes, retrieval_rows
 from narrows.bench.cache_subjects import Ours, Subject
-from narrows.bench.data import locate
 from narrows.bench.progress import Progress
 from narrows.bench.prose import read_prose
 from narrows.bench.provenance import provenance
 from narrows.bench.report import Row, pivot, with_provenance
 from narrows.cache.stack import parse_cache
+from narrows.data import locate
 from narrows.errors import ConfigError
 from narrows.model.flat import FlatModel
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from narrows.bench.cache_subjects import Subject
-from narrows.bench.data import find, read_rows
 from narrows.bench.likelihood import answer_ids
 from narrows.bench.metrics import bootstrap, paired_bootstrap
 from narrows.bench.prose import read_windows
 from narrows.bench.report import Row, row
 from narrows.bench.tasks import CITIES
+from narrows.data import find, read_rows
 from narrows.errors import ConfigError, InputError
 from narrows.model.flat import FlatModel
 

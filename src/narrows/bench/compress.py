@@ -14,7 +14,6 @@ from typing import Any
 
 from narrows.bench.arms import FULL, NONE, Arm, Budget
 from narrows.bench.claims import claim_rows
-from narrows.bench.data import locate
 from narrows.bench.measure import Measurer, gap_rows, mean_rows
 from narrows.bench.overhead import memory_rows, overhead_rows
 from narrows.bench.progress import Progress
@@ -22,6 +21,7 @@ from narrows.bench.provenance import provenance
 from narrows.bench.records import Ledger
 from narrows.bench.report import Row, with_provenance
 from narrows.bench.tasks import Item, load
+from narrows.data import locate
 from narrows.errors import ConfigError
 from narrows.llm import LLM
 

@@ -6,8 +6,8 @@ import itertools
 import random
 from pathlib import Path
 
-from narrows.bench.data import find, read_rows
 from narrows.compression.units import TokenizedText, tokenize
+from narrows.data import find, read_rows
 from narrows.errors import InputError
 from narrows.model.flat import FlatModel
 

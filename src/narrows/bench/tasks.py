@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from narrows.bench import metrics
-from narrows.bench.data import find, read_rows
+from narrows.data import find, read_rows
 from narrows.errors import ConfigError, InputError
 
 

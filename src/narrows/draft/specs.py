@@ -1,10 +1,13 @@
-"""From a spec string to a drafter: ``name`` or ``name:option=value,option=value``."""
+"""From a spec string to a drafter: ``name``, ``name:option=value,option=value`` or a folder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from narrows.contracts import Drafter
+from narrows.draft.specformer import SpecFormer, SpecFormerDrafter
+from narrows.model.flat import FlatModel
 from narrows.registry import Registry, build
 
 DRAFTERS: Registry[Callable[..., Drafter]] = Registry("drafter")
@@ -15,9 +18,13 @@ DRAFTERS.add("lookup", "narrows.draft.lookup:lookup")
 AUTO, NONE = "auto", "none"
 
 
-def make_drafter(spec: str) -> Drafter | None:
-    """The drafter ``spec`` names; None for "none". "auto" is the best there is for every model,
-    prompt lookup. Raises ConfigError for an unknown name or option."""
+def make_drafter(spec: str, target: FlatModel) -> Drafter | None:
+    """The drafter ``spec`` names for ``target``: None for "none", a trained SpecFormer for a
+    folder, else a name with options. "auto" is the best there is for every model, prompt lookup.
+    Raises ConfigError for an unknown name or option, or a drafter of another model, ModelError for
+    a folder that cannot be read."""
     if spec == NONE:
         return None
+    if Path(spec).is_dir():
+        return SpecFormerDrafter(SpecFormer.load(Path(spec)), target)
     return build(DRAFTERS, "lookup" if spec == AUTO else spec)

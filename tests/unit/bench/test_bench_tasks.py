@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from narrows.bench import data, tasks
+from narrows import data, tasks
 from narrows.errors import ConfigError, InputError
 
 FOLDER = Path(os.environ.get("NARROWS_DATA", "../shared/data"))

@@ -37,7 +37,7 @@ def guesses(drafter, number: int, tokens: list[int], k: int) -> list[int]:
 )
 def test_lookup_is_a_search(tokens, more, k, lengths):
     longest, shortest = lengths
-    drafter = make_drafter(f"lookup:longest={longest},shortest={shortest}")
+    drafter = make_drafter(f"lookup:longest={longest},shortest={shortest}", None)
     for extra in [[], *more]:
         tokens = tokens + extra
         expected = search(tokens, k, longest, shortest)
@@ -59,8 +59,8 @@ def test_lookup_is_a_search(tokens, more, k, lengths):
 )
 def test_bad_specs_are_refused(spec, message):
     with pytest.raises(ConfigError, match=message):
-        make_drafter(spec)
-    assert make_drafter("none") is None
+        make_drafter(spec, None)
+    assert make_drafter("none", None) is None
 
 
 def length_for(*steps: tuple[int, float]) -> DraftLength:

@@ -1,4 +1,4 @@
-"""Where the benchmark data lies, and how its files are read. Nothing of it is packaged."""
+"""Where data for benchmarks and training lies, and how its files are read. None is packaged."""
 
 from __future__ import annotations
 

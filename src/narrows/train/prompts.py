@@ -1,0 +1,71 @@
+"""Instructions to let a model answer, so that a drafter can learn from the answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from narrows.data import find, read_rows
+from narrows.errors import InputError
+
+FIELDS = ("prompt", "instruction", "question", "text")
+"""Where a row of a user's own JSON Lines may hold its prompt, the first found."""
+
+
+def _task(row: dict[str, Any]) -> str:
+    given = row["instances"][0]["input"] if row.get("instances") else ""
+    return f"{row['instruction']}\n\n{given}".strip()
+
+
+def _about(row: dict[str, Any]) -> str:
+    return f"{row['context']}\n\nAnswer from the text: {row['question']}"
+
+
+def _passage(row: dict[str, Any]) -> str:
+    return f"Summarize this text about {row['title']}:\n\n{row['text']}"
+
+
+SOURCES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "self_instruct/seed_tasks": _task,
+    "self_instruct/user_oriented": _task,
+    "gsm8k/train": lambda row: str(row["question"]),
+    "trec_qc/train": lambda row: str(row["question"]),
+    "xquad_en/xquad_en": _about,
+    "wiki_passages/passages": _passage,
+}
+"""Parts of the benchmark data that no benchmark of drafting reads, and a prompt of a row."""
+
+
+def from_data(folder: Path, count: int, seed: int = 0) -> list[str]:
+    """``count`` different prompts, the SOURCES in turn as long as they last, in random order.
+    Raises InputError if there are fewer."""
+    chance = random.Random(seed)
+    piles = []
+    for name, make in SOURCES.items():
+        made = list(dict.fromkeys(make(row) for row in read_rows(find(folder, name))))
+        chance.shuffle(made)
+        piles.append(made)
+    chosen: list[str] = []
+    while len(chosen) < count and any(piles):
+        chosen += [pile.pop() for pile in piles if pile]
+    if len(chosen) < count:
+        raise InputError(f"{folder} has only {len(chosen)} prompts, not {count}; ask for fewer")
+    return chosen[:count]
+
+
+def from_file(path: Path) -> list[str]:
+    """The prompts of a JSON Lines file, from the first of FIELDS that a row has. Raises
+    InputError for a row that has none, or an empty one."""
+    prompts = []
+    for number, row in enumerate(read_rows(path), 1):
+        text = next((row[name] for name in FIELDS if isinstance(row.get(name), str)), "")
+        if not text.strip():
+            raise InputError(
+                f"{path}, row {number}: no prompt; a row needs text in one of {', '.join(FIELDS)}"
+            )
+        prompts.append(text)
+    if not prompts:
+        raise InputError(f"{path} has no rows")
+    return prompts
