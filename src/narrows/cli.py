@@ -30,6 +30,8 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure, as ratios within one run.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+train_app = typer.Typer(help="Train small parts for a model.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
 diagnose_app = typer.Typer(help="Look inside a model.", no_args_is_help=True)
 app.add_typer(diagnose_app, name="diagnose")
 stderr = Console(stderr=True, highlight=False)
@@ -298,6 +300,69 @@ def _report(rows: list[Any], shown: list[Any], columns: Any, json_file: Path | N
     if json_file is not None:
         report.write_json(json_file, rows)
     Console().print(report.table(shown, columns))
+
+
+@train_app.command("specformer")
+def train_specformer(
+    out: Annotated[Path, typer.Option(help="Folder for the drafter; a run there goes on.")],
+    target: Annotated[
+        str, typer.Option(help="Known name, hub id, folder or GGUF.")
+    ] = DEFAULT_MODEL,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON Lines of prompts; default: the data folder's.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Data folder; default NARROWS_DATA, ../shared/data.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Prompts taken from the data folder.")] = 2000,
+    steps: Annotated[int, typer.Option(help="Updates.")] = 500,
+    slots: Annotated[int, typer.Option(help="Tokens forecast at once.")] = 4,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 6e-4,
+    answer_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of an update, about.")] = 4096,
+    save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 50,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Go on from this trained drafter.")
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of prompts, weights and order.")] = 0,
+) -> None:
+    """A SpecFormer drafter for a model, taught by the model's own answers."""
+    from narrows.bench.progress import Progress
+    from narrows.data import locate
+    from narrows.draft.specformer import SpecFormer, check_target
+    from narrows.llm import LLM
+    from narrows.train import specformer
+    from narrows.train.loop import LoopOptions
+    from narrows.train.prompts import from_data, from_file
+
+    options = LoopOptions(steps=steps, rate=rate, save_every=save_every)
+    _check_places(out)
+    texts = from_file(prompts) if prompts else from_data(locate(data), count, seed)
+    llm = LLM(target, draft="none", dtype=dtype, device=device)
+    module = None
+    if start is not None:
+        module = SpecFormer.load(start)
+        check_target(module.config, llm.model)
+    with Progress("answers, then updates") as progress:
+        progress.expect(len(texts) + steps)
+        history = specformer.run(
+            llm,
+            texts,
+            out,
+            options,
+            module=module,
+            slots=slots,
+            max_tokens=answer_tokens,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            on_answers=progress.advance,
+            on_step=lambda step, told: progress.advance(),
+        )
+    specformer.draw(history, out / "curves.png")
+    last = history[-1]
+    _write(f"{out}: {last['kappa']:.2f} tokens a step on held-out answers, teacher-forced\n")
 
 
 @diagnose_app.command("similarity")

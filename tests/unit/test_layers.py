@@ -14,7 +14,7 @@ ORDER = [
     {"errors"},
     {"registry"},
     {"contracts"},
-    {"config", "data"},
+    {"config", "data", "figure"},
     {"ops"},
     {"model"},
     {"retrieve"},

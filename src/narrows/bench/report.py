@@ -12,6 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from narrows.errors import ConfigError, InputError
+from narrows.figure import new_figure, save_figure
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -159,7 +160,7 @@ def draw(rows: Sequence[Row], path: Path, *, x: str, panel: str, series: str = "
     panels = list(dict.fromkeys(r[panel] for r in rows))
     if not panels:
         raise ConfigError(f"there are no rows to draw in {path}")
-    figure = _figure(5.5 * len(panels), 4.5)
+    figure = new_figure(5.5 * len(panels), 4.5)
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         inside = [r for r in rows if r[panel] == name]
         places = list(dict.fromkeys(str(r[x]) for r in inside))
@@ -174,7 +175,7 @@ def draw(rows: Sequence[Row], path: Path, *, x: str, panel: str, series: str = "
         axes.set(title=name, xlabel=x, ylabel=f"{inside[0]['metric']} ({inside[0]['unit']})")
         axes.set_xticks(range(len(places)), places)
         axes.legend(fontsize="x-small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_points(rows: Sequence[Row], path: Path, *, x: str, label: str = "method") -> None:
@@ -183,7 +184,7 @@ def draw_points(rows: Sequence[Row], path: Path, *, x: str, label: str = "method
     through the points that no other beats in both. Less is better. Raises as ``draw``."""
     if not rows:
         raise ConfigError(f"there are no rows to draw in {path}")
-    figure = _figure(8, 6.5)
+    figure = new_figure(8, 6.5)
     axes = figure.subplots()
     ordered = sorted(rows, key=lambda r: (r[x], r["value"]))
     best = [r for i, r in enumerate(ordered) if all(r["value"] < o["value"] for o in ordered[:i])]
@@ -196,26 +197,7 @@ def draw_points(rows: Sequence[Row], path: Path, *, x: str, label: str = "method
         axes.annotate(str(number), (at, value), textcoords="offset points", xytext=(5, 3))
     axes.set(yscale="log", xlabel=x, ylabel=f"{rows[0]['metric']} ({rows[0]['unit']})")
     figure.legend(loc="outside lower center", fontsize="small", ncols=2)
-    _save(figure, path)
-
-
-def _figure(width: float, height: float) -> Any:
-    """An empty figure, in inches. Raises ConfigError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("drawing needs matplotlib: pip install narrows[bench]") from None
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> None:
-    try:
-        figure.savefig(path, format="png", dpi=120)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    save_figure(figure, path)
 
 
 def _finite(value: Any) -> Any:

@@ -10,7 +10,7 @@ from narrows.bench.provenance import provenance
 from narrows.bench.report import Row, row, with_provenance
 from narrows.cache import similarity
 from narrows.cache.similarity import MEASURES, TENSORS, PairLikeness, SimilarityReport
-from narrows.errors import ConfigError, InputError
+from narrows.figure import new_figure, save_figure
 from narrows.model.flat import FlatModel
 from narrows.retrieve.documents import read_document
 
@@ -121,13 +121,7 @@ def draw(report: SimilarityReport, path: Path) -> None:
     """Draw a PNG: a row of panels for keys and one for values, a panel a measure, over the pairs;
     bands reach from the least KV head to the greatest. Raises ConfigError without matplotlib,
     InputError if it cannot be written."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("drawing needs matplotlib: pip install narrows[bench]") from None
-    figure = Figure(figsize=(4 * len(MEASURES), 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4 * len(MEASURES), 6.5)
     grid = figure.subplots(len(TENSORS), len(MEASURES), squeeze=False, sharex=True)
     for tensor, line in zip(TENSORS, grid, strict=True):
         pairs = [pair for pair in report.pairs if pair.tensor == tensor]
@@ -147,7 +141,4 @@ def draw(report: SimilarityReport, path: Path) -> None:
         f"{report.model}, {report.tokens} tokens, {report.bits}-bit codes, groups of "
         f"{report.group} tokens (keys) and {report.value_group} channels (values)"
     )
-    try:
-        figure.savefig(path, format="png", dpi=110)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    save_figure(figure, path)

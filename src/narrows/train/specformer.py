@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +14,92 @@ from torch.nn.functional import cross_entropy, linear
 
 from narrows.cache.dense import DensePolicy
 from narrows.contracts import FlatBatch
-from narrows.draft.specformer import SpecFormer
+from narrows.draft.specformer import SpecFormer, SpecFormerConfig
+from narrows.errors import InputError
+from narrows.figure import new_figure, save_figure
+from narrows.llm import LLM
 from narrows.model.flat import FlatModel
-from narrows.train.examples import Example
+from narrows.train.examples import Example, answer_all
+from narrows.train.loop import LoopOptions, train
 
 ROWS = 512
 """Rows of logits held at once."""
+
+
+HELD_OUT = 0.05
+"""Share of the examples that is measured on, not trained on."""
+
+
+def run(
+    llm: LLM,
+    prompts: Sequence[str],
+    out: Path,
+    options: LoopOptions,
+    *,
+    module: SpecFormer | None = None,
+    slots: int = 4,
+    max_tokens: int = 256,
+    batch_tokens: int = 4096,
+    seed: int = 0,
+    on_answers: Callable[[int], None] = lambda count: None,
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, told: None,
+) -> list[dict[str, Any]]:
+    """Let ``llm`` answer the prompts, train a drafter on the answers, write it to ``out`` and
+    return the history. What is half done in ``out`` is gone on from.
+
+    Args:
+        llm: the target; it stays as it is.
+        prompts: what it answers, greedily, up to ``max_tokens`` tokens each.
+        out: gets the drafter; its ``work`` folder the answers, checkpoints and history.
+        options: of the loop.
+        module: goes on from this one; None starts anew with ``slots`` slots.
+        batch_tokens: of a step, about.
+
+    Raises InputError, ModelError or NumericalError as ``answer_all`` and ``train`` do.
+    """
+    target, work = llm.model, out / "work"
+    answers = work / "answers"
+    examples = answer_all(llm, prompts, answers, max_tokens=max_tokens, on_done=on_answers)
+    held = max(1, round(HELD_OUT * len(examples)))
+    if held >= len(examples):
+        raise InputError(f"{len(examples)} answered prompts are too few to train on; give more")
+    torch.manual_seed(seed)
+    module = module or SpecFormer(SpecFormerConfig.of(target, slots=slots))
+    objective = SpecFormerObjective(
+        module, target, examples[:-held], tokens=batch_tokens, seed=seed
+    )
+    told = hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
+    history = train(
+        module,
+        objective.gradients,
+        work,
+        options,
+        data=f"{target.fingerprint} {told} {max_tokens} {batch_tokens} {seed}",
+        check=lambda: objective.check(examples[-held:]),
+        on_step=on_step,
+    )
+    module.save(out)
+    return history
+
+
+def draw(history: Sequence[dict[str, Any]], path: Path) -> None:
+    """Loss over the updates, and where it was measured, the tokens a step would commit and how
+    often each slot is right with those before it. Raises as ``new_figure`` and ``save_figure``."""
+    figure = new_figure(11, 4.5)
+    left, right = figure.subplots(1, 2)
+    steps = [row["step"] for row in history]
+    left.plot(steps, [row["loss"] for row in history], label="all slots", lw=0.8)
+    left.plot(steps, [row["first"] for row in history], label="first slot", lw=0.8)
+    left.set(xlabel="update", ylabel="loss (nats)")
+    left.legend()
+    measured = [row for row in history if "kappa" in row]
+    places = [row["step"] for row in measured]
+    right.plot(places, [row["kappa"] for row in measured], "k-o", ms=3, label="tokens a step")
+    for name in sorted({name for row in measured for name in row if name.startswith("right")}):
+        right.plot(places, [row[name] for row in measured], "-o", ms=2, label=f"slot {name[5:]}")
+    right.set(xlabel="update", ylabel="held out, teacher-forced")
+    right.legend(fontsize="small")
+    save_figure(figure, path)
 
 
 class SpecFormerObjective:
@@ -71,7 +154,7 @@ class SpecFormerObjective:
                 scores = self.scores(leaf[rows, slot])
                 loss = cross_entropy(scores, labels[rows, slot], reduction="sum") / count
                 loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss)
+                total += float(loss.detach())
             losses.append(total * count / max(1, len(known)))
         assert leaf.grad is not None
         slots.backward(leaf.grad.to(slots.dtype))  # type: ignore[no-untyped-call]
