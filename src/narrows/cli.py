@@ -443,6 +443,56 @@ def bench_engine(
         report.draw(engine.curves(rows), plot, x="batch", panel="dtype")
 
 
+@bench_app.command("draft")
+def bench_draft(
+    model: Model = DEFAULT_MODEL,
+    data: Annotated[
+        Path | None, typer.Option(help="Data folder; default NARROWS_DATA, ../shared/data.")
+    ] = None,
+    draft: Annotated[
+        list[str] | None, typer.Option(help="Drafter spec or folder. Repeatable; default lookup.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Repeatable; default 1 to 32.")] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(help="Tokens of text to summarize; 0: short questions.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens written for every prompt.")] = 96,
+    rounds: Rounds = 3,
+    draft_tokens: Annotated[
+        int | None, typer.Option(help="Guesses verified a step; default: what is fastest.")
+    ] = None,
+    cache: Cache = "dense",
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    quick: Quick = False,
+    json_file: Out = None,
+    plot: Picture = None,
+) -> None:
+    """Drafting against plain decoding in the same engine."""
+    from narrows.bench import draft as bench
+    from narrows.bench import report
+
+    _check_places(json_file, plot)
+    chosen = {"drafters": draft, "batches": batch, "contexts": context}
+    rows = bench.run(
+        model=model,
+        data=data,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        fixed=draft_tokens,
+        cache=cache,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        quick=quick,
+        **{name: value for name, value in chosen.items() if value},  # type: ignore[arg-type]
+    )
+    _report(rows, bench.summary(rows), bench.COLUMNS, json_file)
+    if plot is not None:
+        report.draw(bench.curves(rows), plot, x="batch", panel="context")
+
+
 @bench_app.command("compress")
 def bench_compress(
     model: Model = DEFAULT_MODEL,

@@ -17,6 +17,9 @@ class Speculation:
     Args:
         drafter: makes the guesses.
         fixed: verify that many guesses of each draft; None chooses what is fastest.
+
+    ``tried[i]`` and ``kept[i]`` count the guesses verified at place ``i`` of their drafts, and
+    those that stayed.
     """
 
     def __init__(self, drafter: Drafter, fixed: int | None = None) -> None:
@@ -24,6 +27,8 @@ class Speculation:
         self.most = drafter.most if fixed is None else min(fixed, drafter.most)
         self.adapts = fixed is None
         self.length = DraftLength()
+        self.tried = [0] * self.most
+        self.kept = [0] * self.most
         self._offered: dict[int, Draft] = {}
 
     def drafts(self, work: list[Work], limit: Callable[[Sequence], int]) -> list[Draft]:
@@ -61,6 +66,9 @@ class Speculation:
 
     def learn(self, sequence: Sequence, draft: Draft, kept: int) -> None:
         """Note how many guesses of a sequence's draft were right."""
+        for place in range(len(draft.tokens)):
+            self.tried[place] += 1
+            self.kept[place] += place < kept
         offered = self._offered.get(sequence.number)
         if offered is not None:
             self.length.learn(sequence.number, offered, len(draft.tokens), kept)
