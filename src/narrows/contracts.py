@@ -148,38 +148,45 @@ class Draft:
     """Guessed tokens that may follow a sequence's newest one.
 
     ``probabilities`` float64 ``[k, vocab_size]`` are the distributions the tokens were drawn
-    from, each given those before it; None says that they were not drawn but chosen. ``kind``
-    names how good guesses of this sort are expected to be: survival is counted by kind.
+    from, each given those before it; None says that they were not drawn but chosen.
     """
 
     tokens: list[int]
     probabilities: Tensor | None = None
-    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """``k`` guesses could be made. ``kind`` names how good such guesses are expected to be: what
+    became of them is counted by kind."""
+
+    kind: str
+    k: int
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A sequence that wants at most ``k`` guesses behind ``tokens``, all that it has so far."""
+    """A sequence that wants at most ``k`` guesses behind ``tokens``, all that it has so far, of
+    the offered ``kind``."""
 
     number: int
     tokens: Sequence[int]
     k: int
+    kind: str = ""
 
 
 class Drafter(ABC):
     """Guesses what sequences will say next. Sequences are known by a number.
 
-    In every engine step ``propose`` is asked first; then the target reads the newest tokens and
-    the guesses, ``read`` sees what it made of them, and ``keep`` is told where each sequence
-    stands once the guesses have been verified.
+    In every engine step ``offer`` and then ``propose`` are asked first; the target reads the
+    newest tokens and the guesses; ``read`` sees what it made of them, and ``keep`` is told where
+    each sequence stands once the guesses have been verified.
     """
 
     name: str
+    """Its kinds of guesses begin with this."""
     most: int
     """Tokens a draft may have."""
-    kind: str | None = None
-    """The kind of all its drafts, which then are made only where they are worth it; None if a
-    draft's kind is seen when it is made."""
     taps: tuple[int, ...] = ()
     """Hidden states of the target that ``read`` wants, as ``FlatModel.hidden_and_taps`` counts."""
 
@@ -197,6 +204,11 @@ class Drafter(ABC):
 
     def keep(self, numbers: Sequence[int], rows: Sequence[int]) -> None:  # noqa: B027
         """The newest token of each sequence was read in that row of the step."""
+
+    @abstractmethod
+    def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
+        """What could be guessed for each sequence, at no great cost: one of the offers, cut to
+        what is worth verifying, is then asked for. An offer depends on the tokens so far only."""
 
     @abstractmethod
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:

@@ -43,12 +43,6 @@ def test_the_parts_the_flat_pass_reads_are_where_it_looks(family: str) -> None:
         assert hasattr(base, "rotary_emb")
 
 
-def test_gguf_can_be_loaded_dense() -> None:
-    from transformers import GgufConfig
-
-    assert "dequantize" in inspect.signature(GgufConfig).parameters
-
-
 def test_a_cache_has_the_methods_ours_replaces_and_the_layers_it_makes() -> None:
     from transformers.cache_utils import Cache, CacheLayerMixin
 

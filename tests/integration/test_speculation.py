@@ -9,10 +9,12 @@ import torch
 
 from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
-from narrows.contracts import Draft, Drafter
+from narrows.contracts import Draft, Drafter, Offer
+from narrows.draft.combined import Combined
 from narrows.draft.specs import make_drafter
 from narrows.engine.engine import Engine
 from narrows.engine.sequence import State
+from narrows.errors import ConfigError
 from tiny import FAMILIES, pair, prompts
 
 SMALL = "residual=32,group=16,value_group=16"
@@ -26,6 +28,9 @@ class Told(Drafter):
 
     def __init__(self, texts: dict[tuple[int, ...], list[int]], skill: float) -> None:
         self.texts, self.skill, self.chance = texts, skill, random.Random(1)
+
+    def offer(self, asked):
+        return [[Offer("told", one.k)] for one in asked]
 
     def propose(self, asked):
         return [self.guess(one.tokens, one.k) for one in asked]
@@ -82,18 +87,40 @@ def test_every_cache_compared_with_itself(family: str, spec: str) -> None:
         assert write(machine, batch, params) == expected
 
 
-def test_a_drafter_of_one_kind_is_asked_only_for_what_is_wanted() -> None:
+def test_only_what_is_worth_it_is_asked_for() -> None:
     batch, params = prompts(4, seed=2), [SamplingParams(max_tokens=30)] * 4
     expected = write(engine("llama"), batch, params)
     texts = {tuple(p): t for p, t in zip(batch, expected, strict=True)}
     for skill in (1.0, 0.0):
-        drafter = Told(texts, skill)
-        drafter.kind = "told"
-        asked = []
+        drafter, asked = Told(texts, skill), []
         propose = drafter.propose
         drafter.propose = lambda a, propose=propose, asked=asked: asked.extend(a) or propose(a)
         assert write(engine("llama", drafter=drafter), batch, params) == expected
         assert all(one.k > 0 for one in asked)
+
+
+def test_of_two_drafters_the_better_is_asked() -> None:
+    batch, params = prompts(4, seed=2), [SamplingParams(max_tokens=60, ignore_eos=True)] * 4
+    expected = write(engine("llama"), batch, params)
+    texts = {tuple(p): t for p, t in zip(batch, expected, strict=True)}
+    right, wrong, asked = Told(texts, 1.0), Told(texts, 0.0), {"told": 0, "wrong": 0}
+    wrong.name = "wrong"
+    wrong.offer = lambda a: [[Offer("wrong", one.k)] for one in a]
+    for one in (right, wrong):
+
+        def count(a, one=one, propose=one.propose):
+            asked[one.name] += len(a)
+            return propose(a)
+
+        one.propose = count
+    machine = engine("llama", drafter=Combined([wrong, right]), draft_tokens=2)
+    assert write(machine, batch, params) == expected
+    assert 0 < asked["wrong"] < asked["told"] / 2
+
+
+def test_drafters_that_cannot_be_combined_are_refused() -> None:
+    with pytest.raises(ConfigError, match="different"):
+        make_drafter("lookup+lookup", pair("llama")[0])
 
 
 def test_lookup_and_the_length_policy_change_no_text() -> None:
@@ -153,8 +180,6 @@ def test_metrics_count_guesses() -> None:
 
 
 def test_a_longer_draft_than_a_sliding_layer_holds_is_refused() -> None:
-    from narrows.errors import ConfigError
-
     drafter = Told({}, 1.0)
     drafter.most = 500
     with pytest.raises(ConfigError, match="500"):

@@ -15,7 +15,7 @@ import heapq
 from collections import defaultdict
 from collections.abc import Sequence
 
-from narrows.contracts import Draft
+from narrows.contracts import Offer
 
 PRIOR_HITS, PRIOR_TRIALS = 2.0, 3.0
 """What a kind of guess is credited with before it has been tried."""
@@ -112,20 +112,28 @@ class DraftLength:
         rate = common.hits / common.trials
         return (own.hits + OWN_TRIALS * rate) / (own.trials + OWN_TRIALS)
 
-    def choose(self, drafts: Sequence[tuple[int, Draft]], rows: int, decoding: int) -> list[int]:
-        """Guesses to verify of each draft, given with its sequence's number. Without any, the
+    def expected(self, number: int, offer: Offer) -> float:
+        """Guesses of an offer that would stay if all were verified."""
+        total, chance = 0.0, 1.0
+        for place in range(offer.k):
+            chance *= self.survival(number, offer.kind, place)
+            total += chance
+        return total
+
+    def choose(self, offers: Sequence[tuple[int, Offer]], rows: int, decoding: int) -> list[int]:
+        """Guesses to verify of each offer, given with its sequence's number. Without any, the
         step has ``rows`` rows, and ``decoding`` sequences get a token each."""
-        lengths = [0] * len(drafts)
+        lengths = [0] * len(offers)
         heap: list[tuple[float, int]] = []
 
-        def offer(i: int, chance: float) -> None:
-            number, draft = drafts[i]
-            if lengths[i] < len(draft.tokens):
-                chance *= self.survival(number, draft.kind, lengths[i])
+        def push(i: int, chance: float) -> None:
+            number, offer = offers[i]
+            if lengths[i] < offer.k:
+                chance *= self.survival(number, offer.kind, lengths[i])
                 heapq.heappush(heap, (-chance, i))
 
-        for i in range(len(drafts)):
-            offer(i, 1.0)
+        for i in range(len(offers)):
+            push(i, 1.0)
         expected = float(decoding)
         best, chosen = GAIN * expected / self.times(rows), list(lengths)
         while heap:
@@ -135,18 +143,18 @@ class DraftLength:
             speed = expected / self.times(rows)
             if speed > best:
                 best, chosen = speed, list(lengths)
-            offer(i, -negative)
+            push(i, -negative)
         return chosen
 
-    def learn(self, number: int, draft: Draft, tried: int, kept: int) -> None:
-        """Note that the first ``kept`` of ``tried`` guesses of ``draft`` stayed."""
-        if not tried and draft.tokens:
-            record = self._kinds[draft.kind, 0]
+    def learn(self, number: int, kind: str, tried: int, kept: int) -> None:
+        """Note that the first ``kept`` of ``tried`` guesses of an offered ``kind`` stayed."""
+        if not tried:
+            record = self._kinds[kind, 0]
             record.hits = PRIOR_HITS + (record.hits - PRIOR_HITS) * FADING
             record.trials = PRIOR_TRIALS + (record.trials - PRIOR_TRIALS) * FADING
         for place in range(min(kept + 1, tried)):
             for records in (self._kinds, self._own[number]):
-                records[draft.kind, place].add(place < kept)
+                records[kind, place].add(place < kept)
 
     def forget(self, number: int) -> None:
         """Drop a sequence's own record."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from narrows.config import Settings
-from narrows.contracts import Asked, Draft, Drafter
+from narrows.contracts import Asked, Draft, Drafter, Offer
 
 
 class LookupOptions(Settings):
@@ -39,18 +39,31 @@ class Lookup(Drafter):
         self.longest, self.shortest = options.longest, options.shortest
         self._indexes: dict[int, _Index] = {}
 
+    def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
+        """See Drafter. One offer at most, of the longest match."""
+        found = [self._match(one) for one in asked]
+        return [
+            [Offer(f"{self.name}{size}", min(one.k, len(one.tokens) - behind))] if size else []
+            for one, (size, behind) in zip(asked, found, strict=True)
+        ]
+
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See Drafter."""
-        return [self._propose(one) for one in asked]
+        found = [self._match(one) for one in asked]
+        return [
+            Draft(list(one.tokens[behind : behind + one.k]) if size else [])
+            for one, (size, behind) in zip(asked, found, strict=True)
+        ]
 
-    def _propose(self, one: Asked) -> Draft:
+    def _match(self, one: Asked) -> tuple[int, int]:
+        """Tokens matched, 0 if none, and the place behind the match."""
         index, tokens = self._indexes.setdefault(one.number, _Index()), one.tokens
         index.read(tokens, self.longest, self.shortest)
         for size in range(min(self.longest, len(tokens)), self.shortest - 1, -1):
             behind = index.places.get(tuple(tokens[-size:]))
-            if behind is not None and one.k > 0:
-                return Draft(list(tokens[behind : behind + one.k]), kind=f"{self.name}{size}")
-        return Draft([])
+            if behind is not None:
+                return size, behind
+        return 0, 0
 
     def forget(self, number: int) -> None:
         """See Drafter."""

@@ -29,7 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from narrows.cache.dense import DenseLayer, DensePolicy
 from narrows.config import Settings
-from narrows.contracts import Asked, Draft, Drafter, FlatBatch, LayerCache, LayerShape
+from narrows.contracts import Asked, Draft, Drafter, FlatBatch, LayerCache, LayerShape, Offer
 from narrows.errors import ConfigError, ModelError
 from narrows.model.flat import FlatModel
 from narrows.ops import native
@@ -242,7 +242,7 @@ class SpecFormerDrafter(Drafter):
     Raises ConfigError if the module belongs to another target.
     """
 
-    name = kind = "specformer"
+    name = "specformer"
 
     def __init__(self, module: SpecFormer, target: FlatModel) -> None:
         config = module.config
@@ -284,17 +284,18 @@ class SpecFormerDrafter(Drafter):
             self._states[number] = self._rows[row].clone()
         self._rows = None
 
+    def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
+        """See Drafter."""
+        return [[Offer(self.name, one.k)] if one.number in self._states else [] for one in asked]
+
     @torch.inference_mode()
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See Drafter. One pass for all."""
-        known = [one for one in asked if one.number in self._states]
-        if not known:
-            return [Draft([])] * len(asked)
-        most = max(one.k for one in known)
-        states = torch.stack([self._states[one.number] for one in known])
-        best = self.logits(states, most).argmax(-1).tolist()
-        guesses = {one.number: row[: one.k] for one, row in zip(known, best, strict=True)}
-        return [Draft(guesses.get(one.number, []), kind=self.kind) for one in asked]
+        if not asked:
+            return []
+        states = torch.stack([self._states[one.number] for one in asked])
+        best = self.logits(states, max(one.k for one in asked)).argmax(-1).tolist()
+        return [Draft(row[: one.k]) for one, row in zip(asked, best, strict=True)]
 
     def logits(self, states: Tensor, most: int) -> Tensor:
         """Scores of the first ``most`` slots of context vectors ``[n, hidden]``:

@@ -162,12 +162,12 @@ class Engine:
         )
         moved, newest = [], []
         for sequence, draft, samples, row in zip(sequences, tried, committed, rows, strict=True):
+            if self.speculation:  # before the sequence may end and be forgotten
+                self.speculation.learn(sequence, draft, len(samples) - 1)
             tokens, text = self._accept(sequence, samples)
             sequence.settle(len(draft.tokens), len(tokens) - 1)
             moved.append(Move(sequence, tokens, text, len(draft.tokens)))
             newest.append(row + len(samples) - 1)
-            if self.speculation:
-                self.speculation.learn(sequence, draft, len(samples) - 1)
         if self.drafter:
             going = [i for i, m in enumerate(moved) if m.sequence.state is State.RUNNING]
             self.drafter.keep([moved[i].sequence.number for i in going], [newest[i] for i in going])

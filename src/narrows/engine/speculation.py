@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from narrows.contracts import Asked, CachePolicy, Draft, Drafter, LayerCache, ModelShape
+from narrows.contracts import Asked, CachePolicy, Draft, Drafter, LayerCache, ModelShape, Offer
 from narrows.draft.length import DraftLength
 from narrows.engine.scheduler import Work
 from narrows.engine.sequence import Sequence
@@ -29,7 +29,7 @@ class Speculation:
         self.length = DraftLength()
         self.tried = [0] * self.most
         self.kept = [0] * self.most
-        self._offered: dict[int, Draft] = {}
+        self._offered: dict[int, Offer] = {}
 
     def drafts(self, work: list[Work], limit: Callable[[Sequence], int]) -> list[Draft]:
         """A draft, often empty, for each item of ``work``; none reaches the request's ``limit``."""
@@ -41,37 +41,37 @@ class Speculation:
                 asked[i] = Asked(sequence.number, sequence.tokens, k)
         rows = sum(item.count for item in work)
         decoding = sum(item.count == item.sequence.pending for item in work)
-        kind = self.drafter.kind
-        if kind is None:
-            made = dict(zip(asked, self.drafter.propose(list(asked.values())), strict=True))
-        else:  # only their number matters before they are made
-            made = {i: Draft([0] * one.k, kind=kind) for i, one in asked.items()}
-        made = {i: draft for i, draft in made.items() if draft.tokens}
-        self._offered = {work[i].sequence.number: draft for i, draft in made.items()}
-        chosen = self._cut(work, made, rows, decoding)
-        if kind is not None:
-            wanted = [Asked(asked[i].number, asked[i].tokens, k) for i, k in chosen.items()]
-            made = dict(zip(chosen, self.drafter.propose(wanted), strict=True))
-        return [_first(made[i], chosen[i]) if i in chosen else Draft([]) for i in range(len(work))]
+        self._offered = {}
+        for one, offers in zip(
+            asked.values(), self.drafter.offer(list(asked.values())), strict=True
+        ):
+            if offers:
+                likeliest = max(offers, key=lambda o: self.length.expected(one.number, o))
+                self._offered[one.number] = likeliest
+        lengths = self._lengths(rows, decoding)
+        wanted = {
+            i: Asked(one.number, one.tokens, lengths[one.number], self._offered[one.number].kind)
+            for i, one in asked.items()
+            if lengths.get(one.number)
+        }
+        made = dict(zip(wanted, self.drafter.propose(list(wanted.values())), strict=True))
+        return [made.get(i, Draft([])) for i in range(len(work))]
 
-    def _cut(
-        self, work: list[Work], made: dict[int, Draft], rows: int, decoding: int
-    ) -> dict[int, int]:
-        """Guesses to verify by place in ``work``, where there are any."""
-        lengths = [len(draft.tokens) for draft in made.values()]
-        if self.adapts and made:
-            offers = [(work[i].sequence.number, draft) for i, draft in made.items()]
-            lengths = self.length.choose(offers, rows, decoding)
-        return {i: k for i, k in zip(made, lengths, strict=True) if k}
+    def _lengths(self, rows: int, decoding: int) -> dict[int, int]:
+        """Guesses to verify by sequence with an offer."""
+        if not self.adapts:
+            return {number: offer.k for number, offer in self._offered.items()}
+        chosen = self.length.choose(list(self._offered.items()), rows, decoding)
+        return dict(zip(self._offered, chosen, strict=True))
 
     def learn(self, sequence: Sequence, draft: Draft, kept: int) -> None:
         """Note how many guesses of a sequence's draft were right."""
         for place in range(len(draft.tokens)):
             self.tried[place] += 1
             self.kept[place] += place < kept
-        offered = self._offered.get(sequence.number)
-        if offered is not None:
-            self.length.learn(sequence.number, offered, len(draft.tokens), kept)
+        offer = self._offered.get(sequence.number)
+        if offer is not None:
+            self.length.learn(sequence.number, offer.kind, len(draft.tokens), kept)
 
     def observe(self, rows: int, seconds: float) -> None:
         """Note what a step of ``rows`` tokens took, drafting included."""
@@ -81,11 +81,6 @@ class Speculation:
         """A sequence has ended."""
         self.drafter.forget(sequence.number)
         self.length.forget(sequence.number)
-
-
-def _first(draft: Draft, k: int) -> Draft:
-    probabilities = None if draft.probabilities is None else draft.probabilities[:k]
-    return Draft(draft.tokens[:k], probabilities, draft.kind)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrows.contracts import Asked, Draft
+from narrows.contracts import Asked, Offer
 from narrows.draft.length import DraftLength, StepTimes
 from narrows.draft.specs import make_drafter
 from narrows.errors import ConfigError
@@ -25,7 +25,9 @@ def search(tokens: list[int], k: int, longest: int, shortest: int) -> list[int]:
 
 
 def guesses(drafter, number: int, tokens: list[int], k: int) -> list[int]:
+    (offers,) = drafter.offer([Asked(number, tokens, k)])
     (draft,) = drafter.propose([Asked(number, tokens, k)])
+    assert len(draft.tokens) == (offers[0].k if offers else 0)
     return draft.tokens
 
 
@@ -71,7 +73,7 @@ def length_for(*steps: tuple[int, float]) -> DraftLength:
 
 
 def test_free_rows_take_every_guess_and_dear_ones_none():
-    offers = [(i, Draft([1, 2, 3])) for i in range(3)]
+    offers = [(i, Offer("x", 3)) for i in range(3)]
     assert length_for((3, 1.0), (12, 1.0)).choose(offers, 3, 3) == [3, 3, 3]
     assert length_for((3, 3.0), (4, 4.0), (12, 12.0)).choose(offers, 3, 3) == [0, 0, 0]
 
@@ -79,18 +81,15 @@ def test_free_rows_take_every_guess_and_dear_ones_none():
 def test_the_choice_is_the_best_of_all_choices():
     for seed in range(10):
         length = length_for((3, 1.0), (6, 1.1 + seed / 20), (12, 1.6 + seed / 5))
-        offers = [(i, Draft([1] * 3, kind=f"{i}")) for i in range(3)]
-        for number, draft in offers:
+        offers = [(i, Offer(f"{i}", 3)) for i in range(3)]
+        for number, offer in offers:
             for _ in range(10):
-                length.learn(number, draft, 3, (seed + number) % 4)
+                length.learn(number, offer.kind, 3, (seed + number) % 4)
 
         def speed(ks, length=length, offers=offers):
             expected = 3.0
-            for (number, draft), k in zip(offers, ks, strict=True):
-                chance = 1.0
-                for place in range(k):
-                    chance *= length.survival(number, draft.kind, place)
-                    expected += chance
+            for (number, offer), k in zip(offers, ks, strict=True):
+                expected += length.expected(number, Offer(offer.kind, k))
             return expected / length.times(3 + sum(ks))
 
         chosen = length.choose(offers, 3, 3)
@@ -102,12 +101,12 @@ def test_the_choice_is_the_best_of_all_choices():
 
 
 def test_a_kind_that_fails_is_left_and_tried_again_later():
-    length, draft = length_for((1, 1.0), (2, 1.3), (3, 1.6)), Draft([5, 6], kind="x")
+    length, offer = length_for((1, 1.0), (2, 1.3), (3, 1.6)), Offer("x", 2)
     tries = []
     for _ in range(600):
-        (k,) = length.choose([(0, draft)], 1, 1)
+        (k,) = length.choose([(0, offer)], 1, 1)
         tries.append(k)
-        length.learn(0, draft, k, 0)
+        length.learn(0, "x", k, 0)
         length.times.observe(1 + k, 1.0 + 0.3 * k)
     assert tries[0] > 0
     assert tries[30] == 0
