@@ -1,0 +1,57 @@
+"""The drafting benchmark runs whole and tells what it promises."""
+
+import json
+
+import pytest
+
+from narrows.bench import draft
+from narrows.errors import ConfigError, InputError
+
+METRICS = {"speed", "step", "speed_up", "kappa", "drafted", "same_text", "kept_1"}
+
+
+@pytest.fixture
+def questions(folder):
+    rows = [{"question_id": i, "turns": [f"the red fox saw {i} apples in Rome"]} for i in range(4)]
+    path = folder / "spec_bench/question.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def chatty(tiny, monkeypatch):
+    monkeypatch.setattr(
+        "narrows.llm.LLM.chat_ids", lambda self, messages: self.encode(messages[0]["content"])
+    )
+    return tiny
+
+
+def test_rows_of_every_metric_and_the_same_text(chatty, questions):
+    rows = draft.run(
+        model=chatty,
+        data=questions,
+        drafters=("lookup:shortest=1",),
+        batches=(2, 3),
+        new_tokens=12,
+        rounds=1,
+        dtype="float32",
+        show_progress=False,
+    )
+    told = {(r["method"], r["batch"], r["metric"]): r for r in rows}
+    for batch in (2, 3):
+        assert {m for spec, b, m in told if spec != "none" and b == batch} >= METRICS
+        assert told["lookup:shortest=1", batch, "same_text"]["value"] == 1.0
+        assert told["lookup:shortest=1", batch, "kappa"]["value"] >= 1.0
+        assert ("none", batch, "speed") in told
+    assert {r["metric"] for r in draft.curves(rows)} == {"speed_up"}
+    assert all(not r["metric"].startswith("kept") for r in draft.summary(rows))
+
+
+def test_bad_input_is_refused(chatty, questions):
+    with pytest.raises(ConfigError, match="unknown drafter"):
+        draft.run(model=chatty, data=questions, drafters=("nothing-like-it",), show_progress=False)
+    with pytest.raises(ConfigError, match="new_tokens"):
+        draft.run(model=chatty, data=questions, new_tokens=1, show_progress=False)
+    with pytest.raises(InputError, match="only 4 questions"):
+        draft.run(model=chatty, data=questions, batches=(9,), show_progress=False)
