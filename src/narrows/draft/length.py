@@ -25,7 +25,7 @@ MEMORY = 0.98
 """Weight of the past at each new trial."""
 FADING = 0.995
 """Weight of the past each time a kind is left untried, so that it is given another chance."""
-GAIN = 1.03
+GAIN = 1.1
 """Speed, against plain decoding, that a choice must promise before anything is drafted."""
 ROW_COST = 0.02
 """What a row adds to a step, of a step of one row, until steps have shown it: reading the weights

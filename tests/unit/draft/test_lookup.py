@@ -49,6 +49,13 @@ def test_lookup_is_a_search(tokens, more, k, lengths):
     assert guesses(drafter, 1, tokens, k) == search(tokens, k, longest, shortest)
 
 
+def test_nothing_is_offered_to_many_at_once():
+    drafter = make_drafter("lookup:batch=2", None)
+    asked = [Asked(i, [1, 2, 3, 1, 2], 4) for i in range(3)]
+    assert drafter.offer(asked) == [[], [], []]
+    assert drafter.offer(asked[:2]) == [[Offer("lookup2", 3)]] * 2
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
