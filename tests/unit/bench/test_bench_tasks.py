@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from narrows import data, tasks
+from narrows import data
+from narrows.bench import tasks
 from narrows.errors import ConfigError, InputError
 
 FOLDER = Path(os.environ.get("NARROWS_DATA", "../shared/data"))
