@@ -91,7 +91,7 @@ def test_it_learns_and_a_stopped_run_goes_on_as_if_never_stopped(tmp_path):
     again, resumed = run(tmp_path / "b", steps=40)
     assert [r["step"] for r in resumed] == list(range(40))
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     told = [json.loads(x) for x in (tmp_path / "b" / HISTORY).read_text().splitlines()]
     assert told == resumed
 
