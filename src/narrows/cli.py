@@ -39,6 +39,9 @@ stderr = Console(stderr=True, highlight=False)
 Model = Annotated[str, typer.Option("--model", "-m", help="Known name, hub id, folder or GGUF.")]
 Cache = Annotated[str, typer.Option(help="Cache policy spec.")]
 Draft = Annotated[str, typer.Option(help="Drafter spec, none or auto.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Data folder; default NARROWS_DATA, ../shared/data.")
+]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if present.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to write.")]
@@ -311,9 +314,7 @@ def train_specformer(
     prompts: Annotated[
         Path | None, typer.Option(help="JSON Lines of prompts; default: the data folder's.")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Data folder; default NARROWS_DATA, ../shared/data.")
-    ] = None,
+    data: Data = None,
     count: Annotated[int, typer.Option(help="Prompts taken from the data folder.")] = 2000,
     steps: Annotated[int, typer.Option(help="Updates.")] = 500,
     slots: Annotated[int, typer.Option(help="Tokens forecast at once.")] = 4,
@@ -446,9 +447,7 @@ def bench_engine(
 @bench_app.command("draft")
 def bench_draft(
     model: Model = DEFAULT_MODEL,
-    data: Annotated[
-        Path | None, typer.Option(help="Data folder; default NARROWS_DATA, ../shared/data.")
-    ] = None,
+    data: Data = None,
     draft: Annotated[
         list[str] | None, typer.Option(help="Drafter spec or folder. Repeatable; default lookup.")
     ] = None,
@@ -496,9 +495,7 @@ def bench_draft(
 @bench_app.command("compress")
 def bench_compress(
     model: Model = DEFAULT_MODEL,
-    data: Annotated[
-        Path | None, typer.Option(help="Data folder; default NARROWS_DATA, ../shared/data.")
-    ] = None,
+    data: Data = None,
     part: Annotated[
         list[str] | None, typer.Option(help="likelihood, answers, time, claims. Repeatable.")
     ] = None,
@@ -550,9 +547,7 @@ def bench_compress(
 @bench_app.command("cache")
 def bench_cache(
     model: Model = DEFAULT_MODEL,
-    data: Annotated[
-        Path | None, typer.Option(help="Data folder; default NARROWS_DATA, ../shared/data.")
-    ] = None,
+    data: Data = None,
     part: Annotated[
         list[str] | None,
         typer.Option(help="bytes, quality, retrieval, time, memory. Repeatable; default all."),

@@ -51,19 +51,25 @@ class Registry(Generic[T]):
         return iter(sorted(self._targets))
 
 
-def build(registry: Registry[Callable[..., T]], spec: str) -> T:
-    """What ``spec``, ``name`` or ``name:option=value,option=value``, makes of the callables in
-    ``registry``, which take options as keyword strings. Raises ConfigError for a spec of another
-    form, an unknown name or option."""
+def split_spec(kind: str, spec: str) -> tuple[str, dict[str, str]]:
+    """``name`` or ``name:option=value,option=value`` as the name and its options. Raises
+    ConfigError, which speaks of a ``kind``, for another form or an option given twice."""
     name, colon, rest = spec.strip().partition(":")
     options: dict[str, str] = {}
     for item in rest.split(",") if colon else ():
         key, equals, value = item.partition("=")
         if not (key and equals and value):
-            raise ConfigError(f"{registry.kind} {spec!r}: {item!r} is not of the form option=value")
+            raise ConfigError(f"{kind} {spec!r}: {item!r} is not of the form option=value")
         if key in options:
-            raise ConfigError(f"{registry.kind} {spec!r}: option {key!r} is given twice")
+            raise ConfigError(f"{kind} {spec!r}: option {key!r} is given twice")
         options[key] = value
+    return name, options
+
+
+def build(registry: Registry[Callable[..., T]], spec: str) -> T:
+    """What ``spec`` (see ``split_spec``) makes of the callables in ``registry``, which take options
+    as keyword strings. Raises ConfigError for a bad spec, an unknown name or option."""
+    name, options = split_spec(registry.kind, spec)
     factory = registry.get(name)
     try:
         return factory(**options)

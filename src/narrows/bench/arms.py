@@ -10,8 +10,9 @@ from narrows.bench.tasks import Item
 from narrows.compression import make_compressor
 from narrows.compression.units import tokenize
 from narrows.contracts import Compressor
-from narrows.errors import BudgetError, ConfigError
+from narrows.errors import BudgetError
 from narrows.model.flat import FlatModel
+from narrows.registry import split_spec
 
 FULL, NONE = "full", "none"
 """The two ends every method lies between: the whole context, and no context."""
@@ -99,14 +100,8 @@ class Arm:
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """``name:option=value,...`` as the name and typed options (numbers, true, false, text)."""
-    name, colon, rest = spec.strip().partition(":")
-    options: dict[str, Any] = {}
-    for part in rest.split(",") if colon else ():
-        key, equals, value = part.partition("=")
-        if not (key and equals and value):
-            raise ConfigError(f"method {spec!r}: {part!r} is not of the form option=value")
-        options[key] = _typed(value)
-    return name, options
+    name, options = split_spec("method", spec)
+    return name, {key: _typed(value) for key, value in options.items()}
 
 
 def _typed(value: str) -> Any:

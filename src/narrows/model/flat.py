@@ -124,9 +124,9 @@ class FlatModel:
                 told.update(sample.view(torch.uint8).numpy().tobytes())
         return told.hexdigest()[:16]
 
-    @torch.inference_mode()
     def final_norm(self, states: Tensor) -> Tensor:
-        """The norm before the head, on states ``[n, hidden_size]`` of any depth."""
+        """The norm before the head, on states ``[n, hidden_size]`` of any depth; with gradients
+        for states that want them."""
         base = self.model.base_model
         norm = base.ln_f if hasattr(base, "ln_f") else base.norm
         normed: Tensor = norm(states)

@@ -167,8 +167,7 @@ class SpecFormerObjective:
 
     def scores(self, states: Tensor) -> Tensor:
         """The target's logits of ``states`` ``[n, hidden]``, with gradients for the states."""
-        base = self.target.model.base_model
-        normed = (base.ln_f if hasattr(base, "ln_f") else base.norm)(states)
+        normed = self.target.final_norm(states)
         head = self.target.model.get_output_embeddings().weight
         return linear(normed.to(head.dtype), head).float()
 
