@@ -318,6 +318,19 @@ def train_specformer(
     count: Annotated[int, typer.Option(help="Prompts taken from the data folder.")] = 2000,
     steps: Annotated[int, typer.Option(help="Updates.")] = 500,
     slots: Annotated[int, typer.Option(help="Tokens forecast at once.")] = 4,
+    anchor: Annotated[bool, typer.Option(help="Extension: slots see the newest token.")] = False,
+    markov: Annotated[
+        int, typer.Option(help="Extension: rank of what a token adds to its followers' scores.")
+    ] = 0,
+    draft_vocab: Annotated[
+        int | None, typer.Option(help="Extension: guess from so many common tokens only.")
+    ] = None,
+    distill: Annotated[
+        float, typer.Option(help="Extension: share of the loss against the target's own scores.")
+    ] = 0.0,
+    linear_start: Annotated[
+        bool, typer.Option(help="Extension: begin as the best linear forecast.")
+    ] = False,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 6e-4,
     answer_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of an update, about.")] = 4096,
@@ -332,7 +345,8 @@ def train_specformer(
     """A SpecFormer drafter for a model, taught by the model's own answers."""
     from narrows.bench.progress import Progress
     from narrows.data import locate
-    from narrows.draft.specformer import SpecFormer, check_target
+    from narrows.draft.specformer import SpecFormer
+    from narrows.draft.specformer_drafter import check_target
     from narrows.llm import LLM
     from narrows.train import specformer
     from narrows.train.loop import LoopOptions
@@ -354,12 +368,17 @@ def train_specformer(
             out,
             options,
             module=module,
-            slots=slots,
+            distill=distill,
+            linear_start=linear_start,
             max_tokens=answer_tokens,
             batch_tokens=batch_tokens,
             seed=seed,
             on_answers=progress.advance,
             on_step=lambda step, told: progress.advance(),
+            slots=slots,
+            anchor=anchor,
+            markov=markov,
+            draft_vocab=draft_vocab,
         )
     specformer.draw(history, out / "curves.png")
     last = history[-1]

@@ -8,8 +8,12 @@ into ``slots`` vectors, which see each other without a mask; the target's own no
 tokens of them. The state at position t forecasts tokens t + 2, t + 3, ...; token t + 1 is the
 target's.
 
-``SpecFormer`` is the module, for training and for use; ``SpecFormerDrafter`` runs it beside an
-engine. The target is never changed.
+Extensions beyond the paper, all off unless the config names them: ``anchor`` tells the slots the
+target's token t + 1, which the state at t only implies; ``markov`` adds to the scores of each token
+a term of low rank for the token before it, after DSpark (arXiv 2607.05147); ``draft_vocab``
+guesses only from a part of the vocabulary, so that the head is read in part.
+
+The target is never changed. ``narrows.draft.specformer_drafter`` runs the module beside an engine.
 """
 
 from __future__ import annotations
@@ -17,7 +21,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,9 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from narrows.cache.dense import DenseLayer, DensePolicy
 from narrows.config import Settings
-from narrows.contracts import Asked, Draft, Drafter, FlatBatch, LayerCache, LayerShape, Offer
 from narrows.errors import ConfigError, ModelError
 from narrows.model.flat import FlatModel
 from narrows.ops import native
@@ -42,8 +43,9 @@ class SpecFormerConfig(Settings):
 
     ``taps`` are numbers of hidden states as ``FlatModel.hidden_and_taps`` counts them; the last is
     the one after the final norm. ``draft_attention`` "causal" and ``positional`` False (slots that
-    differ by a learned bias only) are the ablations of the paper's table 4. ``fingerprint`` is the
-    target's, see ``FlatModel.fingerprint``.
+    differ by a learned bias only) are the ablations of the paper's table 4. ``anchor``, ``markov``
+    (a rank; 0 leaves it out) and ``draft_vocab`` (tokens guessed from; None all) are extensions.
+    ``fingerprint`` is the target's, see ``FlatModel.fingerprint``.
     """
 
     hidden_size: Annotated[int, Field(ge=1)]
@@ -57,6 +59,9 @@ class SpecFormerConfig(Settings):
     eps: Annotated[float, Field(gt=0.0)] = 1e-5
     draft_attention: Literal["bidirectional", "causal"] = "bidirectional"
     positional: bool = True
+    anchor: bool = False
+    markov: Annotated[int, Field(ge=0)] = 0
+    draft_vocab: Annotated[int, Field(ge=2)] | None = None
     fingerprint: str = ""
 
     @model_validator(mode="after")
@@ -65,6 +70,8 @@ class SpecFormerConfig(Settings):
             raise ValueError("heads must be a multiple of kv_heads")
         if not self.taps or list(self.taps) != sorted(set(self.taps)):
             raise ValueError("taps must rise")
+        if self.draft_vocab is not None and self.draft_vocab > self.vocab_size:
+            raise ValueError("draft_vocab must not exceed vocab_size")
         return self
 
     @classmethod
@@ -126,6 +133,9 @@ class Attention(nn.Module):
 class SpecFormer(nn.Module):
     """The module (sections 3.2 to 3.5); its weights are ``[out, in]`` as torch has them."""
 
+    vocabulary: Tensor
+    """With ``draft_vocab``, the tokens guessed from, int32, rising."""
+
     def __init__(self, config: SpecFormerConfig) -> None:
         super().__init__()
         self.config = config
@@ -142,6 +152,15 @@ class SpecFormer(nn.Module):
         self.mlp_norm = GroupedRMSNorm(1, size, config.eps)
         self.gate_up = nn.Linear(size, 2 * wide, bias=False)
         self.down = nn.Linear(wide, size, bias=False)
+        self.token_norm = (
+            GroupedRMSNorm(1, size, config.eps) if config.anchor or config.markov else None
+        )
+        self.anchor = nn.Linear(size, size, bias=False) if config.anchor else None
+        named = config.draft_vocab or config.vocab_size
+        self.before = nn.Linear(size, config.markov, bias=False) if config.markov else None
+        self.after = nn.Linear(config.markov, named, bias=False) if config.markov else None
+        if config.draft_vocab is not None:
+            self.register_buffer("vocabulary", torch.arange(named, dtype=torch.int32))
 
     def fused(self, taps: Tensor) -> Tensor:
         """Hidden states ``[..., len(taps), hidden]`` as one vector ``[..., hidden]`` (3.2)."""
@@ -157,11 +176,14 @@ class SpecFormer(nn.Module):
         """``x`` with the context attention's outcome ``[..., T, heads, dim]`` added."""
         return x + linear(mixed.flatten(-2), self.context.out)
 
-    def slots(self, x: Tensor, most: int | None = None) -> Tensor:
+    def slots(self, x: Tensor, newest: Tensor, most: int | None = None) -> Tensor:
         """Context vectors ``[n, hidden]`` -> the first ``most`` slots ``[n, most, hidden]``, ready
-        for the target's norm and head (3.4, 3.5). All slots attend, whatever ``most``."""
+        for the target's norm and head (3.4, 3.5). All slots attend, whatever ``most``. ``newest``
+        ``[n, hidden]`` embeds the token behind each context, which only an anchor looks at."""
         config = self.config
         y = self.spread_norm(x[:, None])[:, 0]
+        if self.anchor is not None:
+            y = y + linear(self._named(newest), self.anchor)
         if self.spread is not None:
             drafts = linear(y, self.spread).view(len(x), config.slots, -1)
         else:
@@ -180,18 +202,36 @@ class SpecFormer(nn.Module):
         mixed = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
         return drafts + linear(mixed.transpose(1, 2).flatten(-2), self.between.out)
 
-    def forward(self, taps: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Context vectors ``[B, T, hidden]`` of whole sequences, ``taps`` ``[B, T, len(taps),
-        hidden]``, in one causal pass: for training."""
+    def followers(self, token: Tensor) -> Tensor | None:
+        """What embedded tokens ``[n, hidden]`` add to the scores of what follows each, ``[n,
+        draft_vocab]``; None without ``markov``."""
+        if self.before is None or self.after is None:
+            return None
+        return linear(linear(self._named(token), self.before), self.after)
+
+    def _named(self, token: Tensor) -> Tensor:
+        assert self.token_norm is not None
+        return self.token_norm(token[:, None])[:, 0]  # type: ignore[no-any-return]
+
+    def forward(self, taps: Tensor, cosine: Tensor, sine: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Context vectors ``[T, hidden]`` of whole sequences of ``lengths``, end to end in
+        ``taps`` ``[T, len(taps), hidden]``, each in one causal pass: for training."""
         x = self.fused(taps)
-        q, k, v = (y.transpose(1, 2) for y in self.queries(x, cosine, sine))
-        mixed = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.attended(x, mixed.transpose(1, 2))
+        rows = [torch.split(y, list(lengths)) for y in self.queries(x, cosine, sine)]
+        mixed = []
+        for parts in zip(*rows, strict=True):
+            q, k, v = (y.transpose(0, 1)[None] for y in parts)
+            one = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            mixed.append(one[0].transpose(0, 1))
+        return self.attended(x, torch.cat(mixed))
 
     def save(self, folder: Path) -> None:
         """Write the weights as bfloat16 and the config, each beside and then renamed."""
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.detach().bfloat16().contiguous() for k, v in self.state_dict().items()}
+        weights = {
+            k: (v.bfloat16() if v.is_floating_point() else v).contiguous()
+            for k, v in self.state_dict().items()
+        }
         for name in (WEIGHTS, CONFIG):
             beside = folder / f".{name}.part"
             if name == WEIGHTS:
@@ -216,7 +256,8 @@ class SpecFormer(nn.Module):
         expected = {k: v.shape for k, v in module.state_dict().items()}
         if {k: v.shape for k, v in weights.items()} != expected:
             raise ModelError(f"the weights in {folder} do not belong to its {CONFIG}")
-        module.load_state_dict({k: v.float() for k, v in weights.items()}, assign=True)
+        wide = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+        module.load_state_dict(wide, assign=True)
         return module
 
 
@@ -234,91 +275,3 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     turned = torch.cat([-b, a], -1)
     return x * cosine[..., None, :].to(x.dtype) + turned * sine[..., None, :].to(x.dtype)
-
-
-class SpecFormerDrafter(Drafter):
-    """A trained module beside its target. Guesses are the likeliest tokens of the slots.
-
-    Raises ConfigError if the module belongs to another target.
-    """
-
-    name = "specformer"
-
-    def __init__(self, module: SpecFormer, target: FlatModel) -> None:
-        config = module.config
-        check_target(config, target)
-        self.target = target
-        self.module = (
-            module.to(target.shape.device, target.shape.dtype).eval().requires_grad_(False)
-        )
-        self.most, self.taps = config.slots, config.taps
-        self.scale = config.head_dim**-0.5
-        self.layer = len(target.shape.layers)
-        self.shape = LayerShape(config.kv_heads, config.head_dim, config.head_dim)
-        self._rows: Tensor | None = None
-        self._states: dict[int, Tensor] = {}
-
-    def build(self) -> list[LayerCache]:
-        """See Drafter."""
-        target = self.target.shape
-        return [DenseLayer(self.shape, target.dtype, target.device)]
-
-    def estimate(self, tokens: int) -> int:
-        """See Drafter."""
-        return DensePolicy().estimate(replace(self.target.shape, layers=(self.shape,)), tokens)
-
-    @torch.inference_mode()
-    def read(self, taps: Tensor, positions: Tensor, batch: FlatBatch) -> None:
-        """See Drafter."""
-        module = self.module
-        x = module.fused(taps)
-        cosine, sine = self.target.rotary(positions)
-        q, k, v = module.queries(x, cosine, sine)
-        mixed = batch.attend(self.layer, q.contiguous(), k.contiguous(), v.contiguous(), self.scale)
-        self._rows = module.attended(x, mixed.to(x.dtype))
-
-    def keep(self, numbers: Sequence[int], rows: Sequence[int]) -> None:
-        """See Drafter."""
-        assert self._rows is not None
-        for number, row in zip(numbers, rows, strict=True):
-            self._states[number] = self._rows[row].clone()
-        self._rows = None
-
-    def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
-        """See Drafter."""
-        return [[Offer(self.name, one.k)] if one.number in self._states else [] for one in asked]
-
-    @torch.inference_mode()
-    def propose(self, asked: Sequence[Asked]) -> list[Draft]:
-        """See Drafter. One pass for all."""
-        if not asked:
-            return []
-        states = torch.stack([self._states[one.number] for one in asked])
-        best = self.logits(states, max(one.k for one in asked)).argmax(-1).tolist()
-        return [Draft(row[: one.k]) for one, row in zip(asked, best, strict=True)]
-
-    def logits(self, states: Tensor, most: int) -> Tensor:
-        """Scores of the first ``most`` slots of context vectors ``[n, hidden]``:
-        ``[n, most, vocab_size]``."""
-        slots = self.module.slots(states, most)
-        scores = self.target.logits(self.target.final_norm(slots.flatten(0, 1)))
-        return scores.view(len(states), most, -1)
-
-    def forget(self, number: int) -> None:
-        """See Drafter."""
-        self._states.pop(number, None)
-
-
-def check_target(config: SpecFormerConfig, target: FlatModel) -> None:
-    """Raises ConfigError unless a module of ``config`` was made for ``target``."""
-    for what, own, theirs in (
-        ("hidden size", config.hidden_size, target.shape.hidden_size),
-        ("vocabulary", config.vocab_size, target.shape.vocab_size),
-        ("last tapped state", config.taps[-1], len(target.shape.layers)),
-        ("fingerprint", config.fingerprint, target.fingerprint),
-    ):
-        if own != theirs:
-            raise ConfigError(
-                f"this drafter belongs to another model than {target.name}: its {what} is "
-                f"{own}, the model's {theirs}"
-            )

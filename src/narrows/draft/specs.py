@@ -8,7 +8,8 @@ from pathlib import Path
 
 from narrows.contracts import Drafter
 from narrows.draft.combined import Combined
-from narrows.draft.specformer import SpecFormer, SpecFormerDrafter
+from narrows.draft.specformer import SpecFormer
+from narrows.draft.specformer_drafter import SpecFormerDrafter
 from narrows.model.flat import FlatModel
 from narrows.registry import Registry, build
 

@@ -124,6 +124,18 @@ class FlatModel:
                 told.update(sample.view(torch.uint8).numpy().tobytes())
         return told.hexdigest()[:16]
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """What token ids ``[n]`` enter the first layer as, ``[n, hidden_size]``."""
+        entered: Tensor = self.model.get_input_embeddings()(ids)
+        return entered
+
+    @property
+    def head(self) -> Tensor:
+        """The weight that makes scores of states, ``[vocab_size, hidden_size]``; a model may still
+        squash the scores, which changes none of their order."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
     def final_norm(self, states: Tensor) -> Tensor:
         """The norm before the head, on states ``[n, hidden_size]`` of any depth; with gradients
         for states that want them."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy, kl_div, linear
 
 from narrows.cache.dense import DensePolicy
 from narrows.contracts import FlatBatch
@@ -20,12 +22,15 @@ from narrows.figure import new_figure, save_figure
 from narrows.llm import LLM
 from narrows.model.flat import FlatModel
 from narrows.train.examples import Example, answer_all
-from narrows.train.loop import LoopOptions, train
+from narrows.train.linear_start import start_linear
+from narrows.train.loop import CHECKPOINT, LoopOptions, train
 
 ROWS = 512
 """Rows of logits held at once."""
-
-
+KEEP_BYTES = 4 << 30
+"""Hidden states kept from one epoch to the next."""
+LINEAR_EXAMPLES = 800
+"""Examples a linear start is fitted to."""
 HELD_OUT = 0.05
 """Share of the examples that is measured on, not trained on."""
 
@@ -37,12 +42,14 @@ def run(
     options: LoopOptions,
     *,
     module: SpecFormer | None = None,
-    slots: int = 4,
+    distill: float = 0.0,
+    linear_start: bool = False,
     max_tokens: int = 256,
     batch_tokens: int = 4096,
     seed: int = 0,
     on_answers: Callable[[int], None] = lambda count: None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, told: None,
+    **changes: Any,
 ) -> list[dict[str, Any]]:
     """Let ``llm`` answer the prompts, train a drafter on the answers, write it to ``out`` and
     return the history. What is half done in ``out`` is gone on from.
@@ -52,8 +59,11 @@ def run(
         prompts: what it answers, greedily, up to ``max_tokens`` tokens each.
         out: gets the drafter; its ``work`` folder the answers, checkpoints and history.
         options: of the loop.
-        module: goes on from this one; None starts anew with ``slots`` slots.
+        module: goes on from this one; None starts anew.
+        distill: see SpecFormerObjective.
+        linear_start: a new module begins as ``start_linear`` makes it.
         batch_tokens: of a step, about.
+        changes: of a new module's config.
 
     Raises InputError, ModelError or NumericalError as ``answer_all`` and ``train`` do.
     """
@@ -64,22 +74,34 @@ def run(
     if held >= len(examples):
         raise InputError(f"{len(examples)} answered prompts are too few to train on; give more")
     torch.manual_seed(seed)
-    module = module or SpecFormer(SpecFormerConfig.of(target, slots=slots))
+    fresh = module is None
+    module = module or new_module(target, examples[:-held], **changes)
     objective = SpecFormerObjective(
-        module, target, examples[:-held], tokens=batch_tokens, seed=seed
+        module, target, examples[:-held], tokens=batch_tokens, seed=seed, distill=distill
     )
+    if fresh and linear_start and not (work / CHECKPOINT).exists():
+        start_linear(module, target, objective.read(LINEAR_EXAMPLES))
     told = hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
     history = train(
         module,
         objective.gradients,
         work,
         options,
-        data=f"{target.fingerprint} {told} {max_tokens} {batch_tokens} {seed}",
+        data=f"{target.fingerprint} {told} {max_tokens} {batch_tokens} {seed} {distill}",
         check=lambda: objective.check(examples[-held:]),
         on_step=on_step,
     )
     module.save(out)
     return history
+
+
+def new_module(target: FlatModel, examples: Sequence[Example], **changes: Any) -> SpecFormer:
+    """An untrained module for ``target``, on its device. Raises ConfigError."""
+    config = SpecFormerConfig.of(target, **changes)
+    module = SpecFormer(config)
+    if config.draft_vocab is not None:
+        module.vocabulary = common_tokens(examples, config.draft_vocab, config.vocab_size)
+    return module.to(target.shape.device)
 
 
 def draw(history: Sequence[dict[str, Any]], path: Path) -> None:
@@ -111,6 +133,10 @@ class SpecFormerObjective:
         examples: what it learns from.
         tokens: of examples a step reads, about.
         seed: of the order of examples.
+        distill: share of the loss that is the divergence from the target's own distribution over
+            the tokens guessed from, an extension; 0 is the paper's.
+        keep_bytes: hidden states of examples kept in memory, so that later epochs need not run the
+            target again.
     """
 
     def __init__(
@@ -121,11 +147,22 @@ class SpecFormerObjective:
         *,
         tokens: int = 4096,
         seed: int = 0,
+        distill: float = 0.0,
+        keep_bytes: int = KEEP_BYTES,
     ) -> None:
         self.module, self.target, self.examples = module, target, examples
-        self.tokens, self.seed = tokens, seed
+        self.tokens, self.seed, self.distill = tokens, seed, distill
         mean = sum(len(e.tokens) for e in examples) / len(examples)
         self.batch = max(1, min(len(examples), round(tokens / mean)))
+        self.head = target.head
+        self.places = torch.arange(target.shape.vocab_size, device=target.shape.device)
+        if module.config.draft_vocab is not None:
+            named = module.vocabulary.long()
+            self.head = self.head[named].contiguous()
+            self.places = torch.full_like(self.places, -1)
+            self.places[named] = torch.arange(len(named), device=named.device)
+        self._kept: dict[int, Tensor] = {}
+        self._room = keep_bytes
 
     def chosen(self, step: int) -> list[Example]:
         """The examples of a step: all of them in a new random order, again and again."""
@@ -141,81 +178,137 @@ class SpecFormerObjective:
         """Add the gradients of a step's examples. The slots' vectors are made once; the loss of
         one slot after the other then goes back to them, and from there through the module, so
         that one slot's logits are held at a time (5.3)."""
-        x, labels = self.rows(self.chosen(step))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.narrow):
-            slots = self.module.slots(x)
+        with torch.autocast(self.places.device.type, torch.bfloat16, enabled=self.narrow):
+            drafts = self.drafts(self.chosen(step))
+            slots = self.module.slots(drafts.states, self.target.embed(drafts.tokens[:, 0]))
         leaf = slots.detach().float().requires_grad_(True)
-        count = int((labels >= 0).sum())
+        count = int((drafts.labels >= 0).sum())
         losses = []
-        for slot in range(labels.shape[1]):
-            known = (labels[:, slot] >= 0).nonzero()[:, 0]
+        for slot in range(drafts.labels.shape[1]):
+            known = (drafts.labels[:, slot] >= 0).nonzero()[:, 0]
             total = 0.0
             for rows in torch.split(known, ROWS):
-                scores = self.scores(leaf[rows, slot])
-                loss = cross_entropy(scores, labels[rows, slot], reduction="sum") / count
-                loss.backward()  # type: ignore[no-untyped-call]
+                scores = self.scores(leaf[rows, slot], drafts.tokens[rows, slot])
+                loss = self.loss(scores, drafts, rows, slot)
+                (loss / count).backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
-            losses.append(total * count / max(1, len(known)))
+            losses.append(total / max(1, len(known)))
         assert leaf.grad is not None
         slots.backward(leaf.grad.to(slots.dtype))  # type: ignore[no-untyped-call]
-        return {"loss": sum(losses) / len(losses), "first": losses[0], "tokens": float(len(x))}
+        told = {"loss": sum(losses) / len(losses), "first": losses[0]}
+        return told | {"tokens": float(len(drafts.states))}
+
+    def loss(self, scores: Tensor, drafts: Drafts, rows: Tensor, slot: int) -> Tensor:
+        """Sum over ``rows`` of what the float32 ``scores`` ``[n, draft_vocab]`` of a slot lose."""
+        loss = cross_entropy(scores, drafts.labels[rows, slot], reduction="sum")
+        if not self.distill:
+            return loss
+        with torch.no_grad():
+            taught = linear(drafts.coming[rows + slot], self.head).float().log_softmax(-1)
+        apart = kl_div(scores.log_softmax(-1), taught, reduction="sum", log_target=True)
+        return (1 - self.distill) * loss + self.distill * apart
 
     @property
     def narrow(self) -> bool:
         """Whether products are made in bfloat16, as the target's are."""
         return self.target.shape.dtype is torch.bfloat16
 
-    def scores(self, states: Tensor) -> Tensor:
-        """The target's logits of ``states`` ``[n, hidden]``, with gradients for the states."""
+    def scores(self, states: Tensor, before: Tensor) -> Tensor:
+        """Scores float32 ``[n, draft_vocab]`` of slots ``[n, hidden]`` behind tokens ``[n]``, with
+        gradients."""
         normed = self.target.final_norm(states)
-        head = self.target.model.get_output_embeddings().weight
-        return linear(normed.to(head.dtype), head).float()
+        scores = linear(normed.to(self.head.dtype), self.head).float()
+        with torch.autocast(states.device.type, torch.bfloat16, enabled=self.narrow):
+            more = self.module.followers(self.target.embed(before).to(states.dtype))
+        return scores if more is None else scores + more.float()
 
-    def rows(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """Context vectors of the places that drafts start from, ``[n, hidden]`` with gradients,
-        and the tokens their slots should name, int64 ``[n, slots]``, -1 behind the end."""
-        taps = self.taps(examples)
-        longest = max(len(e.tokens) for e in examples)
-        padded = taps[0].new_zeros((len(examples), longest, *taps[0].shape[1:]))
-        for row, seen in zip(padded, taps, strict=True):
-            row[: len(seen)] = seen
-        cosine, sine = self.target.rotary(torch.arange(longest, device=padded.device))
-        with torch.autocast(padded.device.type, torch.bfloat16, enabled=self.narrow):
-            x = self.module(padded, cosine.clone(), sine.clone())
+    def drafts(self, examples: Sequence[Example]) -> Drafts:
+        """The places of ``examples`` that drafts start from: every one from the last of the prompt
+        on that has a token to guess."""
+        seen = [self.taps(example) for example in examples]
+        lengths = [len(one) for one in seen]
+        places = torch.cat([torch.arange(n) for n in lengths]).to(seen[0].device)
+        cosine, sine = (x.clone() for x in self.target.rotary(places))
+        x = self.module(torch.cat(seen), cosine, sine, lengths)
         count = self.module.config.slots
-        states, labels = [], []
-        for number, example in enumerate(examples):
+        states, coming, tokens = [], [], []
+        for example, context, taps in zip(examples, x.split(lengths), seen, strict=True):
             # The state at t, whose own token is the target's, forecasts t + 2 and on.
             first, stop = example.start - 1, len(example.tokens) - 2
-            states.append(x[number, first:stop])
-            coming = torch.tensor([*example.tokens[first + 2 :], *[-1] * (count - 1)])
-            labels.append(coming.unfold(0, count, 1))
-        return torch.cat(states), torch.cat(labels).to(x.device)
+            states.append(context[first:stop])
+            coming.append(taps[first + 1 : stop + 1, -1])
+            behind = torch.tensor([*example.tokens[first + 1 :], *[-1] * (count - 1)])
+            tokens.append(behind.unfold(0, count + 1, 1))
+        # The last slots reach past the end; their rows are read and not used.
+        coming.append(coming[-1].new_zeros((count, coming[-1].shape[1])))
+        known = torch.cat(tokens).to(x.device)
+        labels = torch.where(known[:, 1:] >= 0, self.places[known[:, 1:].clamp(min=0)], -1)
+        return Drafts(torch.cat(states), known.clamp(min=0), labels, torch.cat(coming))
 
-    def taps(self, examples: Sequence[Example]) -> list[Tensor]:
-        """The target's hidden states for each example, ``[tokens, taps, hidden]``."""
-        target, wanted = self.target, self.module.config.taps
-        ends = torch.tensor([len(e.tokens) for e in examples]).cumsum(0).tolist()
-        spans = list(zip([0, *ends[:-1]], ends, strict=True))
-        caches = [DensePolicy().build(target.shape) for _ in examples]
-        device = target.shape.device
-        ids = torch.tensor([t for e in examples for t in e.tokens], device=device)
-        places = torch.cat([torch.arange(len(e.tokens)) for e in examples]).to(device)
-        _, seen = target.hidden_and_taps(ids, places, FlatBatch(spans, caches), wanted)
+    def read(self, most: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """The first ``most`` examples as ``start_linear`` takes them."""
+        for example in self.examples[:most]:
+            taps = self.taps(example)
+            yield taps, torch.tensor(example.tokens, device=taps.device), example.start
+
+    @torch.no_grad()
+    def taps(self, example: Example) -> Tensor:
+        """The target's hidden states ``[tokens, taps, hidden]``."""
+        kept = self._kept.get(id(example))
+        if kept is not None:
+            return kept
+        target, count = self.target, len(example.tokens)
+        batch = FlatBatch([(0, count)], [DensePolicy().build(target.shape)])
+        ids = torch.tensor(example.tokens, device=self.places.device)
+        places = torch.arange(count, device=ids.device)
+        _, seen = target.hidden_and_taps(ids, places, batch, self.module.config.taps)
         # Copied, since what was made without gradients cannot be part of a graph.
-        return [seen[a:b].clone() for a, b in spans]
+        seen = seen.to(target.shape.dtype, copy=True)
+        if self._room >= seen.nbytes:
+            self._room -= seen.nbytes
+            self._kept[id(example)] = seen
+        return seen
 
+    @torch.no_grad()
     def check(self, examples: Sequence[Example]) -> dict[str, float]:
         """Teacher-forced: tokens a step would commit, ``kappa``, drafting all slots at every
         place of ``examples``, and the share of places at which the first ``i`` slots are right."""
         right = []
-        with torch.no_grad():
-            for first in range(0, len(examples), self.batch):
-                x, labels = self.rows(examples[first : first + self.batch])
-                slots = self.module.slots(x.float())
-                flat = torch.split(slots.flatten(0, 1), ROWS)
-                best = torch.cat([self.scores(some).argmax(-1) for some in flat])
-                right.append((best.view_as(labels) == labels).cumprod(1).float())
+        for first in range(0, len(examples), self.batch):
+            with torch.autocast(self.places.device.type, torch.bfloat16, enabled=self.narrow):
+                drafts = self.drafts(examples[first : first + self.batch])
+                slots = self.module.slots(drafts.states, self.target.embed(drafts.tokens[:, 0]))
+            best = []
+            for slot in range(slots.shape[1]):
+                parts = torch.split(torch.arange(len(slots), device=slots.device), ROWS)
+                found = [self.scores(slots[r, slot].float(), drafts.tokens[r, slot]) for r in parts]
+                best.append(torch.cat([scores.argmax(-1) for scores in found]))
+            right.append((torch.stack(best, 1) == drafts.labels).cumprod(1).float())
         survive = torch.cat(right).mean(0).tolist()
         told = {f"right{i + 1}": share for i, share in enumerate(survive)}
         return {"kappa": 1 + sum(survive), **told}
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """``n`` places drafts start from.
+
+    ``states`` ``[n, hidden]`` are their context vectors, with gradients. ``tokens`` int64 ``[n,
+    slots + 1]`` follow each: the target's own, then those to guess; 0 behind an end. ``labels``
+    ``[n, slots]`` are the latter's places among the tokens guessed from, -1 for those that are not
+    and behind an end. ``coming`` holds the target's last state behind which slot ``i`` of place
+    ``p`` stands in row ``p + i``.
+    """
+
+    states: Tensor
+    tokens: Tensor
+    labels: Tensor
+    coming: Tensor
+
+
+def common_tokens(examples: Sequence[Example], count: int, vocabulary: int) -> Tensor:
+    """The ``count`` tokens most often written in the answers, in rising order, int32; the lowest
+    ids of ``vocabulary`` fill it up, since tokenizers number common tokens first."""
+    seen = Counter(t for e in examples for t in e.tokens[e.start :])
+    ranked = dict.fromkeys([*(t for t, _ in seen.most_common()), *range(vocabulary)])
+    return torch.tensor(sorted(list(ranked)[:count]), dtype=torch.int32)

@@ -18,8 +18,8 @@ from narrows.draft.specformer import (
     GroupedRMSNorm,
     SpecFormer,
     SpecFormerConfig,
-    SpecFormerDrafter,
 )
+from narrows.draft.specformer_drafter import SpecFormerDrafter
 from narrows.engine.engine import Engine
 from narrows.errors import ConfigError, ModelError
 from tiny import FAMILIES, pair, prompts
@@ -44,7 +44,20 @@ def taps_of(family: str, ids: list[int]) -> torch.Tensor:
 def contexts(made: SpecFormer, family: str, ids: list[int]) -> torch.Tensor:
     cosine, sine = pair(family)[0].rotary(torch.arange(len(ids)))
     with torch.no_grad():
-        return made(taps_of(family, ids)[None], cosine, sine)[0]
+        return made(taps_of(family, ids), cosine, sine, [len(ids)])
+
+
+EXTENDED = {"anchor": True, "markov": 8, "draft_vocab": 60}
+
+
+def test_sequences_end_to_end_do_not_see_each_other():
+    made, texts = module(), prompts(3, longest=30, seed=2)
+    cosine, sine = pair("llama")[0].rotary(torch.cat([torch.arange(len(t)) for t in texts]))
+    lengths = [len(t) for t in texts]
+    with torch.no_grad():
+        together = made(torch.cat([taps_of("llama", t) for t in texts]), cosine, sine, lengths)
+    for text, part in zip(texts, together.split(lengths), strict=True):
+        torch.testing.assert_close(part, contexts(made, "llama", text))
 
 
 def test_grouped_norm_is_a_norm_of_each_group():
@@ -86,17 +99,19 @@ def test_slots_have_no_place_of_their_own():
 
 
 def test_fewer_slots_are_the_first_of_all():
-    made, x = module(), torch.randn(5, 48)
-    torch.testing.assert_close(made.slots(x, 2), made.slots(x)[:, :2])
+    made, x, token = module(anchor=True), torch.randn(5, 48), torch.randn(5, 48)
+    torch.testing.assert_close(made.slots(x, token, 2), made.slots(x, token)[:, :2])
 
 
 @pytest.mark.parametrize("rows", [3071, 3073, 4096, 9000])
 def test_many_rows_are_each_by_itself(rows):
     made, x = module(), torch.randn(rows, 48)
     with torch.no_grad():
-        whole = made.slots(x)
+        whole = made.slots(x, x)
         for part in (slice(0, 1), slice(3070, 3075), slice(rows - 1, rows)):
-            torch.testing.assert_close(whole[part], made.slots(x[part]), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                whole[part], made.slots(x[part], x[part]), rtol=1e-4, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -137,16 +152,52 @@ def test_an_untrained_drafter_changes_no_text(family):
         assert texts[0] == texts[1]
 
 
-def test_what_was_saved_is_loaded_and_the_target_stays(tmp_path):
+def test_extensions_look_at_the_token_before():
+    """The anchor moves all slots with the newest token, the bias of a token its followers only,
+    and nothing is guessed outside the part of the vocabulary."""
+    flat, (ids,) = pair("llama")[0], prompts(1, longest=30, seed=3)
+    made = module(**EXTENDED)
+    made.vocabulary = torch.arange(30, 90, dtype=torch.int32)
+    drafter = SpecFormerDrafter(made, flat)
+    states = contexts(made, "llama", ids)[-1:].repeat(90, 1)
+    newest = torch.arange(90)
+    found = drafter.guesses(states, newest, 4)
+    assert found.min() >= 30
+    assert found.max() < 90
+    assert len(set(found[:, 0].tolist())) > 1
+    slots = made.slots(states, flat.embed(newest))
+    scores = flat.final_norm(slots) @ flat.head[30:90].T
+    for slot in range(4):
+        before = newest if slot == 0 else found[:, slot - 1]
+        biased = scores[:, slot] + made.followers(flat.embed(before))
+        assert torch.equal(biased.argmax(-1) + 30, found[:, slot])
+
+
+def test_an_extended_drafter_changes_no_text():
+    flat = pair("llama")[0]
+    texts = []
+    for drafter in (None, SpecFormerDrafter(module(**EXTENDED), flat)):
+        config = EngineConfig(cache_bytes=1 << 28, draft_tokens=4 if drafter else None)
+        machine = Engine(flat, parse_cache("dense"), config, drafter)
+        requests = [machine.submit(p, SamplingParams(max_tokens=40)) for p in prompts(5, seed=2)]
+        for _ in machine.run():
+            pass
+        texts.append([r.generated for r in requests])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("changes", [{}, EXTENDED])
+def test_what_was_saved_is_loaded_and_the_target_stays(tmp_path, changes):
     flat = pair("llama")[0]
     before = {k: v.clone() for k, v in flat.model.state_dict().items()}
     config = flat.config.to_dict()
-    made = module()
+    made = module(**changes)
     made.save(tmp_path)
     again = SpecFormer.load(tmp_path)
     assert again.config == made.config
     for name, weight in made.state_dict().items():
-        assert torch.equal(again.state_dict()[name], weight.bfloat16().float())
+        stored = weight.bfloat16().float() if weight.is_floating_point() else weight
+        assert torch.equal(again.state_dict()[name], stored)
     SpecFormerDrafter(again, flat)
     assert flat.config.to_dict() == config
     assert all(torch.equal(before[k], v) for k, v in flat.model.state_dict().items())
