@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from narrows.errors import ConfigError
 
@@ -66,13 +66,14 @@ def split_spec(kind: str, spec: str) -> tuple[str, dict[str, str]]:
     return name, options
 
 
-def build(registry: Registry[Callable[..., T]], spec: str) -> T:
-    """What ``spec`` (see ``split_spec``) makes of the callables in ``registry``, which take options
-    as keyword strings. Raises ConfigError for a bad spec, an unknown name or option."""
+def build(registry: Registry[Callable[..., T]], spec: str, *given: Any) -> T:
+    """What ``spec`` (see ``split_spec``) makes of the callables in ``registry``, which take what is
+    ``given`` and options as keyword strings. Raises ConfigError for a bad spec, an unknown name or
+    option."""
     name, options = split_spec(registry.kind, spec)
     factory = registry.get(name)
     try:
-        return factory(**options)
+        return factory(*given, **options)
     except TypeError:
         raise ConfigError(
             f"{registry.kind} {name!r} has no option among: {', '.join(options)}"

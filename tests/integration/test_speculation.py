@@ -11,6 +11,7 @@ from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
 from narrows.contracts import Draft, Drafter, Offer
 from narrows.draft.combined import Combined
+from narrows.draft.smaller import SmallerModel
 from narrows.draft.specs import make_drafter
 from narrows.engine.engine import Engine
 from narrows.engine.sequence import State
@@ -121,6 +122,46 @@ def test_of_two_drafters_the_better_is_asked() -> None:
 def test_drafters_that_cannot_be_combined_are_refused() -> None:
     with pytest.raises(ConfigError, match="different"):
         make_drafter("lookup+lookup", pair("llama")[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_drafts_for_itself_is_always_right(family: str) -> None:
+    batch, params = prompts(5, seed=3), [SamplingParams(max_tokens=n) for n in (40, 9, 25, 3, 40)]
+    expected = write(engine(family), batch, params)
+    for k in (1, 3, 4):
+        drafter = SmallerModel(pair(family)[0], pair(family)[0])
+        machine = engine(family, drafter=drafter, draft_tokens=k)
+        assert write(machine, batch, params) == expected
+        assert machine.speculation.kept == machine.speculation.tried
+        assert not drafter._states
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gpt2"])
+def test_another_model_may_draft(family: str) -> None:
+    """Its guesses are those it would write itself, whatever became of those before."""
+    batch, params = prompts(6, longest=60, seed=5), [SamplingParams(max_tokens=40)] * 6
+    expected = write(engine("llama"), batch, params)
+    drafter = SmallerModel(pair(family)[0], pair("llama")[0])
+    propose, told = drafter.propose, []
+
+    def note(asked):
+        drafts = propose(asked)
+        told.extend((list(a.tokens), d.tokens) for a, d in zip(asked, drafts, strict=True))
+        return drafts
+
+    drafter.propose = note
+    assert write(engine("llama", drafter=drafter, draft_tokens=3), batch, params) == expected
+    for tokens, guesses in told[:: len(told) // 8]:
+        own = write(engine(family), [tokens], [SamplingParams(max_tokens=3, ignore_eos=True)])
+        assert own[0][: len(guesses)] == guesses
+
+
+def test_a_model_with_other_tokens_may_not_draft() -> None:
+    with pytest.raises(ConfigError, match="number tokens differently"):
+        SmallerModel(pair("llama", vocab_size=90)[0], pair("llama")[0])
+    for spec, told in (("model", "name"), ("model:name=x,most=0", "most"), ("model:a=1", "a")):
+        with pytest.raises(ConfigError, match=told):
+            make_drafter(spec, pair("llama")[0])
 
 
 def test_lookup_and_the_length_policy_change_no_text() -> None:

@@ -30,7 +30,7 @@ class Combined(Drafter):
 
     def estimate(self, tokens: int) -> int:
         """See Drafter."""
-        return self._tapping.estimate(tokens) if self._tapping else 0
+        return sum(one.estimate(tokens) for one in self.drafters)
 
     def read(self, taps: Tensor, positions: Tensor, batch: FlatBatch) -> None:
         """See Drafter."""

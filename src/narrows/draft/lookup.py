@@ -75,8 +75,8 @@ class Lookup(Drafter):
         self._indexes.pop(number, None)
 
 
-def lookup(**options: Any) -> Lookup:
-    """Prompt lookup with LookupOptions. Raises ConfigError."""
+def lookup(target: object, **options: Any) -> Lookup:
+    """Prompt lookup with LookupOptions, for any target. Raises ConfigError."""
     return Lookup(LookupOptions(**options))
 
 

@@ -14,9 +14,10 @@ from narrows.model.flat import FlatModel
 from narrows.registry import Registry, build
 
 DRAFTERS: Registry[Callable[..., Drafter]] = Registry("drafter")
-"""Name -> callable that takes the spec's options as keyword strings."""
+"""Name -> callable that takes the target and the spec's options as keyword strings."""
 
 DRAFTERS.add("lookup", "narrows.draft.lookup:lookup")
+DRAFTERS.add("model", "narrows.draft.smaller:smaller_model")
 
 AUTO, NONE = "auto", "none"
 
@@ -34,4 +35,4 @@ def make_drafter(spec: str, target: FlatModel) -> Drafter | None:
     if len(parts) > 1:
         made = [make_drafter(part, target) for part in parts]
         return Combined([one for one in made if one is not None])
-    return build(DRAFTERS, "lookup" if spec == AUTO else spec)
+    return build(DRAFTERS, "lookup" if spec == AUTO else spec, target)

@@ -47,6 +47,8 @@ void linear_bf16(const float *x, const bf16 *w, const float *bias, float *y, int
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t b = 0; b < blocks; b++) {
     int64_t n = b * NR, rows = N - n < NR ? N - n : NR;
+    /* Asked of memory early, the block after the next arrives while these are multiplied. */
+    if (N - n >= 3 * NR) fetch(w + (n + 2 * NR) * K, NR * K * sizeof(bf16));
     for (int64_t m = 0; m < M; m += MR) {
       int64_t count = M - m < MR ? M - m : MR;
       if (rows == NR) {
@@ -60,6 +62,109 @@ void linear_bf16(const float *x, const bf16 *w, const float *bias, float *y, int
     }
   }
 }
+
+/* ---- the same by AVX-512's products of bfloat16 pairs ----------------------------------------
+ * x is rounded to bfloat16, as the wide products of more rows round it. A row's sums are made in
+ * the same order whatever the rows beside it, so that it does not matter how rows are batched. */
+
+#define DOT_N 4 /* weight rows and */
+#define DOT_M 4 /* activation rows of one tile: 16 sums, which are folded together */
+#define DOT_K 32
+
+#ifdef __AVX512BF16__
+#include <stdlib.h>
+
+int bf16_dots(void) { return 1; }
+
+static inline __attribute__((always_inline)) void dot_tile(const bf16 *x, const bf16 *w,
+                                                           const float *bias, float *y, int64_t N,
+                                                           int64_t K, int64_t stride, int mr,
+                                                           int nr) {
+  __m512 acc[DOT_M * DOT_N];
+  for (int i = 0; i < DOT_M * DOT_N; i++) acc[i] = _mm512_setzero_ps();
+  int64_t k = 0;
+  for (; k + DOT_K <= K; k += DOT_K) {
+    __m512i wv[DOT_N];
+    for (int j = 0; j < nr; j++) wv[j] = _mm512_loadu_si512(w + j * K + k);
+    for (int i = 0; i < mr; i++) {
+      __m512i xv = _mm512_load_si512(x + i * stride + k);
+      for (int j = 0; j < nr; j++)
+        acc[i * DOT_N + j] =
+            _mm512_dpbf16_ps(acc[i * DOT_N + j], (__m512bh)xv, (__m512bh)wv[j]);
+    }
+  }
+  if (k < K) { /* x is padded with zeros, but what lies behind a weight row may be NaN */
+    __mmask32 rest = (1u << (K - k)) - 1;
+    for (int j = 0; j < nr; j++) {
+      __m512i wv = _mm512_maskz_loadu_epi16(rest, w + j * K + k);
+      for (int i = 0; i < mr; i++)
+        acc[i * DOT_N + j] = _mm512_dpbf16_ps(
+            acc[i * DOT_N + j], (__m512bh)_mm512_load_si512(x + i * stride + k), (__m512bh)wv);
+    }
+  }
+  vec parts[DOT_M * DOT_N];
+  memcpy(parts, acc, sizeof parts);
+  vec total = sums(parts);
+  for (int i = 0; i < mr; i++)
+    for (int j = 0; j < nr; j++)
+      y[i * N + j] = total[i * DOT_N + j] + (bias ? bias[j] : 0.0f);
+}
+
+static void round_rows(const float *x, bf16 *to, int64_t K, int64_t stride) {
+  int64_t k = 0;
+  for (; k + WIDTH <= K; k += WIDTH) store_bf16(to + k, load_f32(x + k));
+  for (; k < K; k++) to[k] = to_bf16(x[k]);
+  for (; k < stride; k++) to[k] = 0;
+}
+
+/* As linear_bf16, after bf16_dots() said yes. */
+void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y, int64_t M,
+                     int64_t N, int64_t K, int threads) {
+  static _Thread_local bf16 *rounded = 0;
+  static _Thread_local int64_t room = 0;
+  int64_t stride = (K + DOT_K - 1) / DOT_K * DOT_K, size = M * stride;
+  if (size > room) {
+    free(rounded);
+    rounded = aligned_alloc(64, size * sizeof(bf16));
+    room = size;
+  }
+  bf16 *rows = rounded; /* a thread-local name would mean another buffer in each thread */
+  int64_t blocks = (N + DOT_N - 1) / DOT_N;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < M; m++) round_rows(x + m * K, rows + m * stride, K, stride);
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < blocks; b++) {
+      int64_t n = b * DOT_N, left = N - n;
+      const bf16 *weight = w + n * K;
+      const float *add = bias ? bias + n : 0;
+      if (left >= 3 * DOT_N) fetch(weight + 2 * DOT_N * K, DOT_N * K * sizeof(bf16));
+      for (int64_t m = 0; m < M; m += left < DOT_N ? 1 : DOT_M) {
+        const bf16 *from = rows + m * stride;
+        float *to = y + m * N + n;
+        if (left < DOT_N) {
+          for (int64_t j = 0; j < left; j++)
+            dot_tile(from, weight + j * K, add ? add + j : 0, to + j, N, K, stride, 1, 1);
+          continue;
+        }
+        switch (M - m) {
+          case 1: dot_tile(from, weight, add, to, N, K, stride, 1, DOT_N); break;
+          case 2: dot_tile(from, weight, add, to, N, K, stride, 2, DOT_N); break;
+          case 3: dot_tile(from, weight, add, to, N, K, stride, 3, DOT_N); break;
+          default: dot_tile(from, weight, add, to, N, K, stride, 4, DOT_N);
+        }
+      }
+    }
+  }
+}
+#else
+int bf16_dots(void) { return 0; }
+void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y, int64_t M,
+                     int64_t N, int64_t K, int threads) {
+  linear_bf16(x, w, bias, y, M, N, K, threads);
+}
+#endif
 
 /* ---- the same on AMX tiles ------------------------------------------------------------------
  * A tile holds 16 weight rows as they lie in memory. x is split in two bfloat16 parts, high and

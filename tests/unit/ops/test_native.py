@@ -24,11 +24,24 @@ def test_linear(rows: int, out: int, inner: int) -> None:
     x = torch.randn(rows, inner, generator=g)
     weight = torch.randn(out, inner, generator=g).bfloat16()
     bias = torch.randn(out, generator=g)
+    product = native._products(native.library(), out, inner)
+    if product is native.library().linear_bf16_dot and native.library().bf16_dots():
+        x = x.bfloat16().float()
     expected = x.double() @ weight.double().T
     got = native.linear(x, weight)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
     biased = native.linear(x, weight, bias)
     torch.testing.assert_close(biased.double(), expected + bias, rtol=1e-5, atol=1e-4)
+
+
+def test_rounded_rows_do_not_depend_on_those_beside_them() -> None:
+    library = native.library()
+    if native._products(library, 101, 63) is not library.linear_bf16_dot:
+        pytest.skip("this processor takes another kernel")
+    x, weight = torch.randn(33, 63), torch.randn(101, 63).bfloat16()
+    whole = native.linear(x, weight)
+    for rows in (1, 2, 3, 4, 7):
+        assert torch.equal(native.linear(x[:rows], weight), whole[:rows])
 
 
 @pytest.mark.parametrize("m", [1, 3, 40])
