@@ -168,7 +168,7 @@ def test_lookup_and_the_length_policy_change_no_text() -> None:
     batch = [p * 3 for p in prompts(8, longest=30, seed=6)]
     params = [SamplingParams(max_tokens=40)] * 8
     expected = write(engine("llama"), batch, params)
-    machine = engine("llama", drafter=make_drafter("lookup:batch=8", pair("llama")[0]))
+    machine = engine("llama", drafter=make_drafter("lookup", pair("llama")[0]))
     assert write(machine, batch, params) == expected
 
 

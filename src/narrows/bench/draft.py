@@ -1,7 +1,8 @@
 """``narrows bench draft``: what drafting gains, against the same engine without it.
 
 Drafters take turns within every round, on the same prompts. A speed counts the steps in which
-nothing but decoding happened.
+nothing but decoding happened; ``speed_up`` those of them in which the batch was full, as a queue
+keeps a server's, and ``speed_up_to_end`` all, down to the last sequence of the batch alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
 from narrows.data import find, locate, read_rows
 from narrows.draft.specs import NONE, make_drafter
-from narrows.engine.engine import Engine
+from narrows.engine.engine import Engine, Step
 from narrows.errors import ConfigError, InputError
 from narrows.llm import LLM
 
@@ -29,10 +30,12 @@ COLUMNS = ("context", "batch", "method", "versus")
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One batch written once: tokens per second and milliseconds a step while decoding, tokens
-    committed a step and sequence, shares of guesses kept by place, and the texts."""
+    """One batch written once: tokens per second, of the full batch and down to its end, and
+    milliseconds a step while decoding, tokens committed a step and sequence, guesses verified a
+    step and sequence, shares of guesses kept by place, and the texts."""
 
     speed: float
+    speed_to_end: float
     step_ms: float
     kappa: float
     kept: list[float]
@@ -112,6 +115,8 @@ def _rows(model: str, sides: dict[str, list[Round]], where: dict[str, object]) -
             continue
         pairs = list(zip(made, plain, strict=True))
         rows.append(one("speed_up", "1", [a.speed / b.speed for a, b in pairs], versus=NONE))
+        to_end = [a.speed_to_end / b.speed_to_end for a, b in pairs]
+        rows.append(one("speed_up_to_end", "1", to_end, versus=NONE))
         rows.append(one("kappa", "tokens/step", [r.kappa for r in made]))
         rows.append(one("drafted", "tokens/step", [r.drafted for r in made]))
         for place in range(len(made[0].kept)):
@@ -133,10 +138,13 @@ def _write(
     machine = Engine(llm.model, parse_cache(cache), EngineConfig(draft_tokens=fixed), drafter)
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     requests = [machine.submit(p, params) for p in prompts]
-    steps = [s for s in machine.run() if s.prompt_tokens == 0]
-    if not steps:
+    taken = list(machine.run())
+    # The step that ends a sequence was still taken by the full batch.
+    full = 1 + sum(s.running == len(prompts) for s in taken)
+    steps = [s for s in taken if s.prompt_tokens == 0]
+    whole = [s for s in taken[:full] if s.prompt_tokens == 0]
+    if not whole:
         raise ConfigError(f"new_tokens {new_tokens} are written before all prompts are read")
-    seconds, tokens = sum(s.seconds for s in steps), sum(s.generated_tokens for s in steps)
     told = [r.metrics for r in requests]
     passes = sum(m.steps for m in told)
     kept: list[float] = []
@@ -144,13 +152,18 @@ def _write(
         counts = zip(machine.speculation.kept, machine.speculation.tried, strict=True)
         kept = [k / t if t else 0.0 for k, t in counts]
     return Round(
-        speed=tokens / seconds,
-        step_ms=1e3 * seconds / len(steps),
+        speed=_speed(whole),
+        speed_to_end=_speed(steps),
+        step_ms=1e3 * sum(s.seconds for s in whole) / len(whole),
         kappa=sum(m.generated_tokens for m in told) / passes,
         kept=kept,
         drafted=sum(m.drafted_tokens for m in told) / passes,
         texts=[r.generated for r in requests],
     )
+
+
+def _speed(steps: Sequence[Step]) -> float:
+    return sum(s.generated_tokens for s in steps) / sum(s.seconds for s in steps)
 
 
 def _prompts(llm: LLM, data: Path, count: int, context: int, seed: int) -> list[list[int]]:

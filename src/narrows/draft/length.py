@@ -17,67 +17,54 @@ from collections.abc import Sequence
 
 from narrows.contracts import Offer
 
-PRIOR_HITS, PRIOR_TRIALS = 2.0, 3.0
-"""What a kind of guess is credited with before it has been tried."""
+FIRST_PRIOR, LATER_PRIOR = (1.0, 2.0), (2.0, 3.0)
+"""Hits and trials a kind of guess is credited with before it has been tried, at its first place and
+at later ones: where one guess was right, the next is likelier to be."""
 OWN_TRIALS = 4.0
 """Trials of a sequence's own after which its record weighs as much as that of its kind."""
 MEMORY = 0.98
-"""Weight of the past at each new trial."""
-FADING = 0.995
+"""Weight of the past at each new trial, and at each new step."""
+FADING = 0.999
 """Weight of the past each time a kind is left untried, so that it is given another chance."""
-GAIN = 1.1
-"""Speed, against plain decoding, that a choice must promise before anything is drafted."""
-ROW_COST = 0.02
-"""What a row adds to a step, of a step of one row, until steps have shown it: reading the weights
-takes most of the time of small steps."""
-SHARE, DRIFT = 0.2, 0.02
-"""Weight of a new step for its own number of rows, and for all others."""
-MOST_ROWS = 512
+CAUTION = 1.25
+"""What verifying guesses is taken to cost, of what it seems to, so that doubtful gains are left."""
+ROW_COST = 0.12
+"""What a row adds to a step, of a step of one row, until steps have shown it."""
+TRUST = 0.5
+"""Spread of rows (their variance) at which steps taken count as much as ROW_COST."""
+LEAST = 0.1
+"""Share of the mean step below which no step is expected."""
 
 
 class StepTimes:
-    """Seconds of a step by its rows of tokens, learnt from the steps taken.
-
-    Each number of rows has a factor on the expected shape ``1 + ROW_COST * (rows - 1)``. Rows not
-    tried take theirs from their neighbours, and factors not used drift to the latest one, so that
-    longer contexts, other loads and single slow steps do not mislead for long.
-    """
+    """Seconds of a step by its rows of tokens, learnt from the steps taken: a straight line through
+    their mean, the latest weighing most, steeper or flatter than ROW_COST has it as far as steps of
+    different rows have shown that."""
 
     def __init__(self) -> None:
-        self._factors: dict[int, float] = {}
+        self._weight = self._rows = self._seconds = self._spread = self._joint = 0.0
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Note a step of ``rows`` tokens; steps of more than MOST_ROWS teach nothing."""
-        if not 1 <= rows <= MOST_ROWS:
-            return
-        new = seconds / _shape(rows)
-        known = self._factors.get(rows)
-        if known is not None:
-            new = known + SHARE * (min(new, 2 * known) - known)
-        for other, factor in self._factors.items():
-            self._factors[other] = factor + DRIFT * (new - factor)
-        self._factors[rows] = new
+        """Note a step of ``rows`` tokens. One that takes far too long counts as twice what was
+        expected."""
+        if self._weight:
+            seconds = min(seconds, 2 * self(rows))
+        self._weight = self._weight * MEMORY + 1
+        share = 1 / self._weight
+        more_rows, longer = rows - self._rows, seconds - self._seconds
+        self._rows += share * more_rows
+        self._seconds += share * longer
+        self._spread = (1 - share) * (self._spread + share * more_rows**2)
+        self._joint = (1 - share) * (self._joint + share * more_rows * longer)
 
     def __call__(self, rows: int) -> float:
         """Seconds expected of a step of ``rows`` tokens, in an arbitrary unit before the first
         observation."""
-        return _shape(rows) * self._factor(rows)
-
-    def _factor(self, rows: int) -> float:
-        if not self._factors:
-            return 1.0
-        below = max((r for r in self._factors if r <= rows), default=None)
-        above = min((r for r in self._factors if r >= rows), default=None)
-        if below is None or above is None or below == above:
-            nearest = above if below is None else below
-            assert nearest is not None
-            return self._factors[nearest]
-        low, high = self._factors[below], self._factors[above]
-        return low + (high - low) * (rows - below) / (above - below)
-
-
-def _shape(rows: int) -> float:
-    return 1.0 + ROW_COST * (rows - 1)
+        if not self._weight:
+            return 1 + ROW_COST * (rows - 1)
+        usual = ROW_COST * self._seconds / (1 + ROW_COST * (self._rows - 1))
+        slope = max(0.0, (self._joint + TRUST * usual) / (self._spread + TRUST))
+        return max(self._seconds + slope * (rows - self._rows), LEAST * self._seconds)
 
 
 class _Record:
@@ -99,16 +86,14 @@ class DraftLength:
 
     def __init__(self) -> None:
         self.times = StepTimes()
-        self._kinds: dict[tuple[str, int], _Record] = defaultdict(
-            lambda: _Record(PRIOR_HITS, PRIOR_TRIALS)
-        )
+        self._kinds: dict[tuple[str, int], _Record] = {}
         self._own: dict[int, dict[tuple[str, int], _Record]] = defaultdict(
             lambda: defaultdict(lambda: _Record(0.0, 0.0))
         )
 
     def survival(self, number: int, kind: str, place: int) -> float:
         """Chance that the guess at ``place`` stays, given that those before it did."""
-        common, own = self._kinds[kind, place], self._own[number][kind, place]
+        common, own = self._common(kind, place), self._own[number][kind, place]
         rate = common.hits / common.trials
         return (own.hits + OWN_TRIALS * rate) / (own.trials + OWN_TRIALS)
 
@@ -134,13 +119,13 @@ class DraftLength:
 
         for i in range(len(offers)):
             push(i, 1.0)
-        expected = float(decoding)
-        best, chosen = GAIN * expected / self.times(rows), list(lengths)
+        expected, plain = float(decoding), self.times(rows)
+        best, chosen = expected / plain, list(lengths)
         while heap:
             negative, i = heapq.heappop(heap)
             lengths[i] += 1
             rows, expected = rows + 1, expected - negative
-            speed = expected / self.times(rows)
+            speed = expected / (plain + CAUTION * (self.times(rows) - plain))
             if speed > best:
                 best, chosen = speed, list(lengths)
             push(i, -negative)
@@ -149,12 +134,16 @@ class DraftLength:
     def learn(self, number: int, kind: str, tried: int, kept: int) -> None:
         """Note that the first ``kept`` of ``tried`` guesses of an offered ``kind`` stayed."""
         if not tried:
-            record = self._kinds[kind, 0]
-            record.hits = PRIOR_HITS + (record.hits - PRIOR_HITS) * FADING
-            record.trials = PRIOR_TRIALS + (record.trials - PRIOR_TRIALS) * FADING
+            record, (hits, trials) = self._common(kind, 0), FIRST_PRIOR
+            record.hits = hits + (record.hits - hits) * FADING
+            record.trials = trials + (record.trials - trials) * FADING
         for place in range(min(kept + 1, tried)):
-            for records in (self._kinds, self._own[number]):
-                records[kind, place].add(place < kept)
+            for record in (self._common(kind, place), self._own[number][kind, place]):
+                record.add(place < kept)
+
+    def _common(self, kind: str, place: int) -> _Record:
+        prior = LATER_PRIOR if place else FIRST_PRIOR
+        return self._kinds.setdefault((kind, place), _Record(*prior))
 
     def forget(self, number: int) -> None:
         """Drop a sequence's own record."""

@@ -16,14 +16,11 @@ from narrows.contracts import Asked, Draft, Drafter, Offer
 
 
 class LookupOptions(Settings):
-    """``most`` tokens of a draft; ``longest`` to ``shortest`` matched tokens are tried. Nothing is
-    offered in steps in which more than ``batch`` sequences could draft: measured, it loses there.
-    """
+    """``most`` tokens of a draft; ``longest`` to ``shortest`` matched tokens are tried."""
 
     most: Annotated[int, Field(ge=1, le=64)] = 8
     longest: Annotated[int, Field(ge=1, le=16)] = 4
     shortest: Annotated[int, Field(ge=1)] = 2
-    batch: Annotated[int, Field(ge=1)] = 4
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -38,14 +35,12 @@ class Lookup(Drafter):
     name = "lookup"
 
     def __init__(self, options: LookupOptions) -> None:
-        self.most, self.batch = options.most, options.batch
+        self.most = options.most
         self.longest, self.shortest = options.longest, options.shortest
         self._indexes: dict[int, _Index] = {}
 
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
         """See Drafter. One offer at most, of the longest match."""
-        if len(asked) > self.batch:
-            return [[] for _ in asked]
         found = [self._match(one) for one in asked]
         return [
             [Offer(f"{self.name}{size}", min(one.k, len(one.tokens) - behind))] if size else []

@@ -121,9 +121,8 @@ class Engine:
             raise
         running = self.scheduler.running
         seconds = time.perf_counter() - started
-        if self.speculation and work:
-            guesses = sum(m.drafted for m in moved)
-            self.speculation.observe(sum(w.count for w in work) + guesses, seconds)
+        if self.speculation and len(moved) == sum(w.count for w in work):  # only decoding
+            self.speculation.observe(len(moved) + sum(m.drafted for m in moved), seconds)
         written = sum(len(m.tokens) for m in moved)
         return Step(
             pieces=[(m.sequence, m.text) for m in moved],

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrows.contracts import Asked, Offer
-from narrows.draft.length import DraftLength, StepTimes
+from narrows.draft.length import CAUTION, DraftLength, StepTimes
 from narrows.draft.specs import make_drafter
 from narrows.errors import ConfigError
 
@@ -47,13 +47,6 @@ def test_lookup_is_a_search(tokens, more, k, lengths):
     assert guesses(drafter, 2, [1], 3) == []
     drafter.forget(1)
     assert guesses(drafter, 1, tokens, k) == search(tokens, k, longest, shortest)
-
-
-def test_nothing_is_offered_to_many_at_once():
-    drafter = make_drafter("lookup:batch=2", None)
-    asked = [Asked(i, [1, 2, 3, 1, 2], 4) for i in range(3)]
-    assert drafter.offer(asked) == [[], [], []]
-    assert drafter.offer(asked[:2]) == [[Offer("lookup2", 3)]] * 2
 
 
 @pytest.mark.parametrize(
@@ -97,14 +90,12 @@ def test_the_choice_is_the_best_of_all_choices():
             expected = 3.0
             for (number, offer), k in zip(offers, ks, strict=True):
                 expected += length.expected(number, Offer(offer.kind, k))
-            return expected / length.times(3 + sum(ks))
+            plain = length.times(3)
+            return expected / (plain + CAUTION * (length.times(3 + sum(ks)) - plain))
 
         chosen = length.choose(offers, 3, 3)
         best = max(itertools.product(range(4), repeat=3), key=speed)
-        if any(chosen):
-            assert speed(chosen) == pytest.approx(speed(best), rel=1e-6)
-        else:
-            assert speed(best) <= speed((0, 0, 0)) * 1.03 + 1e-9
+        assert speed(chosen) == pytest.approx(speed(best), rel=1e-6)
 
 
 def test_a_kind_that_fails_is_left_and_tried_again_later():
@@ -126,12 +117,21 @@ def test_times_are_learnt_and_one_slow_step_is_forgotten():
     for _ in range(40):
         times.observe(1, 0.02)
         times.observe(8, 0.04)
-    assert times(1) == pytest.approx(0.02, rel=0.2)
-    assert times(8) == pytest.approx(0.04, rel=0.2)
+    assert times(1) == pytest.approx(0.02, rel=0.1)
+    assert times(8) == pytest.approx(0.04, rel=0.1)
     assert times(1) < times(4) < times(8) < times(16)
     times.observe(8, 5.0)
-    assert times(8) < 0.06
-    times.observe(9, 1.0)
-    for _ in range(200):
-        times.observe(1, 0.02)
-    assert times(9) < 0.05
+    assert times(8) < 0.05
+    for _ in range(300):
+        times.observe(1, 0.01)
+    assert times(1) == pytest.approx(0.01, rel=0.1)
+
+
+@given(st.lists(st.tuples(st.integers(1, 64), st.floats(1e-3, 1.0)), min_size=1, max_size=80))
+def test_no_step_is_expected_to_be_free_or_faster_with_more_rows(steps):
+    times = StepTimes()
+    for rows, seconds in steps:
+        times.observe(rows, seconds)
+    expected = [times(rows) for rows in range(1, 100)]
+    assert expected[0] > 0
+    assert expected == sorted(expected)
