@@ -17,7 +17,7 @@ from narrows.errors import InputError
 from narrows.model.flat import FlatModel
 
 RIDGE = 1e-3
-"""Of the mean square of a feature, added to each."""
+"""Of the mean square of each feature, added to it."""
 LEAST_GAIN = 0.05
 """Of the mean gain of the target's last norm, below which dividing by a gain would only amplify
 noise."""
@@ -58,23 +58,28 @@ def start_linear(
         cross = cross + features.T @ coming
     if not rows:
         raise InputError("no answer is long enough to start from; give more or longer ones")
-    square.diagonal().add_(RIDGE * square.diagonal().mean())
+    sizes = (square.diagonal() / rows).sqrt()
+    square.diagonal().mul_(1 + RIDGE)
     forecast = torch.linalg.solve(square, cross)
     # The bottleneck keeps the directions in which forecasts differ most.
     spread = torch.linalg.eigh(forecast.T @ square @ forecast)[1][:, -size:]
     narrow = spread.T @ forecast.T
-    # The norm behind the bottleneck gives its vectors mean square 1; let that be theirs anyway.
-    fuse = narrow[:, : module.fuse.in_features]
-    power = (fuse @ square[: fuse.shape[1], : fuse.shape[1]] * fuse).sum()
-    scale = (power / (rows * size)).sqrt()
-    module.fuse.weight.copy_(fuse / scale)
+    # Every feature and every number in the bottleneck gets mean square 1: a few numbers of hidden
+    # states are far larger than the rest, and one learning rate could not suit them all.
+    wide = module.fuse.in_features
+    powers = ((narrow[:, :wide] @ square[:wide, :wide] * narrow[:, :wide]).sum(1) / rows).sqrt()
+    narrow, spread = narrow * sizes / powers[:, None], spread * powers
+    module.fuse_norm.weight.div_(sizes[:wide].view(module.fuse_norm.weight.shape))
+    module.fuse.weight.copy_(narrow[:, :wide])
     if module.anchor is not None:
-        module.anchor.weight.copy_(narrow[:, module.fuse.in_features :] / scale)
+        assert module.token_norm is not None
+        module.token_norm.weight.div_(sizes[wide:])
+        module.anchor.weight.copy_(narrow[:, wide:])
     # The target's norm multiplies by its gains again.
     gains = target.final_norm(torch.ones(1, size, device=spread.device))[0].float()
     least = LEAST_GAIN * gains.abs().mean()
     gains = torch.where(gains.abs() < least, least, gains)
-    module.spread.weight.copy_(spread * scale / gains.repeat(slots)[:, None])
+    module.spread.weight.copy_(spread / gains.repeat(slots)[:, None])
     module.spread.bias.zero_()
     for layer in (module.context.out, module.between.out, module.down, module.after):
         if layer is not None:
