@@ -466,19 +466,24 @@ typedef struct {
 /* Writes this step's keys and values of every sequence into its cache, then attends.
  * Rows of q, k_new and v_new are `q_stride`, `k_stride` and `v_stride` floats apart;
  * out is [T, heads, Dv]. `window` 0 means full attention. `tasks` holds 4 int64 a task and `parts`
- * heads/kv_heads * (Dv + 2) floats a task; both have room for `max_tasks`. Returns the tasks
- * used, or -1 if there was no room. */
+ * heads/kv_heads * (Dv + 2) floats a part; both have room for `room`. Returns the parts used, or
+ * -1 if there was no room.
+ *
+ * A task is one stretch of CHUNK keys of one key head, for all rows of a sequence, so that keys
+ * and values are read from memory once; each of its rows is a part. Stretches begin at multiples of
+ * CHUNK, so a row is summed alike whatever the rows beside it. */
 int64_t append_attend(place *places, int64_t sequences, const float *q, int64_t q_stride,
                       const float *k_new, int64_t k_stride, const float *v_new, int64_t v_stride,
                       float *out, int64_t heads, int64_t kv_heads, int64_t D, int64_t Dv, float scale,
-                      int64_t window, int is_bf16, int64_t *tasks, float *parts,
-                      int64_t max_tasks, int threads) {
-  int64_t group = heads / kv_heads, size = group * (Dv + 2), count = 0;
+                      int64_t window, int is_bf16, int64_t *tasks, float *parts, int64_t room,
+                      int threads) {
+  int64_t group = heads / kv_heads, stride = Dv + 2, size = group * stride, count = 0, used = 0;
   for (int64_t s = 0; s < sequences; s++) {
     place *p = places + s;
-    for (int64_t r = 0; r < p->rows; r++) {
-      int64_t row = p->first_row + r, at = p->stored - p->rows + r;
-      for (int64_t h = 0; h < kv_heads; h++) {
+    int64_t held = p->stored - p->rows, start = window && held >= window ? held + 1 - window : 0;
+    for (int64_t h = 0; h < kv_heads; h++) {
+      for (int64_t r = 0; r < p->rows; r++) {
+        int64_t row = p->first_row + r, at = held + r;
         const float *kn = k_new + row * k_stride + h * D, *vn = v_new + row * v_stride + h * Dv;
         int64_t ko = (h * p->capacity + at) * D, vo = (h * p->capacity + at) * Dv;
         if (is_bf16) {
@@ -489,50 +494,61 @@ int64_t append_attend(place *places, int64_t sequences, const float *q, int64_t 
           memcpy((float *)p->v + vo, vn, Dv * sizeof(float));
         }
       }
-      int64_t stop = at + 1, start = window && stop > window ? stop - window : 0;
-      for (int64_t h = 0; h < kv_heads; h++)
-        for (int64_t a = start; a < stop; a += CHUNK) {
-          if (count == max_tasks) return -1;
-          int64_t *task = tasks + 4 * count++;
-          task[0] = s, task[1] = row * kv_heads + h, task[2] = a;
-          task[3] = a + CHUNK < stop ? a + CHUNK : stop;
-        }
+      for (int64_t a = start - start % CHUNK; a < p->stored; a += CHUNK) {
+        if (used + p->rows > room) return -1;
+        int64_t *task = tasks + 4 * count++;
+        task[0] = s, task[1] = h, task[2] = a, task[3] = used;
+        used += p->rows;
+      }
     }
   }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int64_t t = 0; t < count; t++) {
     const int64_t *task = tasks + 4 * t;
     const place *p = places + task[0];
-    int64_t row = task[1] / kv_heads, h = task[1] % kv_heads;
-    const float *query = q + row * q_stride + h * group * D;
-    int64_t ko = h * p->capacity * D, vo = h * p->capacity * Dv;
-    if (is_bf16)
-      attend_bf16(query, group, D, Dv, (bf16 *)p->k + ko, (bf16 *)p->v + vo, task[2], task[3],
-                  scale, parts + t * size);
-    else
-      attend_f32(query, group, D, Dv, (float *)p->k + ko, (float *)p->v + vo, task[2], task[3],
-                 scale, parts + t * size);
+    int64_t h = task[1], ko = h * p->capacity * D, vo = h * p->capacity * Dv;
+    for (int64_t r = 0; r < p->rows; r++) {
+      const float *query = q + (p->first_row + r) * q_stride + h * group * D;
+      float *part = parts + (task[3] + r) * size;
+      int64_t end = p->stored - p->rows + r + 1, start = window && end > window ? end - window : 0;
+      int64_t first = task[2] > start ? task[2] : start;
+      int64_t stop = task[2] + CHUNK < end ? task[2] + CHUNK : end;
+      if (first >= stop) { /* a stretch that other rows see */
+        memset(part, 0, size * sizeof *part);
+        for (int64_t g = 0; g < group; g++) part[g * stride] = -INFINITY;
+      } else if (is_bf16)
+        attend_bf16(query, group, D, Dv, (bf16 *)p->k + ko, (bf16 *)p->v + vo, first, stop, scale,
+                    part);
+      else
+        attend_f32(query, group, D, Dv, (float *)p->k + ko, (float *)p->v + vo, first, stop, scale,
+                   part);
+    }
   }
-  for (int64_t t = 0; t < count;) { /* join the chunks of each row and key head */
-    int64_t end = t + 1, which = tasks[4 * t + 1];
-    while (end < count && tasks[4 * end + 1] == which) end++;
-    int64_t row = which / kv_heads, h = which % kv_heads;
-    for (int64_t g = 0; g < group; g++) {
-      float top = -INFINITY, total = 0, *to = out + (row * heads + h * group + g) * Dv;
-      for (int64_t c = t; c < end; c++) {
-        float m = parts[c * size + g * (Dv + 2)];
+  for (int64_t t = 0; t < count;) { /* join the stretches of each row and key head */
+    const int64_t *task = tasks + 4 * t;
+    const place *p = places + task[0];
+    int64_t chunks = 1;
+    while (t + chunks < count && task[4 * chunks] == task[0] && task[4 * chunks + 1] == task[1])
+      chunks++;
+    for (int64_t n = 0; n < p->rows * group; n++) {
+      int64_t r = n / group, g = n % group;
+      const float *first = parts + (task[3] + r) * size + g * stride;
+      float top = -INFINITY, total = 0;
+      float *to = out + ((p->first_row + r) * heads + task[1] * group + g) * Dv;
+      for (int64_t c = 0; c < chunks; c++) {
+        float m = first[c * p->rows * size];
         top = m > top ? m : top;
       }
       for (int64_t i = 0; i < Dv; i++) to[i] = 0;
-      for (int64_t c = t; c < end; c++) {
-        const float *part = parts + c * size + g * (Dv + 2);
+      for (int64_t c = 0; c < chunks; c++) {
+        const float *part = first + c * p->rows * size;
         float weight = expf(part[0] - top);
         total += weight * part[1];
         for (int64_t i = 0; i < Dv; i++) to[i] += weight * part[2 + i];
       }
       for (int64_t i = 0; i < Dv; i++) to[i] /= total;
     }
-    t = end;
+    t += chunks;
   }
-  return count;
+  return used;
 }

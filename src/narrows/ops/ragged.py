@@ -49,19 +49,19 @@ def append_attend(
     kv_heads, value_dim = v.shape[1:]
     q, k, v = _rows(q), _rows(k), _rows(v)
     table: list[int] = []
-    tasks = 0
+    room = 0
     for p in places:
         table += (p.k.data_ptr(), p.v.data_ptr(), p.k.shape[1], p.stored, p.first_row, p.rows)
-        tasks += p.rows * kv_heads * (p.stored // CHUNK + 2)
+        room += p.rows * kv_heads * (p.stored // CHUNK + 1)
     out = q.new_empty((q.shape[0], heads, value_dim))
-    scratch = torch.empty(4 * tasks, dtype=torch.int64)
-    parts = torch.empty(tasks * (heads // kv_heads) * (value_dim + 2))
+    tasks = torch.empty(4 * room, dtype=torch.int64)
+    parts = torch.empty(room * (heads // kv_heads) * (value_dim + 2))
     used = native.append_attend(
         *((ctypes.c_int64 * len(table))(*table), len(places), q.data_ptr(), q.stride(0)),
         *(k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)),
         *(out.data_ptr(), heads, kv_heads, dim, value_dim, scale, window or 0),
         int(places[0].k.dtype == torch.bfloat16),
-        *(scratch.data_ptr(), parts.data_ptr(), tasks, torch.get_num_threads()),
+        *(tasks.data_ptr(), parts.data_ptr(), room, torch.get_num_threads()),
     )
     assert used >= 0, "scratch was too small"
     return out

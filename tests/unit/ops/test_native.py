@@ -143,6 +143,18 @@ def test_append_attend(
         assert torch.equal(a.v, b.v)
 
 
+@pytest.mark.parametrize("window", [None, 300])
+def test_a_row_attends_alike_whatever_the_rows_beside_it(window: int | None) -> None:
+    qkv = torch.randn(6, 9 + 3 + 3, 64)
+    q, k, v = qkv.split([9, 3, 3], dim=1)
+    buffers = torch.randn(2, 3, 600, 64).bfloat16()
+    together = ragged.Place(buffers[0].clone(), buffers[1].clone(), 515, 0, 6)
+    whole = ragged.append_attend([together], q, k, v, 0.3, window)
+    for row in range(6):
+        alone = ragged.Place(buffers[0], buffers[1], 510 + row, row, 1)
+        assert torch.equal(ragged.append_attend([alone], q, k, v, 0.3, window)[row], whole[row])
+
+
 def test_nan_is_not_hidden() -> None:
     x = torch.full((1, 32), float("nan"))
     assert native.linear(x, torch.ones(4, 32).bfloat16()).isnan().all()
