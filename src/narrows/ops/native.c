@@ -79,7 +79,7 @@ int bf16_dots(void) { return 1; }
 static inline __attribute__((always_inline)) void dot_tile(const bf16 *x, const bf16 *w,
                                                            const float *bias, float *y, int64_t N,
                                                            int64_t K, int64_t stride, int mr,
-                                                           int nr) {
+                                                           int nr, int kept) {
   __m512 acc[DOT_M * DOT_N];
   for (int i = 0; i < DOT_M * DOT_N; i++) acc[i] = _mm512_setzero_ps();
   int64_t k = 0;
@@ -105,7 +105,7 @@ static inline __attribute__((always_inline)) void dot_tile(const bf16 *x, const 
   vec parts[DOT_M * DOT_N];
   memcpy(parts, acc, sizeof parts);
   vec total = sums(parts);
-  for (int i = 0; i < mr; i++)
+  for (int i = 0; i < kept; i++)
     for (int j = 0; j < nr; j++)
       y[i * N + j] = total[i * DOT_N + j] + (bias ? bias[j] : 0.0f);
 }
@@ -122,7 +122,8 @@ void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y,
                      int64_t N, int64_t K, int threads) {
   static _Thread_local bf16 *rounded = 0;
   static _Thread_local int64_t room = 0;
-  int64_t stride = (K + DOT_K - 1) / DOT_K * DOT_K, size = M * stride;
+  int64_t stride = (K + DOT_K - 1) / DOT_K * DOT_K;
+  int64_t padded = (M + DOT_M - 1) / DOT_M * DOT_M, size = padded * stride;
   if (size > room) {
     free(rounded);
     rounded = aligned_alloc(64, size * sizeof(bf16));
@@ -133,7 +134,8 @@ void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y,
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t m = 0; m < M; m++) round_rows(x + m * K, rows + m * stride, K, stride);
+    for (int64_t m = 0; m < padded; m++)
+      round_rows(x + (m < M ? m : M - 1) * K, rows + m * stride, K, stride);
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < blocks; b++) {
       int64_t n = b * DOT_N, left = N - n;
@@ -145,14 +147,14 @@ void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y,
         float *to = y + m * N + n;
         if (left < DOT_N) {
           for (int64_t j = 0; j < left; j++)
-            dot_tile(from, weight + j * K, add ? add + j : 0, to + j, N, K, stride, 1, 1);
+            dot_tile(from, weight + j * K, add ? add + j : 0, to + j, N, K, stride, 1, 1, 1);
           continue;
         }
-        switch (M - m) {
-          case 1: dot_tile(from, weight, add, to, N, K, stride, 1, DOT_N); break;
-          case 2: dot_tile(from, weight, add, to, N, K, stride, 2, DOT_N); break;
-          case 3: dot_tile(from, weight, add, to, N, K, stride, 3, DOT_N); break;
-          default: dot_tile(from, weight, add, to, N, K, stride, 4, DOT_N);
+        switch (M - m) { /* three rows alone would be slower than four */
+          case 1: dot_tile(from, weight, add, to, N, K, stride, 1, DOT_N, 1); break;
+          case 2: dot_tile(from, weight, add, to, N, K, stride, 2, DOT_N, 2); break;
+          case 3: dot_tile(from, weight, add, to, N, K, stride, 4, DOT_N, 3); break;
+          default: dot_tile(from, weight, add, to, N, K, stride, 4, DOT_N, 4);
         }
       }
     }
