@@ -145,8 +145,8 @@ def _has_bf16_units() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-KERNEL_ROWS = 64
-"""Above this many rows a matrix product is bound by arithmetic, where oneDNN and MKL win."""
+KERNEL_ROWS, DOT_ROWS = 64, 128
+"""Above this many rows, the latter for products of bfloat16 pairs, oneDNN and MKL win."""
 
 
 @functools.cache
@@ -154,6 +154,14 @@ def _has_tiles() -> bool:
     """Whether this processor has AMX tiles and lets us use them."""
     native = library()
     return native is not None and bool(native.amx_ready())
+
+
+@functools.cache
+def _kernel_rows(native: ctypes.CDLL | None) -> int:
+    """Rows up to which a bfloat16 weight is multiplied by a kernel of ours."""
+    if native is None:
+        return 0
+    return DOT_ROWS if native.bf16_dots() and not _has_tiles() else KERNEL_ROWS
 
 
 @functools.cache
@@ -169,7 +177,7 @@ def _products(native: ctypes.CDLL, outer: int, inner: int) -> Any:
 def flow_dtype(rows: int, weight: torch.dtype) -> torch.dtype:
     """In which precision ``rows`` activations go into and come out of products with ``weight``:
     bfloat16 where those are done in it anyway, which saves converting, else float32."""
-    if weight is torch.bfloat16 and (rows > KERNEL_ROWS or library() is None):
+    if weight is torch.bfloat16 and rows > _kernel_rows(library()):
         return wide_matmul_dtype()
     return torch.float32
 
@@ -183,7 +191,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows, inner = x.shape
     outer = weight.shape[0]
     native = library()
-    if native is not None and weight.dtype == torch.bfloat16 and rows <= KERNEL_ROWS:
+    if native is not None and weight.dtype == torch.bfloat16 and rows <= _kernel_rows(native):
         out = x.new_empty((rows, outer))
         _products(native, outer, inner)(
             *(x.contiguous().data_ptr(), weight.data_ptr(), _pointer(bias), out.data_ptr()),
