@@ -480,6 +480,9 @@ def bench_draft(
         int | None, typer.Option(help="Guesses verified a step; default: what is fastest.")
     ] = None,
     cache: Cache = "dense",
+    peers: Annotated[
+        bool, typer.Option(help="At batch 1, transformers and its prompt lookup too.")
+    ] = False,
     dtype: Dtype = "bfloat16",
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
@@ -500,6 +503,7 @@ def bench_draft(
         rounds=rounds,
         fixed=draft_tokens,
         cache=cache,
+        peers=peers,
         dtype=dtype,
         device=device,
         seed=seed,

@@ -66,13 +66,20 @@ class Ours:
 
 
 class Transformers:
-    """``generate`` of transformers with its own attention and cache, prompts padded on the left."""
+    """``generate`` of transformers with its own attention and cache, prompts padded on the left.
+    ``lookup`` is its own prompt lookup, of so many tokens a draft, for one prompt at a time."""
 
     name = "transformers"
 
-    def __init__(self, model: str, dtype: str, device: str | None) -> None:
+    def __init__(
+        self, model: str, dtype: str, device: str | None, lookup: int | None = None
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
+        self.more = {}
+        if lookup is not None:
+            self.name = f"{self.name} lookup"
+            self.more = {"prompt_lookup_num_tokens": lookup}
         loaded = weights_from_folder(AutoModelForCausalLM, hub.resolve(model), dtype=DTYPES[dtype])
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = loaded.to(place).eval()
@@ -95,6 +102,7 @@ class Transformers:
             max_new_tokens=new_tokens,
             do_sample=False,
             stopping_criteria=[clock],
+            **self.more,
         )
         tokens: list[list[int]] = out[:, width:].tolist()
         total = time.perf_counter() - started

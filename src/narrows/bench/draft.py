@@ -8,10 +8,12 @@ keeps a server's, and ``speed_up_to_end`` all, down to the last sequence of the 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from narrows.bench.contestants import Transformers
 from narrows.bench.progress import Progress
 from narrows.bench.prose import read_windows
 from narrows.bench.provenance import provenance
@@ -26,6 +28,9 @@ from narrows.llm import LLM
 
 COLUMNS = ("context", "batch", "method", "versus")
 """Columns of the printed table."""
+
+PEER_MOST = 10
+"""Tokens a draft of transformers' prompt lookup, as its documentation has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,7 @@ def run(
     rounds: int = 3,
     fixed: int | None = None,
     cache: str = "dense",
+    peers: bool = False,
     dtype: str = "bfloat16",
     device: str | None = None,
     seed: int = 0,
@@ -68,9 +74,10 @@ def run(
         contexts: 0 asks Spec-Bench's questions as they are; otherwise a summary of a text of
             that many tokens, another one for each prompt.
         new_tokens: written for every prompt, whatever ends a text.
-        rounds: measured; one more before them is not counted.
+        rounds: measured, on other prompts each; one more before them is not counted.
         fixed: guesses verified a step; None lets the engine choose.
         cache: spec of the target's cache.
+        peers: at batch 1, transformers' own ``generate`` too, and its prompt lookup against that.
         quick: tiny sizes, to see that all of it works.
 
     Raises ConfigError, InputError or ModelError.
@@ -85,44 +92,59 @@ def run(
     llm = LLM(model, dtype=dtype, device=device, draft=NONE)
     for spec in drafters:
         make_drafter(spec, llm.model)  # refuse a wrong one before hours of work
+    theirs = []
+    if peers:
+        theirs = [Transformers(model, dtype, device, lookup=most) for most in (None, PEER_MOST)]
     rows: list[Row] = []
     with Progress("batches", visible=show_progress) as progress:
         progress.expect(len(batches) * len(contexts))
         for context in contexts:
+            texts = _prompts(llm, folder, max(batches), context, seed)
             for batch in batches:
-                prompts = _prompts(llm, folder, batch, context, seed)
-                sides: dict[str, list[Round]] = {spec: [] for spec in (NONE, *drafters)}
-                for _ in range(rounds + 1):
-                    for spec, made in sides.items():
-                        made.append(_write(llm, spec, cache, fixed, prompts, new_tokens))
+                writers: dict[str, Callable[[list[list[int]]], Round]] = {
+                    spec: partial(_write, llm, spec, cache, fixed, new_tokens)
+                    for spec in (NONE, *drafters)
+                }
+                if peers and batch == 1:
+                    for contestant in theirs:
+                        writers[contestant.name] = partial(_write_theirs, contestant, new_tokens)
+                sides: dict[str, list[Round]] = {name: [] for name in writers}
+                for number in range(-1, rounds):
+                    first = max(0, number) * batch
+                    prompts = [texts[i % len(texts)] for i in range(first, first + batch)]
+                    for name, write in writers.items():
+                        made = write(prompts)
+                        if number >= 0:
+                            sides[name].append(made)
                 where = {"context": context, "batch": batch, "cache": cache, "dtype": dtype}
-                rows += _rows(model, {k: v[1:] for k, v in sides.items()}, where)
+                rows += _rows(model, sides, where)
                 progress.advance()
     return with_provenance(rows, provenance(seed))
 
 
 def _rows(model: str, sides: dict[str, list[Round]], where: dict[str, object]) -> list[Row]:
-    plain = sides[NONE]
     rows = []
     for spec, made in sides.items():
+        base = Transformers.name if spec.startswith(Transformers.name) else NONE
+        plain = sides[base]
 
         def one(metric: str, unit: str, values: list[float], spec: str = spec, **more: str) -> Row:
             return repeated_row("draft", spec, model, metric, unit, values, **where, **more)
 
         rows.append(one("speed", "tokens/s", [r.speed for r in made]))
         rows.append(one("step", "ms", [r.step_ms for r in made]))
-        if spec == NONE:
+        if spec == base:
             continue
         pairs = list(zip(made, plain, strict=True))
-        rows.append(one("speed_up", "1", [a.speed / b.speed for a, b in pairs], versus=NONE))
+        rows.append(one("speed_up", "1", [a.speed / b.speed for a, b in pairs], versus=base))
         to_end = [a.speed_to_end / b.speed_to_end for a, b in pairs]
-        rows.append(one("speed_up_to_end", "1", to_end, versus=NONE))
+        rows.append(one("speed_up_to_end", "1", to_end, versus=base))
         rows.append(one("kappa", "tokens/step", [r.kappa for r in made]))
         rows.append(one("drafted", "tokens/step", [r.drafted for r in made]))
         for place in range(len(made[0].kept)):
             rows.append(one(f"kept_{place + 1}", "share", [r.kept[place] for r in made]))
         same = [sum(x == y for x, y in zip(a.texts, b.texts, strict=True)) for a, b in pairs]
-        rows.append(one("same_text", "share", [n / len(plain[0].texts) for n in same], versus=NONE))
+        rows.append(one("same_text", "share", [n / len(plain[0].texts) for n in same], versus=base))
     return rows
 
 
@@ -131,8 +153,8 @@ def _write(
     spec: str,
     cache: str,
     fixed: int | None,
-    prompts: Sequence[list[int]],
     new_tokens: int,
+    prompts: Sequence[list[int]],
 ) -> Round:
     drafter = make_drafter(spec, llm.model)
     machine = Engine(llm.model, parse_cache(cache), EngineConfig(draft_tokens=fixed), drafter)
@@ -162,20 +184,36 @@ def _write(
     )
 
 
+def _write_theirs(contestant: Transformers, new_tokens: int, prompts: list[list[int]]) -> Round:
+    done = contestant.generate(prompts, new_tokens)
+    written = sum(map(len, done.tokens)) - len(prompts)  # the first tokens come with the prompts
+    speed = written / sum(done.steps_s)
+    return Round(
+        speed=speed,
+        speed_to_end=speed,
+        step_ms=1e3 * sum(done.steps_s) / len(done.steps_s),
+        kappa=written / len(done.steps_s),
+        kept=[],
+        drafted=0.0,
+        texts=done.tokens,
+    )
+
+
 def _speed(steps: Sequence[Step]) -> float:
     return sum(s.generated_tokens for s in steps) / sum(s.seconds for s in steps)
 
 
-def _prompts(llm: LLM, data: Path, count: int, context: int, seed: int) -> list[list[int]]:
+def _prompts(llm: LLM, data: Path, least: int, context: int, seed: int) -> list[list[int]]:
+    """``least`` different prompts or more, in random order."""
     if context:
-        windows = read_windows(data, llm.model, count, context, seed)
+        windows = read_windows(data, llm.model, least, context, seed)
         texts = [f"{llm.tokenizer.decode(w)}\n\nSummarize the text above." for w in windows]
     else:
         texts = [row["turns"][0] for row in read_rows(find(data, "spec_bench/question"))]
         random.Random(seed).shuffle(texts)
-        if len(texts) < count:
-            raise InputError(f"Spec-Bench has only {len(texts)} questions here, not {count}")
-    return [llm.chat_ids([{"role": "user", "content": text}]) for text in texts[:count]]
+        if len(texts) < least:
+            raise InputError(f"Spec-Bench has only {len(texts)} questions here, not {least}")
+    return [llm.chat_ids([{"role": "user", "content": text}]) for text in texts]
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:

@@ -3,13 +3,15 @@ several of them joined by "+"."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from narrows.contracts import Drafter
 from narrows.draft.combined import Combined
-from narrows.draft.specformer import SpecFormer
+from narrows.draft.specformer import CONFIG, SpecFormer
 from narrows.draft.specformer_drafter import SpecFormerDrafter
+from narrows.errors import ConfigError
 from narrows.model.flat import FlatModel
 from narrows.registry import Registry, build
 
@@ -19,20 +21,39 @@ DRAFTERS: Registry[Callable[..., Drafter]] = Registry("drafter")
 DRAFTERS.add("lookup", "narrows.draft.lookup:lookup")
 DRAFTERS.add("model", "narrows.draft.smaller:smaller_model")
 
-AUTO, NONE = "auto", "none"
+AUTO, NONE, LOOKUP, TRAINED = "auto", "none", "lookup", "shipped"
+
+SHIPPED = Path(__file__).with_name("shipped")
+"""Holds a folder for each trained drafter that comes with the package, and its card."""
 
 
 def make_drafter(spec: str, target: FlatModel) -> Drafter | None:
     """The drafter ``spec`` names for ``target``: None for "none", a trained SpecFormer for a
-    folder, else a name with options; several joined by "+" are combined. "auto" is the best there
-    is for every model, prompt lookup. Raises ConfigError for an unknown name or option, or a
+    folder, else a name with options; several joined by "+" are combined. "shipped" is the drafter
+    that comes with the package for this model, and "auto" that with prompt lookup, or prompt
+    lookup alone where there is none. Raises ConfigError for an unknown name or option, or a
     drafter of another model, ModelError for a folder that cannot be read."""
     if spec == NONE:
         return None
+    if spec == AUTO:
+        spec = f"{LOOKUP}+{TRAINED}" if shipped_for(target) else LOOKUP
+    if spec == TRAINED:
+        folder = shipped_for(target)
+        if folder is None:
+            raise ConfigError(f"no drafter is shipped for {target.name}; see `narrows train`")
+        spec = str(folder)
     if Path(spec).is_dir():
         return SpecFormerDrafter(SpecFormer.load(Path(spec)), target)
     parts = spec.split("+")
     if len(parts) > 1:
         made = [make_drafter(part, target) for part in parts]
         return Combined([one for one in made if one is not None])
-    return build(DRAFTERS, "lookup" if spec == AUTO else spec, target)
+    return build(DRAFTERS, spec, target)
+
+
+def shipped_for(target: FlatModel) -> Path | None:
+    """The folder of the drafter that comes with the package for ``target``, if one does."""
+    for config in sorted(SHIPPED.glob(f"*/{CONFIG}")):
+        if json.loads(config.read_text())["fingerprint"] == target.fingerprint:
+            return config.parent
+    return None

@@ -48,6 +48,26 @@ def test_rows_of_every_metric_and_the_same_text(chatty, questions):
     assert all(not r["metric"].startswith("kept") for r in draft.summary(rows))
 
 
+def test_peers_are_measured_at_batch_one(chatty, questions):
+    rows = draft.run(
+        model=chatty,
+        data=questions,
+        batches=(1, 2),
+        new_tokens=12,
+        rounds=2,
+        peers=True,
+        dtype="float32",
+        device="cpu",
+        show_progress=False,
+    )
+    told = {(r["method"], r["batch"], r["metric"]): r for r in rows}
+    assert told["transformers lookup", 1, "speed_up"]["versus"] == "transformers"
+    assert told["transformers lookup", 1, "same_text"]["value"] == 1.0
+    assert told["transformers lookup", 1, "kappa"]["value"] >= 1.0
+    assert ("transformers", 1, "speed") in told
+    assert ("transformers", 2, "speed") not in told
+
+
 def test_bad_input_is_refused(chatty, questions):
     with pytest.raises(ConfigError, match="unknown drafter"):
         draft.run(model=chatty, data=questions, drafters=("nothing-like-it",), show_progress=False)
