@@ -342,25 +342,27 @@ def train_specformer(
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of prompts, weights and order.")] = 0,
 ) -> None:
-    """A SpecFormer drafter for a model, taught by the model's own answers."""
+    """A SpecFormer drafter for a model, taught by the model's own answers. Runs in several
+    processes if started by `accelerate launch`."""
     from narrows.bench.progress import Progress
     from narrows.data import locate
     from narrows.draft.specformer import SpecFormer
     from narrows.draft.specformer_drafter import check_target
     from narrows.llm import LLM
     from narrows.train import specformer
-    from narrows.train.loop import LoopOptions
+    from narrows.train.loop import LoopOptions, processes
     from narrows.train.prompts import from_data, from_file
 
     options = LoopOptions(steps=steps, rate=rate, save_every=save_every)
     _check_places(out)
     texts = from_file(prompts) if prompts else from_data(locate(data), count, seed)
+    first = processes(device).is_main_process
     llm = LLM(target, draft="none", dtype=dtype, device=device)
     module = None
     if start is not None:
         module = SpecFormer.load(start)
         check_target(module.config, llm.model)
-    with Progress("answers, then updates") as progress:
+    with Progress("answers, then updates", visible=first) as progress:
         progress.expect(len(texts) + steps)
         history = specformer.run(
             llm,
@@ -380,6 +382,8 @@ def train_specformer(
             markov=markov,
             draft_vocab=draft_vocab,
         )
+    if not first:
+        return
     specformer.draw(history, out / "curves.png")
     last = history[-1]
     _write(f"{out}: {last['kappa']:.2f} tokens a step on held-out answers, teacher-forced\n")

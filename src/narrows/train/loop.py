@@ -1,4 +1,8 @@
-"""One training loop: AdamW on float32 weights, warm-up and cosine, checkpoints to go on from."""
+"""One training loop: AdamW on float32 weights, warm-up and cosine, checkpoints to go on from.
+
+Started by ``accelerate launch``, several processes share each update: every one adds the gradients
+of a batch of its own, and all go on with their mean.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -45,6 +51,13 @@ def rate_at(options: LoopOptions, step: int) -> float:
     return low + (options.rate - low) * (1 + math.cos(math.pi * done)) / 2
 
 
+def processes(device: torch.device | str | None) -> PartialState:
+    """Those that ``accelerate launch`` started to train on ``device`` (None: CUDA where there is
+    any), or this one alone. Called before anything is put on a GPU, it also gives each its own."""
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    return PartialState(cpu=kind == "cpu")
+
+
 def train(
     module: nn.Module,
     gradients: Callable[[int], dict[str, float]],
@@ -59,11 +72,11 @@ def train(
 
     Args:
         module: float32 parameters; those that require gradients are trained.
-        gradients: adds one batch's gradients, by number of the step, and tells of it.
+        gradients: adds one batch's gradients, by number of the batch, and tells of it.
         folder: holds the checkpoint and the history; a run found there goes on.
         options: see LoopOptions.
         data: names what is trained on; a checkpoint of another name is not gone on from.
-        check: measured at every checkpoint.
+        check: measured at every checkpoint, by the first process.
         on_step: called after every update.
 
     Raises InputError for a checkpoint of other data or sizes, NumericalError for a loss or
@@ -71,14 +84,18 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    crew = processes(next(iter(weights.values())).device)
     machine = torch.optim.AdamW(weights.values(), betas=(0.9, 0.95), weight_decay=options.decay)
     start = _resume(folder, weights, machine, data, options)
-    history = _history(folder, start)
+    crew.wait_for_everyone()  # the first process rewrites the history below
+    history = _history(folder, start, write=crew.is_main_process)
     for step in range(start, options.steps):
         for group in machine.param_groups:
             group["lr"] = rate_at(options, step)
         machine.zero_grad()
-        told = gradients(step)
+        told = gradients(step * crew.num_processes + crew.process_index)
+        if crew.num_processes > 1:
+            told = _shared(weights, told)
         norm = float(nn.utils.clip_grad_norm_(weights.values(), options.clip))
         if not all(map(math.isfinite, (norm, *told.values()))):
             raise NumericalError(
@@ -86,15 +103,26 @@ def train(
             )
         machine.step()
         row: dict[str, Any] = {"step": step, "rate": rate_at(options, step), "norm": norm, **told}
-        if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
-            if check is not None:
-                row |= check()
-            _save(folder, weights, machine, step + 1, data, options)
+        if crew.is_main_process:
+            if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+                if check is not None:
+                    row |= check()
+                _save(folder, weights, machine, step + 1, data, options)
+            with (folder / HISTORY).open("a") as file:
+                file.write(json.dumps(row) + "\n")
         history.append(row)
-        with (folder / HISTORY).open("a") as file:
-            file.write(json.dumps(row) + "\n")
         on_step(step, row)
     return history
+
+
+def _shared(weights: dict[str, nn.Parameter], told: dict[str, float]) -> dict[str, float]:
+    """Make every gradient, and what is told, the mean over all processes."""
+    for p in weights.values():
+        own = torch.zeros_like(p) if p.grad is None else p.grad
+        p.grad = reduce(own, "mean")
+    device = next(iter(weights.values())).device
+    mean: Tensor = reduce(torch.tensor(list(told.values()), device=device), "mean")
+    return dict(zip(told, mean.tolist(), strict=True))
 
 
 def _save(
@@ -152,13 +180,15 @@ def _resume(
     return step
 
 
-def _history(folder: Path, steps: int) -> list[dict[str, Any]]:
+def _history(folder: Path, steps: int, *, write: bool) -> list[dict[str, Any]]:
     """The first ``steps`` rows that were written; later ones, of a run that was stopped before
-    its checkpoint, are cut off."""
+    its checkpoint, are cut off, in the file too if ``write``."""
     path = folder / HISTORY
     if not path.exists():
         return []
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()][:steps]
+    if not write:
+        return rows
     beside = folder / f".{HISTORY}.part"
     beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(beside, path)

@@ -23,7 +23,7 @@ from narrows.llm import LLM
 from narrows.model.flat import FlatModel
 from narrows.train.examples import Example, answer_all
 from narrows.train.linear_start import start_linear
-from narrows.train.loop import CHECKPOINT, LoopOptions, train
+from narrows.train.loop import CHECKPOINT, LoopOptions, processes, train
 
 ROWS = 512
 """Rows of logits held at once."""
@@ -69,7 +69,9 @@ def run(
     """
     target, work = llm.model, out / "work"
     answers = work / "answers"
-    examples = answer_all(llm, prompts, answers, max_tokens=max_tokens, on_done=on_answers)
+    crew = processes(target.shape.device)
+    with crew.main_process_first():
+        examples = answer_all(llm, prompts, answers, max_tokens=max_tokens, on_done=on_answers)
     held = max(1, round(HELD_OUT * len(examples)))
     if held >= len(examples):
         raise InputError(f"{len(examples)} answered prompts are too few to train on; give more")
@@ -91,7 +93,8 @@ def run(
         check=lambda: objective.check(examples[-held:]),
         on_step=on_step,
     )
-    module.save(out)
+    if crew.is_main_process:
+        module.save(out)
     return history
 
 

@@ -26,8 +26,9 @@ from tiny import FAMILIES, pair, prompts
 
 
 def module(family: str = "llama", **changes: object) -> SpecFormer:
-    torch.manual_seed(0)
-    made = SpecFormer(SpecFormerConfig.of(pair(family)[0], **{"slots": 4, **changes}))
+    config = SpecFormerConfig.of(pair(family)[0], **{"slots": 4, **changes})
+    torch.manual_seed(0)  # after making the target, which sets its own
+    made = SpecFormer(config)
     for weight in made.parameters():
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=0.1)

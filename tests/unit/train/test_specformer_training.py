@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from narrows.draft.specformer import SpecFormer, SpecFormerConfig
@@ -19,8 +25,9 @@ from tiny import pair, prompts
 
 
 def module(**changes: object) -> SpecFormer:
-    torch.manual_seed(3)
-    return SpecFormer(SpecFormerConfig.of(pair("llama")[0], **{"slots": 3, **changes}))
+    config = SpecFormerConfig.of(pair("llama")[0], **{"slots": 3, **changes})
+    torch.manual_seed(3)  # after making the target, which sets its own
+    return SpecFormer(config)
 
 
 def examples(count: int = 6) -> list[Example]:
@@ -150,6 +157,50 @@ def test_it_learns_and_a_stopped_run_goes_on_as_if_never_stopped(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     told = [json.loads(x) for x in (tmp_path / "b" / HISTORY).read_text().splitlines()]
     assert told == resumed
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from safetensors.torch import save_file
+from test_specformer_training import module, objective
+from narrows.train.loop import LoopOptions, train
+made = module()
+goal = objective(made, tokens=60)
+out = Path(sys.argv[1])
+history = train(made, goal.gradients, out, LoopOptions(steps=5, save_every=5), data="x")
+name = sys.argv[2]
+save_file({k: v.detach() for k, v in made.named_parameters()}, out / f"{name}.safetensors")
+print(history[-1]["loss"])
+"""
+
+
+def test_two_processes_do_what_one_does_with_twice_the_batch(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = Path(__file__)
+    paths = os.pathsep.join([str(here.parent), str(here.parents[2])])
+    workers = []
+    for rank in range(2):
+        crew = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        crew |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
+        environment = os.environ | {k: str(v) for k, v in crew.items()}
+        command = [sys.executable, "-c", WORKER, str(tmp_path), str(rank)]
+        workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
+    losses = [float(w.communicate(timeout=300)[0]) for w in workers]
+    assert [w.returncode for w in workers] == [0, 0]
+    assert losses[0] == losses[1]
+    made = module()
+    goal = objective(made, tokens=120)
+    history = train(made, goal.gradients, tmp_path / "one", LoopOptions(steps=5), data="x")
+    assert losses[0] == pytest.approx(history[-1]["loss"], rel=1e-4)
+    for rank in ("0", "1"):
+        theirs = load_file(tmp_path / f"{rank}.safetensors")
+        for name, p in made.named_parameters():
+            torch.testing.assert_close(theirs[name], p.detach(), rtol=1e-3, atol=1e-4)
+    assert (tmp_path / CHECKPOINT).exists()
+    assert len((tmp_path / HISTORY).read_text().splitlines()) == 5
 
 
 def test_bad_checkpoints_are_refused_and_stay(tmp_path):
