@@ -12,7 +12,7 @@ import narrows
 ROOT = Path(narrows.__file__).parent
 ORDER = [
     {"errors"},
-    {"registry"},
+    {"registry", "files"},
     {"contracts"},
     {"config", "data", "figure"},
     {"ops"},

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from narrows.bench.report import write_whole
 from narrows.errors import InputError
+from narrows.files import replacing
 
 Key = tuple[str, str, str, str, str, str, int]
 
@@ -92,7 +92,8 @@ def _read(path: Path) -> list[Record]:
         text = path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # the writer was cut off; the next record must start a line
-            write_whole(path, whole)
+            with replacing(path) as beside:
+                beside.write_text(whole, encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not a file of this benchmark: {error}") from None
     except OSError as error:

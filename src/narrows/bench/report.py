@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from narrows.errors import ConfigError, InputError
+from narrows.errors import ConfigError
 from narrows.figure import new_figure, save_figure
+from narrows.files import replacing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -85,22 +84,9 @@ def with_provenance(rows: Iterable[Row], facts: Mapping[str, Any]) -> list[Row]:
 def write_json(path: Path, rows: Iterable[Row]) -> None:
     """Write one JSON object a line, whole or not at all. A number that is not finite becomes
     null. Raises InputError if the file cannot be written."""
-    write_whole(path, "".join(json.dumps(_finite(r), ensure_ascii=False) + "\n" for r in rows))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Put ``text`` in ``path`` at once: readers see the old file or the new one. Raises
-    InputError if it cannot be written."""
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    text = "".join(json.dumps(_finite(r), ensure_ascii=False) + "\n" for r in rows)
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> Table:

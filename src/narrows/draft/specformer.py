@@ -19,7 +19,6 @@ The target is never changed. ``narrows.draft.specformer_drafter`` runs the modul
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -32,6 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from narrows.config import Settings
 from narrows.errors import ConfigError, ModelError
+from narrows.files import replacing
 from narrows.model.flat import FlatModel
 from narrows.ops import native
 
@@ -232,13 +232,10 @@ class SpecFormer(nn.Module):
             k: (v.bfloat16() if v.is_floating_point() else v).contiguous()
             for k, v in self.state_dict().items()
         }
-        for name in (WEIGHTS, CONFIG):
-            beside = folder / f".{name}.part"
-            if name == WEIGHTS:
-                save_file(weights, beside)
-            else:
-                beside.write_text(self.config.model_dump_json(indent=1) + "\n")
-            os.replace(beside, folder / name)
+        with replacing(folder / WEIGHTS) as beside:
+            save_file(weights, beside)
+        with replacing(folder / CONFIG) as beside:
+            beside.write_text(self.config.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> SpecFormer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 
 from narrows.config import SamplingParams
 from narrows.errors import InputError, ModelError
+from narrows.files import replacing
 from narrows.llm import LLM
 
 PART = 64
@@ -86,10 +86,9 @@ def _write(path: Path, examples: list[Example], origin: str) -> None:
     tokens = torch.tensor([t for e in examples for t in e.tokens], dtype=torch.int32)
     lengths = torch.tensor([len(e.tokens) for e in examples], dtype=torch.int32)
     starts = torch.tensor([e.start for e in examples], dtype=torch.int32)
-    beside = path.with_suffix(".part")
     tensors = {"tokens": tokens, "lengths": lengths, "starts": starts}
-    save_file(tensors, beside, metadata={"origin": origin})
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        save_file(tensors, beside, metadata={"origin": origin})
 
 
 def _read(path: Path, origin: str) -> list[Example]:

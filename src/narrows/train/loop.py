@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from narrows.config import Settings
 from narrows.errors import InputError, NumericalError
+from narrows.files import replacing
 
 CHECKPOINT, HISTORY = "checkpoint.safetensors", "history.jsonl"
 
@@ -138,10 +138,9 @@ def _save(
         state = machine.state[p]
         tensors[f"weight.{name}"] = p.detach()
         tensors[f"first.{name}"], tensors[f"second.{name}"] = state["exp_avg"], state["exp_avg_sq"]
-    beside = folder / f".{CHECKPOINT}.part"
     told = {"step": str(step), "data": data, "steps": str(options.steps)}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, beside, metadata=told)
-    os.replace(beside, folder / CHECKPOINT)
+    with replacing(folder / CHECKPOINT) as beside:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, beside, metadata=told)
 
 
 def _resume(
@@ -189,7 +188,6 @@ def _history(folder: Path, steps: int, *, write: bool) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()][:steps]
     if not write:
         return rows
-    beside = folder / f".{HISTORY}.part"
-    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows

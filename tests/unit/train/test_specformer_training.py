@@ -228,8 +228,9 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("narrows.train.loop.save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match="No space"):
         run(tmp_path, steps=8)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CHECKPOINT, HISTORY]
     assert (tmp_path / CHECKPOINT).read_bytes() == kept
 
 
