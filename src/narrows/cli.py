@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -316,6 +317,10 @@ def train_specformer(
     ] = None,
     data: Data = None,
     count: Annotated[int, typer.Option(help="Prompts taken from the data folder.")] = 2000,
+    long_count: Annotated[
+        int, typer.Option(help="Extension: as many long prompts from the data folder besides.")
+    ] = 0,
+    long_tokens: Annotated[int, typer.Option(help="Tokens of a long prompt, about.")] = 2000,
     steps: Annotated[int, typer.Option(help="Updates.")] = 500,
     slots: Annotated[int, typer.Option(help="Tokens forecast at once.")] = 4,
     anchor: Annotated[bool, typer.Option(help="Extension: slots see the newest token.")] = False,
@@ -351,11 +356,16 @@ def train_specformer(
     from narrows.llm import LLM
     from narrows.train import specformer
     from narrows.train.loop import LoopOptions, processes
-    from narrows.train.prompts import from_data, from_file
+    from narrows.train.prompts import CHARACTERS, from_data, from_file, long_from_data
 
     options = LoopOptions(steps=steps, rate=rate, save_every=save_every)
     _check_places(out)
     texts = from_file(prompts) if prompts else from_data(locate(data), count, seed)
+    longest = 1024
+    if long_count:
+        texts += long_from_data(locate(data), long_count, CHARACTERS * long_tokens, seed)
+        random.Random(seed).shuffle(texts)  # those held out are the last
+        longest = max(longest, 2 * long_tokens)
     first = processes(device).is_main_process
     llm = LLM(target, draft="none", dtype=dtype, device=device)
     module = None
@@ -373,6 +383,7 @@ def train_specformer(
             distill=distill,
             linear_start=linear_start,
             max_tokens=answer_tokens,
+            longest=longest,
             batch_tokens=batch_tokens,
             seed=seed,
             on_answers=progress.advance,

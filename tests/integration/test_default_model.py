@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from narrows.cache.dense import DensePolicy
+from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
+from narrows.contracts import Drafter
+from narrows.data import find, read_rows
+from narrows.draft.specs import make_drafter
 from narrows.engine.engine import Engine
 from narrows.model import hub
 from narrows.model.flat import FlatModel
@@ -62,3 +69,41 @@ def test_twenty_real_prompts_equal_generate(smollm: FlatModel) -> None:
     assert [run(smollm, [p])[0] for p in batch] == expected
     ragged = [run(smollm, batch[i : i + 8], prefill_chunk=5) for i in range(0, 20, 8)]
     assert [tokens for part in ragged for tokens in part] == expected
+
+
+def write(
+    model: FlatModel, batch: list[list[int]], tokens: int, spec: str, drafter: Drafter | None
+) -> tuple[list[list[int]], int]:
+    """What is written, and guesses that were kept."""
+    config = EngineConfig(cache_bytes=2 << 30, draft_tokens=3 if drafter else None)
+    machine = Engine(model, parse_cache(spec), config, drafter)
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    requests = [machine.submit(p, params) for p in batch]
+    for _ in machine.run():
+        pass
+    return [r.generated for r in requests], sum(r.metrics.accepted_tokens for r in requests)
+
+
+@pytest.mark.parametrize(
+    ("spec", "count", "tokens"),
+    [("dense", 64, 160), ("kivi:bits=4,residual=32,group=32", 8, 60), ("xquant", 8, 60)],
+)
+def test_drafting_changes_no_token(
+    smollm: FlatModel, data_folder: Path, spec: str, count: int, tokens: int
+) -> None:
+    """10,240 greedy tokens over 64 real prompts, and fewer with quantised caches."""
+    rows = read_rows(find(data_folder, "spec_bench/question"))
+    texts = list(itertools.islice((row["turns"][0] for row in rows), 0, None, 2))[:count]
+    chats = [[{"role": "user", "content": text[:600]}] for text in texts]
+    batch = [
+        smollm.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False)
+        for c in chats
+    ]
+    kept = 0
+    for first in range(0, count, 16):
+        some = batch[first : first + 16]
+        expected, _ = write(smollm, some, tokens, spec, None)
+        got, right = write(smollm, some, tokens, spec, make_drafter("auto", smollm))
+        assert got == expected
+        kept += right
+    assert kept > 0

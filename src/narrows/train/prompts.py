@@ -12,6 +12,8 @@ from narrows.errors import InputError
 
 FIELDS = ("prompt", "instruction", "question", "text")
 """Where a row of a user's own JSON Lines may hold its prompt, the first found."""
+CHARACTERS = 4
+"""Of a token, about."""
 
 
 def _task(row: dict[str, Any]) -> str:
@@ -53,6 +55,21 @@ def from_data(folder: Path, count: int, seed: int = 0) -> list[str]:
     if len(chosen) < count:
         raise InputError(f"{folder} has only {len(chosen)} prompts, not {count}; ask for fewer")
     return chosen[:count]
+
+
+def long_from_data(folder: Path, count: int, characters: int, seed: int = 0) -> list[str]:
+    """``count`` prompts of about ``characters`` each: titled passages from here and there, and one
+    of them to be summarized. A drafter taught short prompts only guesses worse behind long ones."""
+    chance = random.Random(seed)
+    rows = list(read_rows(find(folder, "wiki_passages/passages")))
+    made = []
+    for _ in range(count):
+        chosen: list[dict[str, Any]] = []
+        while sum(len(row["text"]) for row in chosen) < characters:
+            chosen.append(chance.choice(rows))
+        texts = "\n\n".join(f"{row['title']}\n{row['text']}" for row in chosen)
+        made.append(f"{texts}\n\nSummarize the text about {chance.choice(chosen)['title']}.")
+    return made
 
 
 def from_file(path: Path) -> list[str]:

@@ -45,6 +45,7 @@ def run(
     distill: float = 0.0,
     linear_start: bool = False,
     max_tokens: int = 256,
+    longest: int = 1024,
     batch_tokens: int = 4096,
     seed: int = 0,
     on_answers: Callable[[int], None] = lambda count: None,
@@ -62,6 +63,7 @@ def run(
         module: goes on from this one; None starts anew.
         distill: see SpecFormerObjective.
         linear_start: a new module begins as ``start_linear`` makes it.
+        longest: tokens of a prompt with its answer.
         batch_tokens: of a step, about.
         changes: of a new module's config.
 
@@ -71,7 +73,9 @@ def run(
     answers = work / "answers"
     crew = processes(target.shape.device)
     with crew.main_process_first():
-        examples = answer_all(llm, prompts, answers, max_tokens=max_tokens, on_done=on_answers)
+        examples = answer_all(
+            *(llm, prompts, answers), max_tokens=max_tokens, longest=longest, on_done=on_answers
+        )
     held = max(1, round(HELD_OUT * len(examples)))
     if held >= len(examples):
         raise InputError(f"{len(examples)} answered prompts are too few to train on; give more")

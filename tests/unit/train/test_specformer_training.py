@@ -19,7 +19,7 @@ from narrows.errors import InputError, NumericalError
 from narrows.train.examples import Example
 from narrows.train.linear_start import RIDGE, start_linear
 from narrows.train.loop import CHECKPOINT, HISTORY, LoopOptions, rate_at, train
-from narrows.train.prompts import from_data, from_file
+from narrows.train.prompts import from_data, from_file, long_from_data
 from narrows.train.specformer import SpecFormerObjective, common_tokens
 from tiny import pair, prompts
 
@@ -241,6 +241,20 @@ def test_the_rate_rises_and_falls():
     assert max(rates) == rates[5] == pytest.approx(1.0)
     assert rates == [*sorted(rates[:5]), *sorted(rates[5:], reverse=True)]
     assert rates[-1] == pytest.approx(0.02, abs=2e-3)
+
+
+def test_long_prompts_are_long_and_ask_about_one_of_their_texts(tmp_path):
+    path = tmp_path / "wiki_passages/passages.jsonl"
+    path.parent.mkdir()
+    rows = [{"title": f"Town {i}", "text": f"Town {i} lies by the sea. " * 5} for i in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = long_from_data(tmp_path, 5, 700, seed=1)
+    assert len(made) == len(set(made)) == 5
+    for prompt in made:
+        assert 700 <= len(prompt) < 1200
+        asked = prompt.rpartition("about ")[2].rstrip(".")
+        assert f"{asked}\n" in prompt
+    assert made == long_from_data(tmp_path, 5, 700, seed=1)
 
 
 def test_prompts(tmp_path):
