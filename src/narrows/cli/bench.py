@@ -1,0 +1,251 @@
+"""Commands that measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from narrows.cli.options import (
+    DEFAULT_MODEL,
+    Cache,
+    Data,
+    Device,
+    Dtype,
+    Model,
+    Out,
+    Picture,
+    Quick,
+    Rounds,
+    check_places,
+    report_rows,
+)
+
+app = typer.Typer(help="Measure, as ratios within one run.", no_args_is_help=True)
+
+
+@app.command("engine")
+def engine(
+    model: Model = DEFAULT_MODEL,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Repeatable; default bfloat16 and float32.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Repeatable; default 1, 8, 32.")] = None,
+    prefill: Annotated[
+        list[int] | None, typer.Option(help="Prompt tokens; default 1000, 4000, 8000.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens written for every prompt.")] = 64,
+    repeats: Rounds = 3,
+    vllm: Annotated[bool, typer.Option(help="Also vLLM's CPU build, in its own place.")] = False,
+    cache: Cache = "dense",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    quick: Quick = False,
+    json_file: Out = None,
+    plot: Picture = None,
+) -> None:
+    """Decoding and prefill against transformers' generate, in one process."""
+    from narrows.bench import engine, report
+
+    check_places(json_file, plot)
+    rows = engine.run(
+        model=model,
+        dtypes=dtype or ("bfloat16", "float32"),
+        batches=batch or (1, 8, 32),
+        prefill=prefill or (1000, 4000, 8000),
+        new_tokens=new_tokens,
+        repeats=repeats,
+        vllm=vllm,
+        cache=cache,
+        device=device,
+        seed=seed,
+        quick=quick,
+    )
+    report_rows(rows, rows, engine.COLUMNS, json_file)
+    if plot is not None:
+        report.draw(engine.curves(rows), plot, x="batch", panel="dtype")
+
+
+@app.command("draft")
+def draft(
+    model: Model = DEFAULT_MODEL,
+    data: Data = None,
+    draft: Annotated[
+        list[str] | None, typer.Option(help="Drafter spec or folder. Repeatable; default lookup.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Repeatable; default 1 to 32.")] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(help="Tokens of text to summarize; 0: short questions.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens written for every prompt.")] = 96,
+    rounds: Rounds = 3,
+    draft_tokens: Annotated[
+        int | None, typer.Option(help="Guesses verified a step; default: what is fastest.")
+    ] = None,
+    cache: Cache = "dense",
+    peers: Annotated[
+        bool, typer.Option(help="At batch 1, transformers and its prompt lookup too.")
+    ] = False,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    quick: Quick = False,
+    json_file: Out = None,
+    plot: Picture = None,
+) -> None:
+    """Drafting against plain decoding in the same engine."""
+    from narrows.bench import draft as bench
+    from narrows.bench import report
+
+    check_places(json_file, plot)
+    chosen = {"drafters": draft, "batches": batch, "contexts": context}
+    rows = bench.run(
+        model=model,
+        data=data,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        fixed=draft_tokens,
+        cache=cache,
+        peers=peers,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        quick=quick,
+        **{name: value for name, value in chosen.items() if value},  # type: ignore[arg-type]
+    )
+    report_rows(rows, bench.summary(rows), bench.COLUMNS, json_file)
+    if plot is not None:
+        report.draw(bench.curves(rows), plot, x="batch", panel="context")
+
+
+@app.command("compress")
+def compress(
+    model: Model = DEFAULT_MODEL,
+    data: Data = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="likelihood, answers, time, claims. Repeatable.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="gsm8k, longbench, lost_in_the_middle, key_value, needle."),
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="The first is compared with each other one.")
+    ] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="Shares of tokens kept.")] = None,
+    token_budget: Annotated[
+        int, typer.Option(help="Tokens kept of contexts longer than the window.")
+    ] = 2000,
+    limit: Annotated[int | None, typer.Option(help="Items a suite.")] = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of exemplars, deletion and bootstrap.")] = 0,
+    records: Annotated[
+        Path | None, typer.Option(help="Remembers each item, so that a run can go on.")
+    ] = None,
+    quick: Quick = False,
+    json_file: Out = None,
+    plot: Picture = None,
+) -> None:
+    """Compression methods at equal budgets: likelihood and score of the answers, and time."""
+    from narrows.bench import compress as bench
+    from narrows.bench import report
+
+    check_places(json_file, plot, records)
+    chosen = {"parts": part, "tasks": task, "methods": method, "keep": keep}
+    rows = bench.run(
+        model=model,
+        data=data,
+        token_budget=token_budget,
+        limit=limit,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        records=records,
+        quick=quick,
+        **{name: value for name, value in chosen.items() if value},  # type: ignore[arg-type]
+    )
+    report_rows(rows, bench.summary(rows), bench.COLUMNS, json_file)
+    if plot is not None:
+        report.draw(bench.curves(rows), plot, x="budget", panel="task")
+
+
+@app.command("cache")
+def cache(
+    model: Model = DEFAULT_MODEL,
+    data: Data = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="bytes, quality, retrieval, time, memory. Repeatable; default all."),
+    ] = None,
+    cache: Annotated[
+        list[str] | None, typer.Option(help="Cache policy spec. Repeatable; dense is always run.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="transformers, quanto4, quanto2, hqq4, hqq2 or none. Repeatable."),
+    ] = None,
+    versus: Annotated[
+        list[str] | None, typer.Option(help="What all others are compared with. Repeatable.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Of text, each from another document.")] = 16,
+    prefix: Annotated[int, typer.Option(help="Tokens of a window read as a prompt.")] = 1536,
+    decoded: Annotated[int, typer.Option(help="Tokens fed one by one after it.")] = 128,
+    held: Annotated[
+        list[int] | None, typer.Option(help="Tokens at which bytes count; 1024, 4096, 8192.")
+    ] = None,
+    retrieval: Annotated[
+        list[int] | None, typer.Option(help="Context tokens around a fact; default 1024, 2048.")
+    ] = None,
+    probes: Annotated[int, typer.Option(help="Facts a task, length and depth.")] = 4,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Contexts timed; 512, 1024, 2048, 4096, 8000.")
+    ] = None,
+    rounds: Rounds = 8,
+    steps: Annotated[int, typer.Option(help="Decoding steps a round.")] = 16,
+    memory: Annotated[int, typer.Option(help="Prompt tokens for peak memory.")] = 4096,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of text, facts and bootstrap.")] = 0,
+    quick: Quick = False,
+    json_file: Out = None,
+    plot: Picture = None,
+) -> None:
+    """Caches side by side: bytes, predictions against dense, retrieval, time, memory."""
+    from narrows.bench import cache as bench
+    from narrows.bench import report
+
+    check_places(json_file, plot)
+    chosen = {
+        "parts": part,
+        "caches": cache,
+        "peers": peer,
+        "versus": versus,
+        "held": held,
+        "retrieval": retrieval,
+        "lengths": length,
+    }
+    rows = bench.run(
+        model=model,
+        data=data,
+        windows=windows,
+        prefix=prefix,
+        decoded=decoded,
+        probes=probes,
+        rounds=rounds,
+        steps=steps,
+        memory=memory,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        quick=quick,
+        **{name: value for name, value in chosen.items() if value},  # type: ignore[arg-type]
+    )
+    if json_file is not None:
+        report.write_json(json_file, rows)
+    for table in bench.tables(rows):
+        Console().print(table)
+    if plot is not None:
+        report.draw_points(bench.points(rows), plot, x="true_bits")

@@ -1,0 +1,57 @@
+"""Options several commands share, and what they do with them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from narrows.errors import ConfigError
+
+stderr = Console(stderr=True, highlight=False)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Known name, hub id, folder or GGUF.")]
+Cache = Annotated[str, typer.Option(help="Cache policy spec.")]
+Draft = Annotated[str, typer.Option(help="Drafter spec, none or auto.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Data folder; default NARROWS_DATA, ../shared/data.")
+]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if present.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to write.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Nucleus: smallest set with this probability.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+Out = Annotated[Path | None, typer.Option("--json", help="Write one object a row here.")]
+Picture = Annotated[Path | None, typer.Option("--plot", help="Draw a PNG here.")]
+Quick = Annotated[bool, typer.Option(help="Tiny sizes, to see that all of it works.")]
+Rounds = Annotated[int, typer.Option(help="Rounds measured; medians are reported.")]
+DEFAULT_MODEL = "smollm2-135m"
+
+
+def write(text: str) -> None:
+    """Put text on standard output now."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def check_places(*files: Path | None) -> None:
+    """Refuse, before a long run, a file that could not be written after it."""
+    for file in files:
+        if file is not None and not os.access(file.absolute().parent, os.W_OK):
+            raise ConfigError(f"cannot write {file}: its folder is missing or not writable")
+
+
+def report_rows(rows: list[Any], shown: list[Any], columns: Any, json_file: Path | None) -> None:
+    """Write the rows and print a table of those shown."""
+    from narrows.bench import report
+
+    if json_file is not None:
+        report.write_json(json_file, rows)
+    Console().print(report.table(shown, columns))

@@ -1,0 +1,114 @@
+"""Commands that train."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from narrows.cli.options import (
+    DEFAULT_MODEL,
+    Data,
+    Device,
+    Dtype,
+    check_places,
+    write,
+)
+
+app = typer.Typer(help="Train small parts for a model.", no_args_is_help=True)
+
+
+@app.command("specformer")
+def specformer(
+    out: Annotated[Path, typer.Option(help="Folder for the drafter; a run there goes on.")],
+    target: Annotated[
+        str, typer.Option(help="Known name, hub id, folder or GGUF.")
+    ] = DEFAULT_MODEL,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON Lines of prompts; default: the data folder's.")
+    ] = None,
+    data: Data = None,
+    count: Annotated[int, typer.Option(help="Prompts taken from the data folder.")] = 2000,
+    long_count: Annotated[
+        int, typer.Option(help="Extension: as many long prompts from the data folder besides.")
+    ] = 0,
+    long_tokens: Annotated[int, typer.Option(help="Tokens of a long prompt, about.")] = 2000,
+    steps: Annotated[int, typer.Option(help="Updates.")] = 500,
+    slots: Annotated[int, typer.Option(help="Tokens forecast at once.")] = 4,
+    anchor: Annotated[bool, typer.Option(help="Extension: slots see the newest token.")] = False,
+    markov: Annotated[
+        int, typer.Option(help="Extension: rank of what a token adds to its followers' scores.")
+    ] = 0,
+    draft_vocab: Annotated[
+        int | None, typer.Option(help="Extension: guess from so many common tokens only.")
+    ] = None,
+    distill: Annotated[
+        float, typer.Option(help="Extension: share of the loss against the target's own scores.")
+    ] = 0.0,
+    linear_start: Annotated[
+        bool, typer.Option(help="Extension: begin as the best linear forecast.")
+    ] = False,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 6e-4,
+    answer_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of an update, about.")] = 4096,
+    save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 50,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Go on from this trained drafter.")
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of prompts, weights and order.")] = 0,
+) -> None:
+    """A SpecFormer drafter for a model, taught by the model's own answers. Runs in several
+    processes if started by `accelerate launch`."""
+    from narrows.bench.progress import Progress
+    from narrows.data import locate
+    from narrows.draft.specformer import SpecFormer
+    from narrows.draft.specformer_drafter import check_target
+    from narrows.llm import LLM
+    from narrows.train import specformer
+    from narrows.train.loop import LoopOptions, processes
+    from narrows.train.prompts import CHARACTERS, from_data, from_file, long_from_data
+
+    options = LoopOptions(steps=steps, rate=rate, save_every=save_every)
+    check_places(out)
+    texts = from_file(prompts) if prompts else from_data(locate(data), count, seed)
+    longest = 1024
+    if long_count:
+        texts += long_from_data(locate(data), long_count, CHARACTERS * long_tokens, seed)
+        random.Random(seed).shuffle(texts)  # those held out are the last
+        longest = max(longest, 2 * long_tokens)
+    first = processes(device).is_main_process
+    llm = LLM(target, draft="none", dtype=dtype, device=device)
+    module = None
+    if start is not None:
+        module = SpecFormer.load(start)
+        check_target(module.config, llm.model)
+    with Progress("answers, then updates", visible=first) as progress:
+        progress.expect(len(texts) + steps)
+        history = specformer.run(
+            llm,
+            texts,
+            out,
+            options,
+            module=module,
+            distill=distill,
+            linear_start=linear_start,
+            max_tokens=answer_tokens,
+            longest=longest,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            on_answers=progress.advance,
+            on_step=lambda step, told: progress.advance(),
+            slots=slots,
+            anchor=anchor,
+            markov=markov,
+            draft_vocab=draft_vocab,
+        )
+    if not first:
+        return
+    specformer.draw(history, out / "curves.png")
+    last = history[-1]
+    write(f"{out}: {last['kappa']:.2f} tokens a step on held-out answers, teacher-forced\n")
