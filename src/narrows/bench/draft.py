@@ -8,10 +8,14 @@ keeps a server's, and ``speed_up_to_end`` all, down to the last sequence of the 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from narrows.bench.contestants import Transformers
 from narrows.bench.progress import Progress
@@ -20,6 +24,7 @@ from narrows.bench.provenance import provenance
 from narrows.bench.report import Row, repeated_row, with_provenance
 from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
+from narrows.contracts import Asked, Draft, Drafter, FlatBatch, Offer
 from narrows.data import find, locate, read_rows
 from narrows.draft.specs import NONE, make_drafter
 from narrows.engine.engine import Engine, Step
@@ -35,13 +40,14 @@ PEER_MOST = 10
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One batch written once: tokens per second, of the full batch and down to its end, and
-    milliseconds a step while decoding, tokens committed a step and sequence, guesses verified a
-    step and sequence, shares of guesses kept by place, and the texts."""
+    """One batch written once: tokens per second, of the full batch and down to its end;
+    milliseconds a step, and the share of them that drafting takes; tokens committed and guesses
+    verified a step and sequence; shares of guesses kept by place; and the texts."""
 
     speed: float
     speed_to_end: float
     step_ms: float
+    drafting: float
     kappa: float
     kept: list[float]
     drafted: float
@@ -139,6 +145,7 @@ def _rows(model: str, sides: dict[str, list[Round]], where: dict[str, object]) -
         rows.append(one("speed_up", "1", [a.speed / b.speed for a, b in pairs], versus=base))
         to_end = [a.speed_to_end / b.speed_to_end for a, b in pairs]
         rows.append(one("speed_up_to_end", "1", to_end, versus=base))
+        rows.append(one("drafting", "share", [r.drafting for r in made]))
         rows.append(one("kappa", "tokens/step", [r.kappa for r in made]))
         rows.append(one("drafted", "tokens/step", [r.drafted for r in made]))
         for place in range(len(made[0].kept)):
@@ -157,10 +164,14 @@ def _write(
     prompts: Sequence[list[int]],
 ) -> Round:
     drafter = make_drafter(spec, llm.model)
-    machine = Engine(llm.model, parse_cache(cache), EngineConfig(draft_tokens=fixed), drafter)
+    clock = _Clocked(drafter) if drafter else None
+    machine = Engine(llm.model, parse_cache(cache), EngineConfig(draft_tokens=fixed), clock)
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     requests = [machine.submit(p, params) for p in prompts]
-    taken = list(machine.run())
+    taken, drafting = [], []
+    for step in machine.run():
+        taken.append(step)
+        drafting.append(clock.seconds if clock else 0.0)
     # The step that ends a sequence was still taken by the full batch.
     full = 1 + sum(s.running == len(prompts) for s in taken)
     steps = [s for s in taken if s.prompt_tokens == 0]
@@ -177,6 +188,8 @@ def _write(
         speed=_speed(whole),
         speed_to_end=_speed(steps),
         step_ms=1e3 * sum(s.seconds for s in whole) / len(whole),
+        drafting=(drafting[full - 1] - drafting[full - 1 - len(whole)])
+        / sum(s.seconds for s in whole),
         kappa=sum(m.generated_tokens for m in told) / passes,
         kept=kept,
         drafted=sum(m.drafted_tokens for m in told) / passes,
@@ -192,11 +205,40 @@ def _write_theirs(contestant: Transformers, new_tokens: int, prompts: list[list[
         speed=speed,
         speed_to_end=speed,
         step_ms=1e3 * sum(done.steps_s) / len(done.steps_s),
+        drafting=0.0,
         kappa=written / len(done.steps_s),
         kept=[],
         drafted=0.0,
         texts=done.tokens,
     )
+
+
+class _Clocked(Drafter):
+    """A drafter, and the seconds it has taken."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter, self.seconds = drafter, 0.0
+        self.name, self.most, self.taps = drafter.name, drafter.most, drafter.taps
+        self.build, self.estimate = drafter.build, drafter.estimate  # type: ignore[method-assign]
+        self.forget = drafter.forget  # type: ignore[method-assign]
+
+    def _clocked(self, method: Callable[..., Any], *given: Any) -> Any:
+        started = time.perf_counter()
+        done = method(*given)
+        self.seconds += time.perf_counter() - started
+        return done
+
+    def read(self, taps: Tensor, positions: Tensor, batch: FlatBatch) -> None:
+        self._clocked(self.drafter.read, taps, positions, batch)
+
+    def keep(self, numbers: Sequence[int], rows: Sequence[int]) -> None:
+        self._clocked(self.drafter.keep, numbers, rows)
+
+    def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
+        return self._clocked(self.drafter.offer, asked)  # type: ignore[no-any-return]
+
+    def propose(self, asked: Sequence[Asked]) -> list[Draft]:
+        return self._clocked(self.drafter.propose, asked)  # type: ignore[no-any-return]
 
 
 def _speed(steps: Sequence[Step]) -> float:

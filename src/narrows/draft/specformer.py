@@ -27,7 +27,7 @@ import torch
 from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from narrows.config import Settings
 from narrows.errors import ConfigError, ModelError
@@ -105,9 +105,8 @@ class GroupedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Float32 inside; in x's dtype."""
-        wide = x.float()
-        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (scaled * self.weight.float()).to(x.dtype)
+        scaled = rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return (scaled * self.weight).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -202,12 +201,15 @@ class SpecFormer(nn.Module):
         mixed = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
         return drafts + linear(mixed.transpose(1, 2).flatten(-2), self.between.out)
 
-    def followers(self, token: Tensor) -> Tensor | None:
-        """What embedded tokens ``[n, hidden]`` add to the scores of what follows each, ``[n,
-        draft_vocab]``; None without ``markov``."""
-        if self.before is None or self.after is None:
-            return None
-        return linear(linear(self._named(token), self.before), self.after)
+    def narrowed(self, token: Tensor) -> Tensor | None:
+        """Embedded tokens ``[n, hidden]`` as ``followers`` takes them, ``[n, markov]``; None
+        without ``markov``."""
+        return None if self.before is None else linear(self._named(token), self.before)
+
+    def followers(self, narrowed: Tensor) -> Tensor:
+        """What tokens add to the scores of those that follow each, ``[n, draft_vocab]``."""
+        assert self.after is not None
+        return linear(narrowed, self.after)
 
     def _named(self, token: Tensor) -> Tensor:
         assert self.token_norm is not None
@@ -269,6 +271,10 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary embedding of ``x`` ``[..., T, heads, dim]``, halves against each other."""
+    if not torch.is_grad_enabled() and x.is_cpu and x.ndim == 3 and x.dtype is torch.float32:
+        turned = x.contiguous()
+        native.norm_rotate_(turned, None, 0.0, cosine, sine)
+        return turned
     a, b = x.chunk(2, -1)
     turned = torch.cat([-b, a], -1)
     return x * cosine[..., None, :].to(x.dtype) + turned * sine[..., None, :].to(x.dtype)

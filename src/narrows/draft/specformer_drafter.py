@@ -42,6 +42,10 @@ class SpecFormerDrafter(Drafter):
         self.scale = config.head_dim**-0.5
         self.layer = len(target.shape.layers)
         self.shape = LayerShape(config.kv_heads, config.head_dim, config.head_dim)
+        with torch.inference_mode():
+            self.narrowed = self.module.narrowed(target.embed(torch.arange(config.vocab_size)))
+        every = torch.arange(target.shape.max_tokens, device=target.shape.device)
+        self.cosine, self.sine = target.rotary(every)
         self._rows: Tensor | None = None
         self._states: dict[int, Tensor] = {}
 
@@ -59,7 +63,7 @@ class SpecFormerDrafter(Drafter):
         """See Drafter."""
         module = self.module
         x = module.fused(taps)
-        cosine, sine = self.target.rotary(positions)
+        cosine, sine = self.cosine[positions], self.sine[positions]
         q, k, v = module.queries(x, cosine, sine)
         mixed = batch.attend(self.layer, q.contiguous(), k.contiguous(), v.contiguous(), self.scale)
         self._rows = module.attended(x, mixed.to(x.dtype))
@@ -89,17 +93,17 @@ class SpecFormerDrafter(Drafter):
         """The likeliest ``most`` tokens behind context vectors ``[n, hidden]`` and the token each
         was followed by, ``[n]``: int64 ``[n, most]``."""
         module, target = self.module, self.target
-        token = target.embed(newest).to(states.dtype)
-        slots = module.slots(states, token, most)
+        slots = module.slots(states, target.embed(newest).to(states.dtype), most)
         scores = native.linear(target.final_norm(slots.flatten(0, 1)), self.head)
         scores = scores.view(len(states), most, -1)
-        found: list[Tensor] = []
+        found, before = [], newest
         for slot in range(most):
-            more = module.followers(token)
-            best = (scores[:, slot] if more is None else scores[:, slot] + more).argmax(-1)
-            found.append(best if self.named is None else self.named[best])
-            if more is not None and slot + 1 < most:
-                token = target.embed(found[-1]).to(states.dtype)
+            likely = scores[:, slot]
+            if self.narrowed is not None:
+                likely = likely + module.followers(self.narrowed[before])
+            best = likely.argmax(-1)
+            before = best if self.named is None else self.named[best]
+            found.append(before)
         return torch.stack(found, 1)
 
     def forget(self, number: int) -> None:

@@ -151,7 +151,7 @@ class FlatModel:
         module = getattr(self.model.base_model, "rotary_emb", None)
         wide = torch.zeros(1, device=positions.device)
         if module is None:
-            flat = wide.expand(len(positions), self.shape.layers[-1].key_dim)
+            flat = wide.new_zeros((len(positions), self.shape.layers[-1].key_dim))
             return flat + 1.0, flat
         kinds = getattr(self.config, "layer_types", None)
         split = {"layer_type": "full_attention"} if hasattr(module, "layer_types") and kinds else {}

@@ -226,8 +226,10 @@ class SpecFormerObjective:
         normed = self.target.final_norm(states)
         scores = linear(normed.to(self.head.dtype), self.head).float()
         with torch.autocast(states.device.type, torch.bfloat16, enabled=self.narrow):
-            more = self.module.followers(self.target.embed(before).to(states.dtype))
-        return scores if more is None else scores + more.float()
+            narrowed = self.module.narrowed(self.target.embed(before).to(states.dtype))
+            if narrowed is not None:
+                scores = scores + self.module.followers(narrowed).float()
+        return scores
 
     def drafts(self, examples: Sequence[Example]) -> Drafts:
         """The places of ``examples`` that drafts start from: every one from the last of the prompt

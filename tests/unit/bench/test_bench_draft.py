@@ -7,7 +7,7 @@ import pytest
 from narrows.bench import draft
 from narrows.errors import ConfigError, InputError
 
-METRICS = {"speed", "step", "speed_up", "kappa", "drafted", "same_text", "kept_1"}
+METRICS = {"speed", "step", "speed_up", "kappa", "drafted", "drafting", "same_text", "kept_1"}
 
 
 @pytest.fixture

@@ -170,7 +170,7 @@ def test_extensions_look_at_the_token_before():
     scores = flat.final_norm(slots) @ flat.head[30:90].T
     for slot in range(4):
         before = newest if slot == 0 else found[:, slot - 1]
-        biased = scores[:, slot] + made.followers(flat.embed(before))
+        biased = scores[:, slot] + made.followers(made.narrowed(flat.embed(before)))
         assert torch.equal(biased.argmax(-1) + 30, found[:, slot])
 
 
