@@ -37,6 +37,16 @@ def specformer(
     long_tokens: Annotated[int, typer.Option(help="Tokens of a long prompt, about.")] = 2000,
     steps: Annotated[int, typer.Option(help="Updates.")] = 500,
     slots: Annotated[int, typer.Option(help="Tokens forecast at once.")] = 4,
+    taps: Annotated[
+        list[int] | None,
+        typer.Option(help="Hidden states read. Repeatable; default 0, half, the last two."),
+    ] = None,
+    positional: Annotated[
+        bool, typer.Option(help="A layer of its own for each slot; without it, a bias.")
+    ] = True,
+    draft_attention: Annotated[
+        str, typer.Option(help="Among the slots: bidirectional or causal.")
+    ] = "bidirectional",
     anchor: Annotated[bool, typer.Option(help="Extension: slots see the newest token.")] = False,
     markov: Annotated[
         int, typer.Option(help="Extension: rank of what a token adds to its followers' scores.")
@@ -103,9 +113,12 @@ def specformer(
             on_answers=progress.advance,
             on_step=lambda step, told: progress.advance(),
             slots=slots,
+            positional=positional,
+            draft_attention=draft_attention,
             anchor=anchor,
             markov=markov,
             draft_vocab=draft_vocab,
+            **({"taps": tuple(taps)} if taps else {}),
         )
     if not first:
         return

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, kl_div, linear
 from narrows.cache.dense import DensePolicy
 from narrows.contracts import FlatBatch
 from narrows.draft.specformer import SpecFormer, SpecFormerConfig
-from narrows.errors import InputError
+from narrows.errors import ConfigError, InputError
 from narrows.figure import new_figure, save_figure
 from narrows.llm import LLM
 from narrows.model.flat import FlatModel
@@ -67,7 +67,7 @@ def run(
         batch_tokens: of a step, about.
         changes: of a new module's config.
 
-    Raises InputError, ModelError or NumericalError as ``answer_all`` and ``train`` do.
+    Raises ConfigError for options that do not go together, and as ``answer_all`` and ``train`` do.
     """
     target, work = llm.model, out / "work"
     answers = work / "answers"
@@ -85,6 +85,8 @@ def run(
     objective = SpecFormerObjective(
         module, target, examples[:-held], tokens=batch_tokens, seed=seed, distill=distill
     )
+    if linear_start and module.spread is None:
+        raise ConfigError("a linear start needs the positional layer")
     if fresh and linear_start and not (work / CHECKPOINT).exists():
         start_linear(module, target, objective.read(LINEAR_EXAMPLES))
     told = hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]

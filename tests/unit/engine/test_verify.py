@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections import Counter
 
 import pytest
@@ -75,6 +76,8 @@ def test_accepting_and_replacing_add_up_to_the_target(seed: int) -> None:
 
 
 LENGTH = 3
+RUNS = int(os.environ.get("NARROWS_LAW_RUNS", "4000"))
+"""Texts written to compare their law; more find smaller faults."""
 
 
 def target_rows(prefix: tuple[int, ...], guesses: list[int], seed: int) -> Tensor:
@@ -146,7 +149,7 @@ SETTINGS = [
 def test_what_is_written_has_the_target_s_law(settings: dict, k: int, drawn: bool) -> None:
     one = sampler(seed=3, **settings)
     chance, q = torch.Generator().manual_seed(1), distribution(3, seed=2)
-    counts = Counter(write(one, q, chance, k, drawn) for _ in range(4000))
+    counts = Counter(write(one, q, chance, k, drawn) for _ in range(RUNS))
     assert g_test(counts, law(one)) > 1e-4
 
 
@@ -163,7 +166,7 @@ def test_the_test_of_the_law_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_module, "settle", biased)
     one = sampler(seed=3, temperature=1.0)
     chance, q = torch.Generator().manual_seed(1), distribution(3, seed=2)
-    counts = Counter(write(one, q, chance, 3, True) for _ in range(4000))
+    counts = Counter(write(one, q, chance, 3, True) for _ in range(RUNS))
     assert g_test(counts, law(one)) < 1e-4
 
 
