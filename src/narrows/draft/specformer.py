@@ -68,8 +68,8 @@ class SpecFormerConfig(Settings):
     def _check(self) -> Self:
         if self.heads % self.kv_heads:
             raise ValueError("heads must be a multiple of kv_heads")
-        if not self.taps or list(self.taps) != sorted(set(self.taps)):
-            raise ValueError("taps must rise")
+        if not self.taps or self.taps[0] < 0 or list(self.taps) != sorted(set(self.taps)):
+            raise ValueError("taps must be numbers of hidden states, from 0 on, in rising order")
         if self.draft_vocab is not None and self.draft_vocab > self.vocab_size:
             raise ValueError("draft_vocab must not exceed vocab_size")
         return self

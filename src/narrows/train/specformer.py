@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, kl_div, linear
 from narrows.cache.dense import DensePolicy
 from narrows.contracts import FlatBatch
 from narrows.draft.specformer import SpecFormer, SpecFormerConfig
+from narrows.draft.specformer_drafter import check_target
 from narrows.errors import ConfigError, InputError
 from narrows.figure import new_figure, save_figure
 from narrows.llm import LLM
@@ -107,6 +108,7 @@ def run(
 def new_module(target: FlatModel, examples: Sequence[Example], **changes: Any) -> SpecFormer:
     """An untrained module for ``target``, on its device. Raises ConfigError."""
     config = SpecFormerConfig.of(target, **changes)
+    check_target(config, target)
     module = SpecFormer(config)
     if config.draft_vocab is not None:
         module.vocabulary = common_tokens(examples, config.draft_vocab, config.vocab_size)

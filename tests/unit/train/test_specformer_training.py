@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from narrows.draft.specformer import SpecFormer, SpecFormerConfig
-from narrows.errors import InputError, NumericalError
+from narrows.errors import ConfigError, InputError, NumericalError
 from narrows.train.examples import Example
 from narrows.train.linear_start import RIDGE, start_linear
 from narrows.train.loop import CHECKPOINT, HISTORY, LoopOptions, rate_at, train
 from narrows.train.prompts import from_data, from_file, long_from_data
-from narrows.train.specformer import SpecFormerObjective, common_tokens
+from narrows.train.specformer import SpecFormerObjective, common_tokens, new_module
 from tiny import pair, prompts
 
 
@@ -120,6 +120,18 @@ def test_a_linear_start_is_the_best_linear_forecast(changes):
     gains = flat.final_norm(torch.ones(1, 48))[0]
     likeness = cosine_similarity(slots * gains, best[inner])
     assert likeness.min() > 0.9
+
+
+def test_modules_that_cannot_be_are_refused():
+    flat = pair("llama")[0]
+    for changes, told in (
+        ({"taps": (0, 2)}, "last tapped"),
+        ({"taps": (-1, 3)}, "rising order"),
+        ({"draft_attention": "none"}, "draft_attention"),
+        ({"draft_vocab": 500}, "draft_vocab"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            new_module(flat, examples(), **changes)
 
 
 def test_every_epoch_reads_every_example_once():
