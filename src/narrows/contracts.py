@@ -175,12 +175,24 @@ class Asked:
     kind: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Rows of a step, from ``first`` up to ``stop``, whose tokens stay in a sequence: the first of
+    them is its token number ``start``. The rows of one step after the other leave nothing out; a
+    sequence that lost its caches begins at 0 again."""
+
+    number: int
+    start: int
+    first: int
+    stop: int
+
+
 class Drafter(ABC):
     """Guesses what sequences will say next. Sequences are known by a number.
 
     In every engine step ``offer`` and then ``propose`` are asked first; the target reads the
-    newest tokens and the guesses; ``read`` sees what it made of them, and ``keep`` is told where
-    each sequence stands once the guesses have been verified.
+    newest tokens and the guesses; once these have been verified, ``read`` is shown what the target
+    made of all tokens that stay.
     """
 
     name: str
@@ -190,20 +202,13 @@ class Drafter(ABC):
     taps: tuple[int, ...] = ()
     """Hidden states of the target that ``read`` wants, as ``FlatModel.hidden_and_taps`` counts."""
 
-    def build(self) -> list[LayerCache]:
-        """Caches of its own for one sequence; they become further layers behind the target's."""
-        return []
-
     def estimate(self, tokens: int) -> int:
-        """Upper bound on the bytes of ``build``'s caches with that many tokens."""
+        """Upper bound on the bytes it holds for one sequence of that many tokens."""
         return 0
 
-    def read(self, taps: Tensor, positions: Tensor, batch: FlatBatch) -> None:  # noqa: B027
-        """See every row of a step: hidden states ``[T, len(taps), hidden_size]`` and positions
-        ``[T]``. Appends to its caches in ``batch``."""
-
-    def keep(self, numbers: Sequence[int], rows: Sequence[int]) -> None:  # noqa: B027
-        """The newest token of each sequence was read in that row of the step."""
+    def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:  # noqa: B027
+        """See the hidden states ``[T, len(taps), hidden_size]`` of a step's rows, and which rows
+        stay of every sequence that goes on. Called only if ``taps`` are wanted."""
 
     @abstractmethod
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:

@@ -24,7 +24,7 @@ from narrows.bench.provenance import provenance
 from narrows.bench.report import Row, repeated_row, with_provenance
 from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
-from narrows.contracts import Asked, Draft, Drafter, FlatBatch, Offer
+from narrows.contracts import Asked, Draft, Drafter, Kept, Offer
 from narrows.data import find, locate, read_rows
 from narrows.draft.specs import NONE, make_drafter
 from narrows.engine.engine import Engine, Step
@@ -219,8 +219,7 @@ class _Clocked(Drafter):
     def __init__(self, drafter: Drafter) -> None:
         self.drafter, self.seconds = drafter, 0.0
         self.name, self.most, self.taps = drafter.name, drafter.most, drafter.taps
-        self.build, self.estimate = drafter.build, drafter.estimate  # type: ignore[method-assign]
-        self.forget = drafter.forget  # type: ignore[method-assign]
+        self.estimate, self.forget = drafter.estimate, drafter.forget  # type: ignore[method-assign]
 
     def _clocked(self, method: Callable[..., Any], *given: Any) -> Any:
         started = time.perf_counter()
@@ -228,11 +227,8 @@ class _Clocked(Drafter):
         self.seconds += time.perf_counter() - started
         return done
 
-    def read(self, taps: Tensor, positions: Tensor, batch: FlatBatch) -> None:
-        self._clocked(self.drafter.read, taps, positions, batch)
-
-    def keep(self, numbers: Sequence[int], rows: Sequence[int]) -> None:
-        self._clocked(self.drafter.keep, numbers, rows)
+    def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:
+        self._clocked(self.drafter.read, taps, kept)
 
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
         return self._clocked(self.drafter.offer, asked)  # type: ignore[no-any-return]

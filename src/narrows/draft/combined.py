@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from narrows.contracts import Asked, Draft, Drafter, FlatBatch, LayerCache, Offer
+from narrows.contracts import Asked, Draft, Drafter, Kept, Offer
 from narrows.errors import ConfigError
 
 
@@ -24,23 +24,14 @@ class Combined(Drafter):
         self.taps = tapping[0].taps if tapping else ()
         self._tapping = tapping[0] if tapping else None
 
-    def build(self) -> list[LayerCache]:
-        """See Drafter."""
-        return self._tapping.build() if self._tapping else []
-
     def estimate(self, tokens: int) -> int:
         """See Drafter."""
         return sum(one.estimate(tokens) for one in self.drafters)
 
-    def read(self, taps: Tensor, positions: Tensor, batch: FlatBatch) -> None:
+    def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:
         """See Drafter."""
         if self._tapping:
-            self._tapping.read(taps, positions, batch)
-
-    def keep(self, numbers: Sequence[int], rows: Sequence[int]) -> None:
-        """See Drafter."""
-        for one in self.drafters:
-            one.keep(numbers, rows)
+            self._tapping.read(taps, kept)
 
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
         """See Drafter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,11 +10,23 @@ import torch
 from torch import Tensor
 
 from narrows.cache.dense import DenseLayer, DensePolicy
-from narrows.contracts import Asked, Draft, Drafter, FlatBatch, LayerCache, LayerShape, Offer
+from narrows.contracts import (
+    Asked,
+    Draft,
+    Drafter,
+    FlatBatch,
+    Kept,
+    LayerCache,
+    LayerShape,
+    Offer,
+)
 from narrows.draft.specformer import SpecFormer, SpecFormerConfig
 from narrows.errors import ConfigError
 from narrows.model.flat import FlatModel
 from narrows.ops import native
+
+READ_AT = 64
+"""Tokens of a sequence that are read at the latest when so many have gathered."""
 
 
 class SpecFormerDrafter(Drafter):
@@ -40,53 +53,73 @@ class SpecFormerDrafter(Drafter):
             head = head[self.named]
         self.head = head.contiguous()
         self.scale = config.head_dim**-0.5
-        self.layer = len(target.shape.layers)
         self.shape = LayerShape(config.kv_heads, config.head_dim, config.head_dim)
         with torch.inference_mode():
             self.narrowed = self.module.narrowed(target.embed(torch.arange(config.vocab_size)))
         every = torch.arange(target.shape.max_tokens, device=target.shape.device)
         self.cosine, self.sine = target.rotary(every)
-        self._rows: Tensor | None = None
-        self._states: dict[int, Tensor] = {}
-
-    def build(self) -> list[LayerCache]:
-        """See Drafter."""
-        target = self.target.shape
-        return [DenseLayer(self.shape, target.dtype, target.device)]
+        self._states: dict[int, _State] = {}
 
     def estimate(self, tokens: int) -> int:
         """See Drafter."""
-        return DensePolicy().estimate(replace(self.target.shape, layers=(self.shape,)), tokens)
+        shape = self.target.shape
+        unread = READ_AT * len(self.taps) * shape.hidden_size * 4
+        return DensePolicy().estimate(replace(shape, layers=(self.shape,)), tokens) + unread
+
+    def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:
+        """See Drafter. Where nothing is drafted, states gather, so that reading costs little."""
+        due = []
+        for rows in kept:
+            if rows.start == 0:
+                self._states[rows.number] = _State(self._cache())
+            state = self._states[rows.number]
+            state.unread.append(taps[rows.first : rows.stop])
+            if state.count_unread() >= READ_AT:
+                due.append(state)
+        if due:
+            self._catch_up(due)
 
     @torch.inference_mode()
-    def read(self, taps: Tensor, positions: Tensor, batch: FlatBatch) -> None:
-        """See Drafter."""
+    def _catch_up(self, states: Sequence[_State]) -> None:
+        """Take in what has gathered for sequences, in one pass."""
         module = self.module
-        x = module.fused(taps)
-        cosine, sine = self.cosine[positions], self.sine[positions]
-        q, k, v = module.queries(x, cosine, sine)
-        mixed = batch.attend(self.layer, q.contiguous(), k.contiguous(), v.contiguous(), self.scale)
-        self._rows = module.attended(x, mixed.to(x.dtype))
+        counts = [state.count_unread() for state in states]
+        ends = list(itertools.accumulate(counts))
+        spans = list(zip([0, *ends[:-1]], ends, strict=True))
+        places = [
+            torch.arange(state.cache.length, state.cache.length + count)
+            for state, count in zip(states, counts, strict=True)
+        ]
+        positions = torch.cat(places).to(self.target.shape.device)
+        x = module.fused(torch.cat([rows for state in states for rows in state.unread]))
+        q, k, v = module.queries(x, self.cosine[positions], self.sine[positions])
+        batch = FlatBatch(spans, [[state.cache] for state in states])
+        mixed = batch.attend(0, q.contiguous(), k.contiguous(), v.contiguous(), self.scale)
+        newest = torch.tensor(ends, device=x.device) - 1
+        contexts = module.attended(x[newest], mixed[newest].to(x.dtype))
+        for state, context in zip(states, contexts, strict=True):
+            state.context = context
+            state.unread.clear()
 
-    def keep(self, numbers: Sequence[int], rows: Sequence[int]) -> None:
-        """See Drafter."""
-        assert self._rows is not None
-        for number, row in zip(numbers, rows, strict=True):
-            self._states[number] = self._rows[row].clone()
-        self._rows = None
+    def _cache(self) -> LayerCache:
+        return DenseLayer(self.shape, self.target.shape.dtype, self.target.shape.device)
 
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
         """See Drafter."""
-        return [[Offer(self.name, one.k)] if one.number in self._states else [] for one in asked]
+        return [[Offer(self.name, one.k)] for one in asked]
 
     @torch.inference_mode()
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See Drafter. One pass for all."""
         if not asked:
             return []
-        states = torch.stack([self._states[one.number] for one in asked])
-        newest = torch.tensor([one.tokens[-1] for one in asked], device=states.device)
-        best = self.guesses(states, newest, max(one.k for one in asked)).tolist()
+        states = [self._states[one.number] for one in asked]
+        behind = [state for state in states if state.unread]
+        if behind:
+            self._catch_up(behind)
+        contexts = torch.stack([state.context for state in states])
+        newest = torch.tensor([one.tokens[-1] for one in asked], device=contexts.device)
+        best = self.guesses(contexts, newest, max(one.k for one in asked)).tolist()
         return [Draft(row[: one.k]) for one, row in zip(asked, best, strict=True)]
 
     def guesses(self, states: Tensor, newest: Tensor, most: int) -> Tensor:
@@ -109,6 +142,20 @@ class SpecFormerDrafter(Drafter):
     def forget(self, number: int) -> None:
         """See Drafter."""
         self._states.pop(number, None)
+
+
+class _State:
+    """What is known of one sequence: ``cache`` of the tokens read, hidden states of those not yet
+    read, and the context vector of the newest one that was."""
+
+    def __init__(self, cache: LayerCache) -> None:
+        self.cache = cache
+        self.unread: list[Tensor] = []
+        self.context = torch.empty(0)
+
+    def count_unread(self) -> int:
+        """Tokens not yet read."""
+        return sum(len(rows) for rows in self.unread)
 
 
 def check_target(config: SpecFormerConfig, target: FlatModel) -> None:

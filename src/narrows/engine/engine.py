@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from narrows.config import EngineConfig, SamplingParams
-from narrows.contracts import CachePolicy, Draft, Drafter
+from narrows.contracts import CachePolicy, Draft, Drafter, Kept
 from narrows.engine import memory, runner
 from narrows.engine.detokenize import StreamDecoder
 from narrows.engine.sampling import Sampled, Sampler
@@ -148,28 +148,36 @@ class Engine:
         drafts = [Draft([])] * len(work)
         if self.speculation:
             drafts = self.speculation.drafts(work, self._limit)
-        ready, rows, logits = runner.forward(self.model, work, drafts, self.drafter)
+        taps = self.drafter.taps if self.drafter else ()
+        starts = [item.sequence.computed for item in work]
+        done = runner.forward(self.model, work, drafts, taps)
         for item in work:
             if item.sequence.computed >= item.sequence.prompt_length:
                 item.sequence.seal()
-        if not ready:
-            return []
-        sequences = [work[i].sequence for i in ready]
-        tried = [drafts[i] for i in ready]
+        moved = self._verify(work, drafts, done) if done.ready else []
+        if self.drafter and done.taps is not None:
+            kept = []
+            for item, start, (first, _) in zip(work, starts, done.spans, strict=True):
+                if item.sequence.state is State.RUNNING:
+                    stays = item.sequence.computed - start
+                    kept.append(Kept(item.sequence.number, start, first, first + stays))
+            self.drafter.read(done.taps, kept)
+        return moved
+
+    def _verify(self, work: list[Work], drafts: list[Draft], done: runner.Pass) -> list[Move]:
+        """Commit what the target says to each sequence that is ready, and take the rest back."""
+        sequences = [work[i].sequence for i in done.ready]
+        tried = [drafts[i] for i in done.ready]
         committed = verify_batch(
-            [s.sampler for s in sequences], logits, [s.generated for s in sequences], tried
+            [s.sampler for s in sequences], done.logits, [s.generated for s in sequences], tried
         )
-        moved, newest = [], []
-        for sequence, draft, samples, row in zip(sequences, tried, committed, rows, strict=True):
+        moved = []
+        for sequence, draft, samples in zip(sequences, tried, committed, strict=True):
             if self.speculation:  # before the sequence may end and be forgotten
                 self.speculation.learn(sequence, draft, len(samples) - 1)
             tokens, text = self._accept(sequence, samples)
             sequence.settle(len(draft.tokens), len(tokens) - 1)
             moved.append(Move(sequence, tokens, text, len(draft.tokens)))
-            newest.append(row + len(samples) - 1)
-        if self.drafter:
-            going = [i for i, m in enumerate(moved) if m.sequence.state is State.RUNNING]
-            self.drafter.keep([moved[i].sequence.number for i in going], [newest[i] for i in going])
         return moved
 
     def _accept(self, sequence: Sequence, samples: list[Sampled]) -> tuple[list[int], str]:

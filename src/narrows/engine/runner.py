@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from narrows.contracts import Draft, Drafter, FlatBatch
+from narrows.contracts import Draft, FlatBatch, Span
 from narrows.engine.scheduler import Work
 from narrows.model.flat import FlatModel
 
 
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one pass made.
+
+    ``spans`` are the rows of each item of work, guesses included. ``ready`` numbers the items
+    whose newest token was read; ``logits`` float32 ``[n, vocab_size]`` are of what follows it and
+    each guess: those of the first such item, then of the next. ``taps`` as
+    ``FlatModel.hidden_and_taps`` gives them, if any were asked for.
+    """
+
+    spans: list[Span]
+    ready: list[int]
+    logits: Tensor
+    taps: Tensor | None
+
+
 def forward(
-    model: FlatModel, work: list[Work], drafts: Sequence[Draft], drafter: Drafter | None = None
-) -> tuple[list[int], list[int], Tensor]:
-    """Read every planned token, and behind a sequence's newest one its draft; the drafter sees
-    all of it. Returns which of ``work`` had their newest token read, its row in the step, and the
-    float32 logits of what follows it and each guess: those of the first such sequence, then of
-    the next, ``[n, vocab_size]``."""
+    model: FlatModel, work: list[Work], drafts: Sequence[Draft], taps: Sequence[int] = ()
+) -> Pass:
+    """Read every planned token, and behind a sequence's newest one its draft."""
     ids: list[int] = []
     positions: list[int] = []
     spans = []
     caches = []
     ready = []
-    newest: list[int] = []
     rows: list[int] = []
     for number, (item, draft) in enumerate(zip(work, drafts, strict=True)):
         sequence, start = item.sequence, item.sequence.computed
@@ -36,13 +49,12 @@ def forward(
         caches.append(sequence.caches)
         if start + item.count == len(sequence.tokens):
             ready.append(number)
-            newest.append(len(ids) - len(draft.tokens) - 1)
-            rows.extend(range(newest[-1], len(ids)))
+            rows.extend(range(len(ids) - len(draft.tokens) - 1, len(ids)))
     device, batch = model.shape.device, FlatBatch(spans, caches)
     tokens, places = (torch.tensor(x, device=device) for x in (ids, positions))
-    if drafter is not None and drafter.taps:
-        hidden, taps = model.hidden_and_taps(tokens, places, batch, drafter.taps)
-        drafter.read(taps, places, batch)
+    seen = None
+    if taps:
+        hidden, seen = model.hidden_and_taps(tokens, places, batch, taps)
     else:
         hidden = model.hidden(tokens, places, batch)
-    return ready, newest, model.logits(hidden[rows])
+    return Pass(spans, ready, model.logits(hidden[rows]), seen)

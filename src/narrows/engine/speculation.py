@@ -85,7 +85,7 @@ class Speculation:
 
 @dataclass(frozen=True)
 class DraftingPolicy:
-    """A cache policy with a drafter's caches behind it as further layers."""
+    """A cache policy whose estimates count what a drafter holds, too."""
 
     policy: CachePolicy
     drafter: Drafter
@@ -100,8 +100,8 @@ class DraftingPolicy:
         return DraftingPolicy(self.policy.holding(tokens), self.drafter)
 
     def build(self, shape: ModelShape) -> list[LayerCache]:
-        """See CachePolicy."""
-        return [*self.policy.build(shape), *self.drafter.build()]
+        """See CachePolicy: the target's."""
+        return self.policy.build(shape)
 
     def estimate(self, shape: ModelShape, tokens: int, sealed: bool = False) -> int:
         """See CachePolicy."""

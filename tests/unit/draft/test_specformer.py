@@ -116,24 +116,41 @@ def test_many_rows_are_each_by_itself(rows):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_the_engine_guesses_are_those_of_the_whole_sequence(family):
-    """Whatever the chunks of the prompt, and after any rollback."""
+@pytest.mark.parametrize(("chunk", "idle", "gather"), [(512, 0, 64), (7, 0, 64), (512, 12, 5)])
+def test_in_the_engine_guesses_are_those_of_the_whole_sequence(
+    family, chunk, idle, gather, monkeypatch
+):
+    """Whatever the chunks of the prompt, after any rollback, and after tokens behind which nothing
+    was guessed."""
+    monkeypatch.setattr("narrows.draft.specformer_drafter.READ_AT", gather)
     flat = pair(family)[0]
-    (prompt,) = prompts(1, longest=40, seed=5)
-    params = SamplingParams(max_tokens=12, ignore_eos=True)
-    for chunk in (512, 7):
-        drafter = SpecFormerDrafter(module(family), flat)
-        config = EngineConfig(cache_bytes=1 << 28, prefill_chunk=chunk, draft_tokens=3)
-        machine = Engine(flat, parse_cache("dense"), config, drafter)
-        request = machine.submit(prompt, params)
-        seen = {}
-        for _ in machine.run():
-            if drafter._states:
-                seen[len(request.tokens)] = drafter._states[request.number]
-        whole = contexts(module(family), family, request.tokens)
-        assert len(seen) > 3
-        for length, state in seen.items():
-            torch.testing.assert_close(state, whole[length - 2], rtol=1e-3, atol=1e-4)
+    asked = prompts(3, longest=40, seed=5)
+    drafter = SpecFormerDrafter(module(family), flat)
+    offer, propose, guesses, seen = drafter.offer, drafter.propose, drafter.guesses, []
+    drafter.offer = lambda a: [
+        o if len(one.tokens) > idle + len(asked[one.number]) else []
+        for o, one in zip(offer(a), a, strict=True)
+    ]
+
+    def note(asked):
+        told = [list(one.tokens) for one in asked]
+        drafter.guesses = lambda x, newest, most: (
+            seen.extend(zip(told, x, strict=True)) or guesses(x, newest, most)
+        )
+        return propose(asked)
+
+    drafter.propose = note
+    config = EngineConfig(cache_bytes=1 << 28, prefill_chunk=chunk, draft_tokens=3)
+    machine = Engine(flat, parse_cache("dense"), config, drafter)
+    for prompt in asked:
+        machine.submit(prompt, SamplingParams(max_tokens=idle + 12, ignore_eos=True))
+    for _ in machine.run():
+        pass
+    assert len(seen) > 8
+    assert not drafter._states
+    for tokens, context in seen:
+        whole = contexts(module(family), family, tokens)
+        torch.testing.assert_close(context, whole[-2], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
