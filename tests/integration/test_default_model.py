@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,8 @@ PROMPTS = [
     "User: How do I learn to swim?\nAssistant:",
 ]
 GREEDY = SamplingParams(max_tokens=16)
+DRAFTED = (64, 160) if os.environ.get("NARROWS_FULL") else (8, 40)
+"""Prompts, and tokens behind each, on which drafting is compared with plain decoding."""
 
 
 def run(model: FlatModel, batch: list[list[int]], **limits: int) -> list[list[int]]:
@@ -86,12 +89,12 @@ def write(
 
 @pytest.mark.parametrize(
     ("spec", "count", "tokens"),
-    [("dense", 64, 160), ("kivi:bits=4,residual=32,group=32", 8, 60), ("xquant", 8, 60)],
+    [("dense", *DRAFTED), ("kivi:bits=4,residual=32,group=32", 8, 60), ("xquant", 8, 60)],
 )
 def test_drafting_changes_no_token(
     smollm: FlatModel, data_folder: Path, spec: str, count: int, tokens: int
 ) -> None:
-    """10,240 greedy tokens over 64 real prompts, and fewer with quantised caches."""
+    """NARROWS_FULL=1 writes 10,240 greedy tokens over 64 real prompts, which takes minutes."""
     rows = read_rows(find(data_folder, "spec_bench/question"))
     texts = list(itertools.islice((row["turns"][0] for row in rows), 0, None, 2))[:count]
     chats = [[{"role": "user", "content": text[:600]}] for text in texts]
