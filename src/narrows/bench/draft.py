@@ -168,14 +168,18 @@ def _write(
     machine = Engine(llm.model, parse_cache(cache), EngineConfig(draft_tokens=fixed), clock)
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     requests = [machine.submit(p, params) for p in prompts]
-    taken, drafting = [], []
+    steps: list[Step] = []
+    whole: list[Step] = []
+    drafting, before, full = 0.0, 0.0, False
     for step in machine.run():
-        taken.append(step)
-        drafting.append(clock.seconds if clock else 0.0)
-    # The step that ends a sequence was still taken by the full batch.
-    full = 1 + sum(s.running == len(prompts) for s in taken)
-    steps = [s for s in taken if s.prompt_tokens == 0]
-    whole = [s for s in taken[:full] if s.prompt_tokens == 0]
+        spent = clock.seconds if clock else 0.0
+        if step.prompt_tokens == 0:
+            steps.append(step)
+            # The step that ends a sequence was still taken by the full batch.
+            if full or step.running == len(prompts):
+                whole.append(step)
+                drafting += spent - before
+        before, full = spent, step.running == len(prompts)
     if not whole:
         raise ConfigError(f"new_tokens {new_tokens} are written before all prompts are read")
     told = [r.metrics for r in requests]
@@ -188,8 +192,7 @@ def _write(
         speed=_speed(whole),
         speed_to_end=_speed(steps),
         step_ms=1e3 * sum(s.seconds for s in whole) / len(whole),
-        drafting=(drafting[full - 1] - drafting[full - 1 - len(whole)])
-        / sum(s.seconds for s in whole),
+        drafting=drafting / sum(s.seconds for s in whole),
         kappa=sum(m.generated_tokens for m in told) / passes,
         kept=kept,
         drafted=sum(m.drafted_tokens for m in told) / passes,
