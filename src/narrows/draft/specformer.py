@@ -96,7 +96,7 @@ class SpecFormerConfig(Settings):
 
 class GroupedRMSNorm(nn.Module):
     """Each of ``groups`` vectors ``[..., groups, size]`` over its root mean square, times its own
-    learned scale (3.2)."""
+    learned scale (3.2). One group alone may be given as ``[..., size]``."""
 
     def __init__(self, groups: int, size: int, eps: float) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``x`` ``[..., hidden]`` -> queries, keys and values ``[..., heads, dim]``."""
-        made = linear(self.norm(x[..., None, :])[..., 0, :], self.qkv)
+        made = linear(self.norm(x), self.qkv)
         wide = made.view(*made.shape[:-1], -1, self.dim)
         keys = self.heads + self.kv_heads
         return wide[..., : self.heads, :], wide[..., self.heads : keys, :], wide[..., keys:, :]
@@ -180,7 +180,7 @@ class SpecFormer(nn.Module):
         for the target's norm and head (3.4, 3.5). All slots attend, whatever ``most``. ``newest``
         ``[n, hidden]`` embeds the token behind each context, which only an anchor looks at."""
         config = self.config
-        y = self.spread_norm(x[:, None])[:, 0]
+        y = self.spread_norm(x)
         if self.anchor is not None:
             y = y + linear(self._named(newest), self.anchor)
         if self.spread is not None:
@@ -189,7 +189,7 @@ class SpecFormer(nn.Module):
             assert self.slot_bias is not None
             drafts = y[:, None] + self.slot_bias
         drafts = self.between_slots(drafts)[:, : most or config.slots]
-        gate_up = linear(self.mlp_norm(drafts[..., None, :])[..., 0, :], self.gate_up)
+        gate_up = linear(self.mlp_norm(drafts), self.gate_up)
         gate, up = gate_up.chunk(2, -1)
         return drafts + linear(silu(gate) * up, self.down)
 
@@ -213,7 +213,7 @@ class SpecFormer(nn.Module):
 
     def _named(self, token: Tensor) -> Tensor:
         assert self.token_norm is not None
-        return self.token_norm(token[:, None])[:, 0]  # type: ignore[no-any-return]
+        return self.token_norm(token)  # type: ignore[no-any-return]
 
     def forward(self, taps: Tensor, cosine: Tensor, sine: Tensor, lengths: Sequence[int]) -> Tensor:
         """Context vectors ``[T, hidden]`` of whole sequences of ``lengths``, end to end in

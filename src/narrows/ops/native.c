@@ -4,6 +4,7 @@
 #include "vector.h"
 
 #include <omp.h>
+#include <stdlib.h>
 
 /* ---- y[m,n] = x[m,:] . w[n,:] (+ bias[n]), w bfloat16 ------------------------------------- */
 
@@ -63,6 +64,20 @@ void linear_bf16(const float *x, const bf16 *w, const float *bias, float *y, int
   }
 }
 
+/* Aligned room for `size` numbers, the calling thread's own, until its next call. */
+#if defined __AVX512BF16__ || defined __AMX_BF16__
+static bf16 *scratch(int64_t size) {
+  static _Thread_local bf16 *held = 0;
+  static _Thread_local int64_t room = 0;
+  if (size > room) {
+    free(held);
+    held = aligned_alloc(64, size * sizeof(bf16));
+    room = size;
+  }
+  return held;
+}
+#endif
+
 /* ---- the same by AVX-512's products of bfloat16 pairs ----------------------------------------
  * x is rounded to bfloat16, as the wide products of more rows round it. A row's sums are made in
  * the same order whatever the rows beside it, so that it does not matter how rows are batched. */
@@ -72,7 +87,6 @@ void linear_bf16(const float *x, const bf16 *w, const float *bias, float *y, int
 #define DOT_K 32
 
 #ifdef __AVX512BF16__
-#include <stdlib.h>
 
 int bf16_dots(void) { return 1; }
 
@@ -120,16 +134,9 @@ static void round_rows(const float *x, bf16 *to, int64_t K, int64_t stride) {
 /* As linear_bf16, after bf16_dots() said yes. */
 void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y, int64_t M,
                      int64_t N, int64_t K, int threads) {
-  static _Thread_local bf16 *rounded = 0;
-  static _Thread_local int64_t room = 0;
   int64_t stride = (K + DOT_K - 1) / DOT_K * DOT_K;
   int64_t padded = (M + DOT_M - 1) / DOT_M * DOT_M, size = padded * stride;
-  if (size > room) {
-    free(rounded);
-    rounded = aligned_alloc(64, size * sizeof(bf16));
-    room = size;
-  }
-  bf16 *rows = rounded; /* a thread-local name would mean another buffer in each thread */
+  bf16 *rows = scratch(size);
   int64_t blocks = (N + DOT_N - 1) / DOT_N;
 #pragma omp parallel num_threads(threads)
   {
@@ -179,7 +186,6 @@ void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y,
 
 #ifdef __AMX_BF16__
 #include <immintrin.h>
-#include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -234,15 +240,8 @@ static void put_tile(const float *sums, const float *bias, float *y, int64_t row
 /* As linear_bf16, for N a multiple of 32, K of 32, after amx_ready() said yes. */
 void linear_bf16_amx(const float *x, const bf16 *w, const float *bias, float *y, int64_t M,
                      int64_t N, int64_t K, int threads) {
-  static _Thread_local bf16 *tiles = 0;
-  static _Thread_local int64_t room = 0;
   int64_t blocks = (M + TILE_X - 1) / TILE_X, steps = K / TILE_K, size = blocks * K * 2 * TILE_X;
-  if (size > room) {
-    free(tiles);
-    tiles = aligned_alloc(64, size * sizeof(bf16));
-    room = size;
-  }
-  bf16 *packed = tiles; /* a thread-local name would mean another buffer in each thread */
+  bf16 *packed = scratch(size);
 #pragma omp parallel num_threads(threads)
   {
     float sums[4][TILE_ROWS * 16] __attribute__((aligned(64)));

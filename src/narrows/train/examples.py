@@ -61,9 +61,13 @@ def answer_all(
     return examples
 
 
+def digest(prompts: Sequence[str]) -> str:
+    """Sixteen hexadecimal digits that tell lists of prompts apart."""
+    return hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
+
+
 def _origin(llm: LLM, prompts: Sequence[str], max_tokens: int, longest: int) -> str:
-    told = hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
-    return f"{llm.model.fingerprint} {told} {max_tokens} {longest}"
+    return f"{llm.model.fingerprint} {digest(prompts)} {max_tokens} {longest}"
 
 
 def _answer(llm: LLM, prompts: Sequence[str], max_tokens: int, longest: int) -> list[Example]:

@@ -51,7 +51,7 @@ def start_linear(
         if module.anchor is not None:
             assert module.token_norm is not None
             newest = target.embed(ids[start : start + len(coming)]).float()
-            read.append(module.token_norm(newest[:, None])[:, 0])
+            read.append(module.token_norm(newest))
         features = torch.cat(read, 1)
         rows = rows + len(features)
         square = square + features.T @ features

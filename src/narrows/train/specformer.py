@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from narrows.errors import ConfigError, InputError
 from narrows.figure import new_figure, save_figure
 from narrows.llm import LLM
 from narrows.model.flat import FlatModel
-from narrows.train.examples import Example, answer_all
+from narrows.train.examples import Example, answer_all, digest
 from narrows.train.linear_start import start_linear
 from narrows.train.loop import CHECKPOINT, LoopOptions, processes, train
 
@@ -90,13 +89,12 @@ def run(
         raise ConfigError("a linear start needs the positional layer")
     if fresh and linear_start and not (work / CHECKPOINT).exists():
         start_linear(module, target, objective.read(LINEAR_EXAMPLES))
-    told = hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
     history = train(
         module,
         objective.gradients,
         work,
         options,
-        data=f"{target.fingerprint} {told} {max_tokens} {batch_tokens} {seed} {distill}",
+        data=f"{target.fingerprint} {digest(prompts)} {max_tokens} {batch_tokens} {seed} {distill}",
         check=lambda: objective.check(examples[-held:]),
         on_step=on_step,
     )

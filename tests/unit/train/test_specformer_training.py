@@ -105,7 +105,7 @@ def test_a_linear_start_is_the_best_linear_forecast(changes):
         read = made.fuse_norm(taps[start - 1 : -1]).flatten(1)
         if changes:
             newest = flat.embed(torch.tensor(example.tokens[start:]))
-            read = torch.cat([read, made.token_norm(newest[:, None])[:, 0]], 1)
+            read = torch.cat([read, made.token_norm(newest)], 1)
         features.append(read)
         coming.append(taps[start:, -1])
     start_linear(made, flat, goal.read(99))
