@@ -181,7 +181,10 @@ def _write(
                 drafting += spent - before
         before, full = spent, step.running == len(prompts)
     if not whole:
-        raise ConfigError(f"new_tokens {new_tokens} are written before all prompts are read; give more")
+        raise ConfigError(
+            f"{len(prompts)} prompts are never decoded together: new_tokens {new_tokens} are written "
+            "while some are still being read; give more"
+        )
     told = [r.metrics for r in requests]
     passes = sum(m.steps for m in told)
     kept: list[float] = []
