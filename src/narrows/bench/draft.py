@@ -182,8 +182,8 @@ def _write(
         before, full = spent, step.running == len(prompts)
     if not whole:
         raise ConfigError(
-            f"{len(prompts)} prompts are never decoded together: new_tokens {new_tokens} are written "
-            "while some are still being read; give more"
+            f"{len(prompts)} prompts are never decoded together: new_tokens {new_tokens} "
+            "are written while some are still being read; give more"
         )
     told = [r.metrics for r in requests]
     passes = sum(m.steps for m in told)
