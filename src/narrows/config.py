@@ -23,6 +23,13 @@ class Settings(BaseModel):
             given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
             raise ConfigError(f"{where}: {first['msg']}{given}") from None
 
+    def spec(self, name: str, usual: Self) -> str:
+        """``name`` and, behind a colon, the fields that differ from ``usual``: the spec string
+        that says the same, see ``registry.split_spec``."""
+        changed = {k: v for k, v in self.model_dump().items() if v != getattr(usual, k)}
+        told = ",".join(f"{k}={v}" for k, v in changed.items())
+        return f"{name}:{told}" if told else name
+
 
 class SamplingParams(Settings):
     """How one request picks its tokens. Names and meanings are those of vLLM's class.

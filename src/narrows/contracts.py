@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -35,9 +35,15 @@ class LayerShape:
     window: int | None = None
 
 
+Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Cosines and sines float32 ``[n, key_dim]`` of positions int64 ``[n]``, in a model's
+full-attention layers; 1 and 0 for a model that knows places otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What caches, the scheduler and error messages need to know of a model."""
+    """What caches, the scheduler and error messages need to know of a model. ``rotary`` is None
+    where only its sizes are known."""
 
     family: str
     layers: tuple[LayerShape, ...]
@@ -47,6 +53,7 @@ class ModelShape:
     max_tokens: int
     dtype: torch.dtype
     device: torch.device
+    rotary: Rotary | None = field(default=None, compare=False, repr=False)
 
 
 class LayerCache(ABC):
@@ -126,6 +133,11 @@ class CachePolicy(Protocol):
     """Builds the layer caches of one sequence for a model. Made from a spec string."""
 
     @property
+    def rehearses(self) -> bool:
+        """Whether ``build``'s caches want their prompt read once more (``cache.rehearse``) before
+        they are sealed."""
+
+    @property
     def spec(self) -> str:
         """The spec string that makes this policy again."""
 
@@ -135,9 +147,9 @@ class CachePolicy(Protocol):
     def build(self, shape: ModelShape) -> list[LayerCache]:
         """One cache a layer, empty. Raises ConfigError if the model cannot take this policy."""
 
-    def estimate(self, shape: ModelShape, tokens: int, sealed: bool = False) -> int:
-        """Upper bound on the bytes one sequence of ``tokens`` tokens will hold, while its prompt
-        is being read or, ``sealed``, afterwards."""
+    def estimate(self, shape: ModelShape, tokens: int, prompt: int | None = None) -> int:
+        """Upper bound on the bytes one sequence of ``tokens`` tokens will hold: while they are
+        being read, or, sealed, when the first ``prompt`` of them were its prompt."""
 
 
 # ------------------------------------------------------------------------------------- drafting

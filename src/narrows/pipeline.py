@@ -163,7 +163,9 @@ def ask(
     savings.answer_tokens = done.metrics.generated_tokens
     savings.cache_bytes = done.metrics.cache_bytes
     whole = savings.document_tokens + len(ids) - savings.kept_tokens + savings.answer_tokens
-    savings.full_cache_bytes = llm.engine.policy.estimate(llm.model.shape, whole, sealed=True)
+    savings.full_cache_bytes = llm.engine.policy.estimate(
+        llm.model.shape, whole, whole - savings.answer_tokens
+    )
     savings.seconds["prefill"] = done.metrics.prefill_s
     savings.seconds["decode"] = done.metrics.decode_s
     savings.tokens_per_second = done.metrics.tokens_per_second

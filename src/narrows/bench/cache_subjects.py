@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from narrows.cache.rehearse import rehearse
 from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig
 from narrows.contracts import FlatBatch, LayerCache, LayerShape
@@ -70,6 +71,8 @@ class Ours:
         size = EngineConfig().prefill_chunk
         for start in range(0, len(prompt), size):
             self._forward([caches], [prompt[start : start + size]])
+        if self.policy.rehearses:
+            rehearse(self.model, caches, prompt)
         return _sealed(caches)
 
     def fill(self, tokens: int, seed: int) -> list[LayerCache]:

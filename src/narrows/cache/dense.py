@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -145,6 +146,8 @@ class DenseLayer(LayerCache):
 class DensePolicy:
     """Every layer dense: exact, and the yardstick of every other policy."""
 
+    rehearses: ClassVar[bool] = False
+
     @property
     def spec(self) -> str:
         """See CachePolicy."""
@@ -160,7 +163,7 @@ class DensePolicy:
         """See CachePolicy."""
         return [DenseLayer(layer, shape.dtype, shape.device) for layer in shape.layers]
 
-    def estimate(self, shape: ModelShape, tokens: int, sealed: bool = False) -> int:
+    def estimate(self, shape: ModelShape, tokens: int, prompt: int | None = None) -> int:
         """See CachePolicy. Sliding layers are counted as full ones while a prompt is read."""
         a_token = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in shape.layers)
         return max(capacity(tokens), BLOCK) * a_token * shape.dtype.itemsize

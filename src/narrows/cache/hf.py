@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from narrows.cache.evict import EvictPolicy
 from narrows.cache.stack import parse_cache
 from narrows.contracts import CachePolicy, LayerCache, ModelShape
 from narrows.errors import ConfigError, InputError, ModelError
@@ -55,6 +56,11 @@ def hf_cache(
     an architecture we do not know.
     """
     policy = parse_cache(spec) if isinstance(spec, str) else spec
+    if isinstance(policy, EvictPolicy):
+        raise ConfigError(
+            f"cache {policy.spec!r} drops tokens, which transformers' attention cannot follow; "
+            "use it with narrows.LLM"
+        )
     devices = set(getattr(model, "hf_device_map", {}).values())
     if len(devices) > 1:
         raise ConfigError(f"hf_cache needs the whole model on one device, not on {len(devices)}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -341,14 +341,12 @@ class QuantPolicy:
     name: str
     options: QuantOptions
     defaults: QuantOptions
+    rehearses: ClassVar[bool] = False
 
     @property
     def spec(self) -> str:
         """See CachePolicy: only what differs from the defaults, in the order of QuantOptions."""
-        usual = self.defaults.model_dump()
-        changed = {k: v for k, v in self.options.model_dump().items() if v != usual[k]}
-        told = ",".join(f"{k}={v}" for k, v in changed.items())
-        return f"{self.name}:{told}" if told else self.name
+        return self.options.spec(self.name, self.defaults)
 
     def holding(self, tokens: int) -> QuantPolicy:
         """See CachePolicy."""
@@ -384,9 +382,9 @@ class QuantPolicy:
             layers.append(made[place])
         return layers
 
-    def estimate(self, shape: ModelShape, tokens: int, sealed: bool = False) -> int:
+    def estimate(self, shape: ModelShape, tokens: int, prompt: int | None = None) -> int:
         """See CachePolicy."""
-        if not sealed:
+        if prompt is None:
             return DensePolicy().estimate(shape, tokens)
         return self._bytes(shape, tokens, most=True)
 

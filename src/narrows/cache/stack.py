@@ -16,6 +16,8 @@ POLICIES: Registry[Callable[..., CachePolicy]] = Registry("cache policy")
 POLICIES.add("dense", "narrows.cache.dense:DensePolicy")
 for _name in ("kivi", "asymkv", "xquant"):
     POLICIES.add(_name, f"narrows.cache.quantized:{_name}")
+for _name in ("streaming", "h2o", "tova", "snapkv", "pyramidkv", "expected", "kvzip", "evict"):
+    POLICIES.add(_name, f"narrows.cache.evict:{_name}")
 
 
 def parse_cache(spec: str) -> CachePolicy:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from narrows.cache.rehearse import rehearse
 from narrows.config import EngineConfig, SamplingParams
 from narrows.contracts import CachePolicy, Draft, Drafter, Kept
 from narrows.engine import memory, runner
@@ -153,7 +154,7 @@ class Engine:
         done = runner.forward(self.model, work, drafts, taps)
         for item in work:
             if item.sequence.computed >= item.sequence.prompt_length:
-                item.sequence.seal()
+                self._seal(item.sequence)
         moved = self._verify(work, drafts, done) if done.ready else []
         if self.drafter and done.taps is not None:
             kept = []
@@ -163,6 +164,14 @@ class Engine:
                     kept.append(Kept(item.sequence.number, start, first, first + stays))
             self.drafter.read(done.taps, kept)
         return moved
+
+    def _seal(self, sequence: Sequence) -> None:
+        """Let the caches of a sequence whose prompt has been read compress it, once."""
+        if sequence.sealed:
+            return
+        if self.policy.rehearses and sequence.caches is not None:
+            rehearse(self.model, sequence.caches, sequence.tokens[: sequence.prompt_length])
+        sequence.seal()
 
     def _verify(self, work: list[Work], drafts: list[Draft], done: runner.Pass) -> list[Move]:
         """Commit what the target says to each sequence that is ready, and take the rest back."""

@@ -67,7 +67,7 @@ class Scheduler:
         longest = min(window, prompt + sequence.params.max_tokens) + self.ahead
         need = max(
             self.policy.estimate(self.shape, prompt),
-            self.policy.estimate(self.shape, longest, sealed=True),
+            self.policy.estimate(self.shape, longest, prompt),
         )
         if need > self.cache_bytes:
             raise RequestRejected(
@@ -103,10 +103,11 @@ class Scheduler:
 
     def _cost(self, sequence: Sequence) -> int:
         longest = len(sequence.tokens) + 1 + self.ahead
-        cost = self.policy.estimate(self.shape, longest, sealed=True)
+        prompt = sequence.prompt_length
+        cost = self.policy.estimate(self.shape, longest, prompt)
         if sequence.sealed:
             return cost
-        return max(cost, self.policy.estimate(self.shape, sequence.prompt_length))
+        return max(cost, self.policy.estimate(self.shape, prompt))
 
     def _shrink(self) -> None:
         used = sum(map(self._cost, self.running))

@@ -75,12 +75,11 @@ class Sequence:
             self.metrics.queued_s = self._admitted - self._submitted
 
     def seal(self) -> None:
-        """Tell the caches, once, that the prompt has been read."""
-        if not self.sealed:
-            self._note_peak()
-            for cache in self.caches or ():
-                cache.seal()
-            self.sealed = True
+        """Tell the caches that the prompt has been read."""
+        self._note_peak()
+        for cache in self.caches or ():
+            cache.seal()
+        self.sealed = True
 
     def preempt(self) -> None:
         """Give the cache back and wait; tokens and random state are kept, so the text goes on

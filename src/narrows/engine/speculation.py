@@ -95,6 +95,11 @@ class DraftingPolicy:
         """See CachePolicy: the target's."""
         return self.policy.spec
 
+    @property
+    def rehearses(self) -> bool:
+        """See CachePolicy: the target's."""
+        return self.policy.rehearses
+
     def holding(self, tokens: int) -> DraftingPolicy:
         """See CachePolicy."""
         return DraftingPolicy(self.policy.holding(tokens), self.drafter)
@@ -103,6 +108,6 @@ class DraftingPolicy:
         """See CachePolicy: the target's."""
         return self.policy.build(shape)
 
-    def estimate(self, shape: ModelShape, tokens: int, sealed: bool = False) -> int:
+    def estimate(self, shape: ModelShape, tokens: int, prompt: int | None = None) -> int:
         """See CachePolicy."""
-        return self.policy.estimate(shape, tokens, sealed) + self.drafter.estimate(tokens)
+        return self.policy.estimate(shape, tokens, prompt) + self.drafter.estimate(tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from narrows.model import attention, hub
 from narrows.model.adapter import check_supported, model_shape
 from narrows.model.fast import FastDecoder
 from narrows.model.pretrained import from_folder, weights_from_folder
+from narrows.model.rotary import ModelRotary
 from narrows.model.taps import tapped
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +43,9 @@ class FlatModel:
         self.tokenizer = tokenizer
         self.name = name
         self.config = model.config
-        self.shape: ModelShape = model_shape(model.config, parameter.dtype, parameter.device)
+        self.rotary = ModelRotary(model)
+        shape = model_shape(model.config, parameter.dtype, parameter.device)
+        self.shape: ModelShape = replace(shape, rotary=self.rotary)
         self._head: nn.Module = model.get_output_embeddings()
         self.eos_ids = _eos_ids(model, tokenizer)
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
@@ -143,20 +147,6 @@ class FlatModel:
         norm = base.ln_f if hasattr(base, "ln_f") else base.norm
         normed: Tensor = norm(states)
         return normed
-
-    @torch.inference_mode()
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines float32 ``[n, key_dim]`` of the model's full-attention layers; 1 and 0
-        for a model that knows places otherwise."""
-        module = getattr(self.model.base_model, "rotary_emb", None)
-        wide = torch.zeros(1, device=positions.device)
-        if module is None:
-            flat = wide.new_zeros((len(positions), self.shape.layers[-1].key_dim))
-            return flat + 1.0, flat
-        kinds = getattr(self.config, "layer_types", None)
-        split = {"layer_type": "full_attention"} if hasattr(module, "layer_types") and kinds else {}
-        cosine, sine = module(wide, positions[None], **split)
-        return cosine[0], sine[0]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

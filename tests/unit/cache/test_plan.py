@@ -66,7 +66,7 @@ def test_the_estimate_bounds_every_shorter_length(
 ) -> None:
     """A request is admitted by its longest length, but tails are fuller on the way there."""
     made, spec = shape(4), f"xquant:{SMALL},fold={rule},sink={sink},hold={hold}"
-    most = policy(spec).estimate(made, tokens, sealed=True)
+    most = policy(spec).estimate(made, tokens, tokens)
     assert all(policy(spec).nbytes(made, t) <= most for t in range(1, tokens + 1, 3))
 
 
@@ -79,7 +79,7 @@ def test_the_estimate_bounds_what_is_held_within_a_step(rule: str) -> None:
             q, k, v = rows(1)
             cache.append(k, v)
             held = cache.nbytes
-            assert held * 2 <= policy(spec).estimate(shape(2), cache.length, sealed=True)
+            assert held * 2 <= policy(spec).estimate(shape(2), cache.length, cache.length)
             cache.attend(q, 0.2)
 
 

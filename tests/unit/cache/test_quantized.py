@@ -460,8 +460,8 @@ def test_prefill_is_exact_and_decoding_is_not() -> None:
 def test_more_requests_fit_a_byte_budget_than_dense() -> None:
     made = pair("llama")[0].shape
     spec = parse_cache(f"kivi:{SMALL}")
-    dense = DensePolicy().estimate(made, 400, sealed=True)
-    assert spec.estimate(made, 400, sealed=True) < dense / 2
+    dense = DensePolicy().estimate(made, 400, 400)
+    assert spec.estimate(made, 400, 400) < dense / 2
     assert spec.estimate(made, 400) == DensePolicy().estimate(made, 400)
 
 

@@ -1,0 +1,461 @@
+"""Eviction: at the end of its prompt a layer frees the tokens that its scorer rates lowest.
+
+StreamingLLM, H2O, SnapKV, PyramidKV, TOVA, Expected Attention, KVzip and SpindleKV's first stage
+(arXiv 2507.06517, section 4 of the sheet) are one policy with different defaults: a scorer
+(``cache.scores``), a schedule over layers and a choice per head (``cache.budget``). Every KV head
+holds its own tokens in a buffer of its own, so what is dropped is really freed. Tokens read later
+are all kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from narrows.cache import rehearse, scores
+from narrows.cache.budget import Choice, Heads, Schedule, choose, layer_counts
+from narrows.cache.dense import BLOCK, FEW, DenseLayer, DensePolicy, capacity
+from narrows.cache.scores import Scorer
+from narrows.config import Settings
+from narrows.contracts import LayerCache, LayerShape, ModelShape, Span
+from narrows.errors import ConfigError
+from narrows.ops import ragged
+from narrows.ops.attention import causal_attention, visible
+from narrows.ops.native import attention_dtype
+
+GROWTH = 64
+"""Buffers grow by so many tokens. A step reads all of a buffer anyway, so copying it every 64
+steps costs little, and a small cache is not hidden behind its slack."""
+
+ScorerName = Literal[
+    "window",
+    "accumulated",
+    "expected",
+    "reconstruction",
+    "key_norm",
+    "key_difference",
+    "recency",
+    "random",
+]
+
+
+class EvictOptions(Settings):
+    """Options of the eviction policies.
+
+    ``keep`` is the share of the prompt's tokens that stays, on average over layers. The newest
+    ``window`` tokens and the first ``sinks`` are among them. ``recent`` is the share of a layer's
+    tokens that goes to the newest ones, if that is more than ``window``. ``score`` names a scorer
+    of ``cache.scores``; ``score_norm``, ``pool`` and ``pool_kernel`` are of those that read
+    attention. ``schedule`` and ``beta``, ``heads``, ``adaptive`` and ``floor`` are explained in
+    ``cache.budget``. ``seed`` is of the random scorer.
+    """
+
+    keep: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    score: ScorerName = "window"
+    window: Annotated[int, Field(ge=1)] = 32
+    sinks: Annotated[int, Field(ge=0)] = 0
+    recent: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    score_norm: Literal["window", "eq2"] = "window"
+    pool: Literal["none", "avg", "max"] = "none"
+    pool_kernel: Annotated[int, Field(ge=1)] = 7
+    schedule: Schedule = "flat"
+    beta: Annotated[float, Field(gt=0.0)] = 0.05
+    heads: Heads = "union"
+    adaptive: bool = False
+    floor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pool_kernel % 2 == 0:
+            raise ValueError("pool_kernel must be odd")
+        if self.adaptive and self.heads not in ("mean", "max"):
+            raise ValueError(f"adaptive needs heads=mean or max, not {self.heads}")
+        if self.schedule == "pyramid" and self.beta >= 1:
+            raise ValueError("beta must be below 1 with schedule=pyramid")
+        if self.schedule == "pyramidkv" and self.beta < 1:
+            raise ValueError("beta must be at least 1 with schedule=pyramidkv")
+        return self
+
+
+def make_scorer(options: EvictOptions, shape: ModelShape, place: int) -> Scorer:
+    """A scorer for layer number ``place``. Raises ConfigError if the model cannot be scored so."""
+    if options.score == "window":
+        return scores.WindowAttention(
+            options.window, options.score_norm, options.pool, options.pool_kernel
+        )
+    if options.score == "accumulated":
+        return scores.AccumulatedAttention(options.score_norm)
+    if options.score == "expected":
+        if shape.rotary is None:
+            raise ConfigError("score=expected needs a loaded model's rotary tables")
+        return scores.ExpectedAttention(shape.rotary, options.sinks)
+    if options.score == "random":
+        return scores.Chance(options.seed * 1009 + place)
+    plain: dict[str, Callable[[], Scorer]] = {
+        "reconstruction": scores.Reconstruction,
+        "key_norm": scores.KeyNorm,
+        "key_difference": scores.KeyDifference,
+        "recency": scores.Recency,
+    }
+    return plain[options.score]()
+
+
+class HeadStore:
+    """Keys and values of KV heads that hold different tokens, one buffer ``[1, capacity, dim]`` a
+    head and side. ``seen`` bool ``[group, n]`` says which query heads see a head's first ``n``
+    tokens; they all see the rest."""
+
+    def __init__(self, k: Tensor, v: Tensor, choice: Choice) -> None:
+        """Copies what ``choice`` keeps of ``k`` and ``v`` ``[kv_heads, n, dim]``."""
+        self.held = [len(tokens) for tokens in choice.tokens]
+        self.k, self.v = (
+            [_buffer(x[head, tokens]) for head, tokens in enumerate(choice.tokens)] for x in (k, v)
+        )
+        self.seen = choice.seen
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Add tokens ``[n, kv_heads, dim]`` to every head."""
+        n = len(k)
+        self.reserve(n)
+        for head, held in enumerate(self.held):
+            self.k[head][0, held : held + n] = k[:, head]
+            self.v[head][0, held : held + n] = v[:, head]
+        self.held = [held + n for held in self.held]
+
+    def reserve(self, n: int) -> None:
+        """Make sure the buffers take ``n`` more tokens."""
+        for side in (self.k, self.v):
+            for head, held in enumerate(self.held):
+                if held + n > side[head].shape[1]:
+                    side[head] = _buffer(side[head][0, :held], n)
+
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        """See LayerCache."""
+        group = q.shape[1] // len(self.held)
+        dtype = attention_dtype(q, self.k[0].dtype)
+        outs = []
+        for head, held in enumerate(self.held):
+            rows = q[:, head * group : (head + 1) * group]
+            k, v = self.k[head][:, :held], self.v[head][:, :held]
+            if self.seen is None:
+                outs.append(causal_attention(rows, k, v, scale, None, dtype))
+            else:
+                outs.append(_masked_attention(rows, k, v, scale, self.seen[head], dtype))
+        return torch.cat(outs, 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        every = [*self.k, *self.v, *(self.seen or ())]
+        return sum(x.untyped_storage().nbytes() for x in every)
+
+
+def _buffer(x: Tensor, more: int = 0) -> Tensor:
+    """``x`` ``[n, dim]`` copied into a buffer that has room for ``more`` tokens and some."""
+    made = x.new_empty((1, room(len(x) + more), x.shape[1]))
+    made[0, : len(x)] = x
+    return made
+
+
+def room(tokens: int) -> int:
+    """Tokens a buffer is given when it must hold ``tokens``."""
+    return -(-tokens // GROWTH) * GROWTH
+
+
+def _masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``causal_attention`` of one KV head some of whose first tokens only some query heads see."""
+    n, tokens = len(q), k.shape[1]
+    mask = visible(tokens - n, n, tokens, None, q.device).repeat(q.shape[1], 1, 1)
+    mask[:, :, : seen.shape[1]] &= seen[:, None]
+    rows = q.transpose(0, 1).to(dtype)
+    scores = (rows @ k[0].to(dtype).T).float() * scale
+    weights = scores.masked_fill_(~mask, -torch.inf).softmax(-1)
+    return (weights.to(dtype) @ v[0].to(dtype)).transpose(0, 1).to(q.dtype)
+
+
+class EvictLayer(LayerCache):
+    """One layer: dense while its prompt is read, then what ``seal`` keeps of it and all later
+    tokens.
+
+    ``number`` counts full-attention layers, of which the model has ``layers``.
+    """
+
+    def __init__(
+        self,
+        options: EvictOptions,
+        scorer: Scorer,
+        shape: LayerShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        number: int,
+        layers: int,
+    ) -> None:
+        self.options, self.number, self.layers = options, number, layers
+        self.prompt: DenseLayer | None = DenseLayer(shape, dtype, device)
+        self.scorer: Scorer | None = scorer
+        self.store: HeadStore | None = None
+        self._length = self._sealed_at = 0
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        """See LayerCache: tokens read, those dropped since included."""
+        return self._length if self.prompt is None else self.prompt.length
+
+    @property
+    def kept(self) -> HeadStore:
+        """What a sealed layer holds."""
+        assert self.store is not None
+        return self.store
+
+    def seal(self) -> None:
+        """See LayerCache: rate the prompt's tokens, keep the best, free the rest."""
+        if self.prompt is None or self.scorer is None:
+            return
+        self._length = self._sealed_at = self.prompt.length
+        self.store = HeadStore(self.prompt.k, self.prompt.v, self.choice())
+        self.prompt = self.scorer = None
+
+    def choice(self) -> Choice:
+        """What ``seal`` would keep now."""
+        assert self.prompt is not None
+        assert self.scorer is not None
+        options, tokens = self.options, self.prompt.length
+        count = layer_counts(
+            options.schedule, options.keep, options.beta, options.window, tokens, self.layers
+        )[self.number]
+        window = min(tokens, max(options.window, int(options.recent * count)))
+        if count >= tokens:
+            everything = torch.arange(tokens, device=self.prompt.k.device)
+            return Choice([everything] * self.prompt.shape.kv_heads)
+        return choose(
+            self.scorer.rate(self.prompt),
+            count,
+            heads=options.heads,
+            kv_heads=self.prompt.shape.kv_heads,
+            sinks=options.sinks,
+            window=window,
+            adaptive=options.adaptive,
+            floor=options.floor,
+        )
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """See LayerCache."""
+        if self.prompt is not None:
+            self.prompt.append(k, v)
+        else:
+            self.kept.append(k, v)
+            self._length += len(k)
+
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        """See LayerCache."""
+        if self.prompt is None:
+            return self.kept.attend(q, scale)
+        assert self.scorer is not None
+        self.scorer.see(q, self.prompt, scale)
+        return self.prompt.attend(q, scale)
+
+    @classmethod
+    def step(
+        cls,
+        caches: Sequence[LayerCache],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spans: Sequence[Span],
+        scale: float,
+    ) -> Tensor:
+        """See LayerCache. On the CPU all sealed sequences with few new tokens go in one kernel
+        call, which takes each of their KV heads for a sequence of its own."""
+        few: list[tuple[EvictLayer, Span]] = []
+        rest: list[tuple[EvictLayer, Span]] = []
+        for cache, (a, b) in zip(caches, spans, strict=True):
+            assert isinstance(cache, EvictLayer)
+            quick = cache.prompt is None and b - a <= FEW and cache.kept.seen is None
+            quick = quick and ragged.supported(q[:, : q.shape[1] // k.shape[1]], cache.kept.k[0])
+            (few if quick else rest).append((cache, (a, b)))
+        if not few:
+            return super().step(caches, q, k, v, spans, scale)
+        out = _step_few(few, q, k, v, scale)
+        for cache, (a, b) in rest:
+            cache.append(k[a:b], v[a:b])
+            out[a:b] = cache.attend(q[a:b], scale)
+        return out
+
+    def rollback(self, n: int) -> None:
+        """See LayerCache. What came before ``seal`` cannot be taken back after it: ValueError."""
+        if self.prompt is not None:
+            self.prompt.rollback(n)
+            return
+        if not 0 <= n <= self._length - self._sealed_at:
+            raise ValueError(f"cannot roll back {n} tokens: the prompt has been thinned out")
+        self.kept.held = [held - n for held in self.kept.held]
+        self._length -= n
+
+    def materialize(self) -> tuple[Tensor, Tensor]:
+        """See LayerCache. Raises ConfigError where KV heads hold different numbers of tokens."""
+        if self.prompt is not None:
+            return self.prompt.materialize()
+        held = self.kept.held
+        if len(set(held)) > 1:
+            raise ConfigError("KV heads hold different numbers of tokens")
+        k, v = (torch.cat([x[:, : held[0]] for x in s]) for s in (self.kept.k, self.kept.v))
+        return k.transpose(0, 1), v.transpose(0, 1)
+
+    @property
+    def nbytes(self) -> int:
+        """See LayerCache."""
+        return self.kept.nbytes if self.prompt is None else self.prompt.nbytes
+
+
+def _step_few(
+    few: list[tuple[EvictLayer, Span]], q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> Tensor:
+    rows, kv_heads = k.shape[:2]
+    places = []
+    for cache, (a, b) in few:
+        kept = cache.kept
+        kept.reserve(b - a)
+        kept.held = [held + b - a for held in kept.held]
+        cache._length += b - a
+        for head, held in enumerate(kept.held):
+            place = ragged.Place(kept.k[head], kept.v[head], held, head * rows + a, b - a)
+            places.append(place)
+
+    def by_head(x: Tensor) -> Tensor:
+        split = x.reshape(rows, kv_heads, -1, x.shape[2]).transpose(0, 1)
+        return split.reshape(kv_heads * rows, -1, x.shape[2])
+
+    mixed = ragged.append_attend(places, by_head(q), by_head(k), by_head(v), scale, None)
+    return mixed.view(kv_heads, rows, -1, v.shape[2]).transpose(0, 1).flatten(1, 2).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class EvictPolicy:
+    """Builds evicting layers. ``defaults`` are what ``name`` stands for; ``options`` differ from
+    them where the user said so. Sliding-window layers are dense: they free tokens by themselves."""
+
+    name: str
+    options: EvictOptions
+    defaults: EvictOptions
+
+    @property
+    def spec(self) -> str:
+        """See CachePolicy: only what differs from the defaults, in the order of EvictOptions."""
+        return self.options.spec(self.name, self.defaults)
+
+    @property
+    def rehearses(self) -> bool:
+        """See CachePolicy."""
+        return self.options.score == "reconstruction" and self.options.keep < 1
+
+    def holding(self, tokens: int) -> EvictPolicy:
+        """See CachePolicy: tokens that came after the prompt can always be taken back."""
+        DensePolicy().holding(tokens)
+        return self
+
+    def build(self, shape: ModelShape) -> list[LayerCache]:
+        """See CachePolicy."""
+        full = [i for i, layer in enumerate(shape.layers) if layer.window is None]
+        if not full:
+            raise ConfigError(f"{self.name}: the model has sliding-window layers only")
+        made: list[LayerCache] = []
+        for place, layer in enumerate(shape.layers):
+            if layer.window is not None:
+                made.append(DenseLayer(layer, shape.dtype, shape.device))
+                continue
+            scorer = make_scorer(self.options, shape, place)
+            made.append(
+                EvictLayer(
+                    *(self.options, scorer, layer, shape.dtype, shape.device),
+                    number=full.index(place),
+                    layers=len(full),
+                )
+            )
+        return made
+
+    def estimate(self, shape: ModelShape, tokens: int, prompt: int | None = None) -> int:
+        """See CachePolicy. ``per_query_head`` is counted as if no two heads agreed."""
+        if prompt is None:
+            more = rehearse.LONGEST if self.rehearses else 0
+            return DensePolicy().estimate(shape, tokens + more)
+        options, full = self.options, sum(x.window is None for x in shape.layers)
+        counts = list(_counts(options, prompt, full))
+        total = 0
+        for layer in shape.layers:
+            size = layer.kv_heads * (layer.key_dim + layer.value_dim) * shape.dtype.itemsize
+            if layer.window is not None:
+                total += size * max(capacity(tokens), BLOCK)
+                continue
+            most = max(counts.pop(0), min(prompt, options.window))
+            if options.heads == "per_query_head":
+                group = shape.heads // layer.kv_heads
+                most = min(prompt, most * group)
+                total += layer.kv_heads * group * most
+            if options.adaptive:  # one head may hold all that the others do not
+                most = min(prompt, most * layer.kv_heads)
+            total += size * room(most + tokens - prompt)
+        return total
+
+
+@functools.lru_cache(maxsize=64)
+def _counts(options: EvictOptions, tokens: int, layers: int) -> tuple[int, ...]:
+    """``layer_counts``, remembered, since the scheduler asks for bytes in every step."""
+    return tuple(
+        layer_counts(options.schedule, options.keep, options.beta, options.window, tokens, layers)
+    )
+
+
+def _policy(name: str, given: dict[str, Any], **usual: Any) -> EvictPolicy:
+    return EvictPolicy(name, EvictOptions(**{**usual, **given}), EvictOptions(**usual))
+
+
+def evict(**options: Any) -> EvictPolicy:
+    """Eviction by the attention of the newest 32 queries, the same share in every layer."""
+    return _policy("evict", options)
+
+
+def streaming(**options: Any) -> EvictPolicy:
+    """StreamingLLM (arXiv 2309.17453): the first four tokens and the newest."""
+    return _policy("streaming", options, score="recency", window=1, sinks=4)
+
+
+def h2o(**options: Any) -> EvictPolicy:
+    """H2O (arXiv 2306.14048): half the newest tokens, half those that received most attention."""
+    return _policy("h2o", options, score="accumulated", window=1, recent=0.5, heads="mean")
+
+
+def tova(**options: Any) -> EvictPolicy:
+    """TOVA (arXiv 2401.06104): what the last query attends to, on average over a layer's heads."""
+    return _policy("tova", options, window=1, heads="layer")
+
+
+def snapkv(**options: Any) -> EvictPolicy:
+    """SnapKV (arXiv 2404.14469) as kvpress sets it: 64 queries, pooled over 5 neighbours."""
+    return _policy("snapkv", options, **SNAPKV)
+
+
+def pyramidkv(**options: Any) -> EvictPolicy:
+    """PyramidKV (arXiv 2406.02069): SnapKV with fewer tokens the deeper the layer."""
+    return _policy("pyramidkv", options, **SNAPKV, schedule="pyramidkv", beta=20.0)
+
+
+def expected(**options: Any) -> EvictPolicy:
+    """Expected Attention: what queries to come are expected to attend to."""
+    return _policy("expected", options, score="expected", window=1, sinks=4, heads="mean")
+
+
+def kvzip(**options: Any) -> EvictPolicy:
+    """KVzip: what repeating the prompt attends to. Reads every prompt twice."""
+    return _policy("kvzip", options, score="reconstruction", window=1, sinks=4, heads="max")
+
+
+SNAPKV = {"pool": "avg", "pool_kernel": 5, "window": 64, "heads": "mean"}

@@ -1,0 +1,51 @@
+"""A model's own rotary tables, for those who must turn keys and queries as it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ModelRotary:
+    """See ``contracts.Rotary``. Even a deep copy is the same object: it is part of the model."""
+
+    def __init__(self, model: Any) -> None:
+        """``model`` is a transformers causal language model."""
+        self._module = getattr(model.base_model, "rotary_emb", None)
+        config = model.config
+        heads = config.num_attention_heads
+        self._dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kinds = getattr(config, "layer_types", None)
+        split = hasattr(self._module, "layer_types") and kinds
+        self._kind = {"layer_type": "full_attention"} if split else {}
+
+    @torch.inference_mode()
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``contracts.Rotary``."""
+        if self._module is None:
+            flat = torch.zeros((len(positions), self._dim), device=positions.device)
+            return flat + 1.0, flat
+        wide = torch.zeros(1, device=positions.device)  # float32 input makes float32 tables
+        cosine, sine = self._module(wide, positions[None], **self._kind)
+        return cosine[0], sine[0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelRotary:
+        return self
+
+
+def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotate ``x`` ``[n, heads, dim]`` by tables ``[n, dim]`` in the half-split layout."""
+    return x * cosine[:, None] + _swapped(x) * sine[:, None]
+
+
+def turn_back(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """What ``turn`` made ``x`` of, but for rounding; also where the tables are scaled."""
+    unscaled = cosine.square() + sine.square()
+    return (x * cosine[:, None] - _swapped(x) * sine[:, None]) / unscaled[:, None]
+
+
+def _swapped(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat([-x[..., half:], x[..., :half]], -1)
