@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -35,9 +35,16 @@ class LayerShape:
     window: int | None = None
 
 
-Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Cosines and sines float32 ``[n, key_dim]`` of positions int64 ``[n]``, in a model's
-full-attention layers; 1 and 0 for a model that knows places otherwise."""
+class Rotary(Protocol):
+    """How a model's full-attention layers turn keys and queries by their places."""
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines float32 ``[n, key_dim]`` of positions int64 ``[n]``; 1 and 0 for a
+        model that knows places otherwise."""
+
+    def steps(self, count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines float32 ``[count, key_dim / 2]``, at least, of turning by 0, 1, ...
+        places, without the scale that some models put into their tables."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from narrows.cache import rehearse, scores
 from narrows.cache.budget import Choice, Heads, Schedule, choose, layer_counts
+from narrows.cache.codebook import Codebook
 from narrows.cache.dense import BLOCK, FEW, DenseLayer, DensePolicy, capacity
 from narrows.cache.scores import Scorer
 from narrows.config import Settings
@@ -29,9 +30,9 @@ from narrows.ops import ragged
 from narrows.ops.attention import causal_attention, visible
 from narrows.ops.native import attention_dtype
 
-GROWTH = 64
-"""Buffers grow by so many tokens. A step reads all of a buffer anyway, so copying it every 64
-steps costs little, and a small cache is not hidden behind its slack."""
+GROWTH = 16
+"""Buffers grow by so many tokens, or about a sixteenth: a step reads all of a buffer anyway, so
+copying it now and then costs little, and a small cache is not hidden behind its slack."""
 
 ScorerName = Literal[
     "window",
@@ -109,8 +110,12 @@ def make_scorer(options: EvictOptions, shape: ModelShape, place: int) -> Scorer:
 
 class HeadStore:
     """Keys and values of KV heads that hold different tokens, one buffer ``[1, capacity, dim]`` a
-    head and side. ``seen`` bool ``[group, n]`` says which query heads see a head's first ``n``
-    tokens; they all see the rest."""
+    head and side.
+
+    ``held`` counts a head's tokens. ``books`` may stand for the first of a side's, whose buffer
+    then begins behind them. ``seen`` bool ``[group, n]`` says which query heads see a head's first
+    ``n`` tokens; they all see the rest.
+    """
 
     def __init__(self, k: Tensor, v: Tensor, choice: Choice) -> None:
         """Copies what ``choice`` keeps of ``k`` and ``v`` ``[kv_heads, n, dim]``."""
@@ -118,42 +123,89 @@ class HeadStore:
         self.k, self.v = (
             [_buffer(x[head, tokens]) for head, tokens in enumerate(choice.tokens)] for x in (k, v)
         )
+        self.books: list[list[Codebook | None]] = [[None] * len(self.held) for _ in range(2)]
         self.seen = choice.seen
+
+    def coded(self, side: int, head: int) -> int:
+        """Tokens of a head that a book stands for; side 0 are keys, 1 values."""
+        book = self.books[side][head]
+        return 0 if book is None else len(book)
+
+    def dense(self, side: int, head: int) -> Tensor:
+        """The others ``[1, n, dim]``."""
+        buffer = (self.k, self.v)[side][head]
+        return buffer[:, : self.held[head] - self.coded(side, head)]
+
+    def put(self, side: int, head: int, x: Tensor) -> None:
+        """Make ``x`` ``[n, dim]`` all that is held besides the book's."""
+        (self.k, self.v)[side][head] = _buffer(x)
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add tokens ``[n, kv_heads, dim]`` to every head."""
-        n = len(k)
-        self.reserve(n)
-        for head, held in enumerate(self.held):
-            self.k[head][0, held : held + n] = k[:, head]
-            self.v[head][0, held : held + n] = v[:, head]
-        self.held = [held + n for held in self.held]
+        self.grow(len(k))
+        for head in range(len(self.held)):
+            self.dense(0, head)[0, -len(k) :] = k[:, head]
+            self.dense(1, head)[0, -len(k) :] = v[:, head]
 
-    def reserve(self, n: int) -> None:
-        """Make sure the buffers take ``n`` more tokens."""
-        for side in (self.k, self.v):
-            for head, held in enumerate(self.held):
-                if held + n > side[head].shape[1]:
-                    side[head] = _buffer(side[head][0, :held], n)
+    def grow(self, n: int) -> None:
+        """Count ``n`` more tokens of every head, and make sure the buffers take them."""
+        for side, buffers in enumerate((self.k, self.v)):
+            for head, buffer in enumerate(buffers):
+                used = self.held[head] - self.coded(side, head)
+                if used + n > buffer.shape[1]:
+                    buffers[head] = _buffer(buffer[0, :used], n)
+        self.held = [held + n for held in self.held]
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
         """See LayerCache."""
         group = q.shape[1] // len(self.held)
         dtype = attention_dtype(q, self.k[0].dtype)
         outs = []
-        for head, held in enumerate(self.held):
+        for head in range(len(self.held)):
             rows = q[:, head * group : (head + 1) * group]
-            k, v = self.k[head][:, :held], self.v[head][:, :held]
-            if self.seen is None:
+            k, v = self.dense(0, head), self.dense(1, head)
+            if self.seen is None and not (self.coded(0, head) or self.coded(1, head)):
                 outs.append(causal_attention(rows, k, v, scale, None, dtype))
             else:
-                outs.append(_masked_attention(rows, k, v, scale, self.seen[head], dtype))
+                outs.append(self._attend_head(head, rows, scale))
         return torch.cat(outs, 1)
+
+    def _attend_head(self, head: int, q: Tensor, scale: float) -> Tensor:
+        """Attention, in float32, where a book or a mask has a say. The weights of coded values
+        are added up by entry."""
+        n, held = len(q), self.held[head]
+        mask = visible(held - n, n, held, None, q.device).repeat(q.shape[1], 1, 1)
+        if self.seen is not None:
+            mask[:, :, : self.seen[head].shape[1]] &= self.seen[head][:, None]
+        keys, values = self.books[0][head], self.books[1][head]
+        k, v = self.dense(0, head)[0].float(), self.dense(1, head)[0].float()
+        if keys is not None:
+            k = torch.cat([keys.rebuild().float(), k])
+        scores = (q.float().transpose(0, 1) @ k.T) * scale
+        weights = scores.masked_fill_(~mask, -torch.inf).softmax(-1)
+        coded = self.coded(1, head)
+        mixed = weights[..., coded:] @ v
+        if values is not None:
+            mixed = mixed + values.mix(weights[..., :coded])
+        return mixed.transpose(0, 1).to(q.dtype)
+
+    def whole(self, side: int, head: int) -> Tensor:
+        """All of a head's keys or values, dense ``[n, dim]``."""
+        book = self.books[side][head]
+        dense = self.dense(side, head)[0]
+        return dense if book is None else torch.cat([book.rebuild(), dense])
+
+    @property
+    def plain(self) -> bool:
+        """Whether all is dense and everything is seen."""
+        return self.seen is None and not any(book for side in self.books for book in side)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         every = [*self.k, *self.v, *(self.seen or ())]
+        for book in (book for side in self.books for book in side if book is not None):
+            every += book.tensors
         return sum(x.untyped_storage().nbytes() for x in every)
 
 
@@ -166,20 +218,8 @@ def _buffer(x: Tensor, more: int = 0) -> Tensor:
 
 def room(tokens: int) -> int:
     """Tokens a buffer is given when it must hold ``tokens``."""
-    return -(-tokens // GROWTH) * GROWTH
-
-
-def _masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """``causal_attention`` of one KV head some of whose first tokens only some query heads see."""
-    n, tokens = len(q), k.shape[1]
-    mask = visible(tokens - n, n, tokens, None, q.device).repeat(q.shape[1], 1, 1)
-    mask[:, :, : seen.shape[1]] &= seen[:, None]
-    rows = q.transpose(0, 1).to(dtype)
-    scores = (rows @ k[0].to(dtype).T).float() * scale
-    weights = scores.masked_fill_(~mask, -torch.inf).softmax(-1)
-    return (weights.to(dtype) @ v[0].to(dtype)).transpose(0, 1).to(q.dtype)
+    step = GROWTH * max(1, tokens // GROWTH**2)
+    return -(-tokens // step) * step
 
 
 class EvictLayer(LayerCache):
@@ -221,8 +261,13 @@ class EvictLayer(LayerCache):
         if self.prompt is None or self.scorer is None:
             return
         self._length = self._sealed_at = self.prompt.length
-        self.store = HeadStore(self.prompt.k, self.prompt.v, self.choice())
+        choice = self.choice()
+        self.store = HeadStore(self.prompt.k, self.prompt.v, choice)
         self.prompt = self.scorer = None
+        self._encode(choice)
+
+    def _encode(self, choice: Choice) -> None:
+        """Told, once sealed, which tokens stay; a layer may store them otherwise now."""
 
     def choice(self) -> Choice:
         """What ``seal`` would keep now."""
@@ -263,6 +308,15 @@ class EvictLayer(LayerCache):
         self.scorer.see(q, self.prompt, scale)
         return self.prompt.attend(q, scale)
 
+    def advance(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """``append`` and ``attend`` such that to take tokens at once is to take them one by one."""
+        self.append(k, v)
+        return self.attend(q, scale)
+
+    def ready(self, n: int) -> bool:
+        """Get ready for ``n`` new tokens; whether the kernel for few can take them at once."""
+        return self.prompt is None and n <= FEW and self.kept.plain
+
     @classmethod
     def step(
         cls,
@@ -277,17 +331,17 @@ class EvictLayer(LayerCache):
         call, which takes each of their KV heads for a sequence of its own."""
         few: list[tuple[EvictLayer, Span]] = []
         rest: list[tuple[EvictLayer, Span]] = []
+        group = q.shape[1] // k.shape[1]
         for cache, (a, b) in zip(caches, spans, strict=True):
             assert isinstance(cache, EvictLayer)
-            quick = cache.prompt is None and b - a <= FEW and cache.kept.seen is None
-            quick = quick and ragged.supported(q[:, : q.shape[1] // k.shape[1]], cache.kept.k[0])
+            quick = cache.ready(b - a) and ragged.supported(q[:, :group], cache.kept.k[0])
             (few if quick else rest).append((cache, (a, b)))
-        if not few:
-            return super().step(caches, q, k, v, spans, scale)
-        out = _step_few(few, q, k, v, scale)
+        if few:
+            out = _step_few(few, q, k, v, scale)
+        else:
+            out = q.new_empty((*q.shape[:2], v.shape[2]))
         for cache, (a, b) in rest:
-            cache.append(k[a:b], v[a:b])
-            out[a:b] = cache.attend(q[a:b], scale)
+            out[a:b] = cache.advance(q[a:b], k[a:b], v[a:b], scale)
         return out
 
     def rollback(self, n: int) -> None:
@@ -307,8 +361,9 @@ class EvictLayer(LayerCache):
         held = self.kept.held
         if len(set(held)) > 1:
             raise ConfigError("KV heads hold different numbers of tokens")
-        k, v = (torch.cat([x[:, : held[0]] for x in s]) for s in (self.kept.k, self.kept.v))
-        return k.transpose(0, 1), v.transpose(0, 1)
+        heads = range(len(held))
+        k, v = (torch.stack([self.kept.whole(side, h) for h in heads], 1) for side in (0, 1))
+        return k, v
 
     @property
     def nbytes(self) -> int:
@@ -323,8 +378,7 @@ def _step_few(
     places = []
     for cache, (a, b) in few:
         kept = cache.kept
-        kept.reserve(b - a)
-        kept.held = [held + b - a for held in kept.held]
+        kept.grow(b - a)
         cache._length += b - a
         for head, held in enumerate(kept.held):
             place = ragged.Place(kept.k[head], kept.v[head], held, head * rows + a, b - a)
@@ -373,14 +427,13 @@ class EvictPolicy:
                 made.append(DenseLayer(layer, shape.dtype, shape.device))
                 continue
             scorer = make_scorer(self.options, shape, place)
-            made.append(
-                EvictLayer(
-                    *(self.options, scorer, layer, shape.dtype, shape.device),
-                    number=full.index(place),
-                    layers=len(full),
-                )
-            )
+            made.append(self._layer(scorer, layer, shape, full.index(place), len(full)))
         return made
+
+    def _layer(
+        self, scorer: Scorer, layer: LayerShape, shape: ModelShape, number: int, layers: int
+    ) -> EvictLayer:
+        return EvictLayer(self.options, scorer, layer, shape.dtype, shape.device, number, layers)
 
     def estimate(self, shape: ModelShape, tokens: int, prompt: int | None = None) -> int:
         """See CachePolicy. ``per_query_head`` is counted as if no two heads agreed."""

@@ -18,6 +18,7 @@ for _name in ("kivi", "asymkv", "xquant"):
     POLICIES.add(_name, f"narrows.cache.quantized:{_name}")
 for _name in ("streaming", "h2o", "tova", "snapkv", "pyramidkv", "expected", "kvzip", "evict"):
     POLICIES.add(_name, f"narrows.cache.evict:{_name}")
+POLICIES.add("spindle", "narrows.cache.spindle:spindle")
 
 
 def parse_cache(spec: str) -> CachePolicy:

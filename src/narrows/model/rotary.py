@@ -20,6 +20,7 @@ class ModelRotary:
         kinds = getattr(config, "layer_types", None)
         split = hasattr(self._module, "layer_types") and kinds
         self._kind = {"layer_type": "full_attention"} if split else {}
+        self._steps: tuple[Tensor, Tensor] | None = None
 
     @torch.inference_mode()
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,6 +31,16 @@ class ModelRotary:
         wide = torch.zeros(1, device=positions.device)  # float32 input makes float32 tables
         cosine, sine = self._module(wide, positions[None], **self._kind)
         return cosine[0], sine[0]
+
+    def steps(self, count: int) -> tuple[Tensor, Tensor]:
+        """See ``contracts.Rotary``. Made once."""
+        if self._steps is None or len(self._steps[0]) < count:
+            half = self._dim // 2
+            cosine, sine = (t[:, :half] for t in self(torch.arange(count)))
+            scale = (cosine.square() + sine.square()).sqrt()
+            self._steps = (cosine / scale).contiguous(), (sine / scale).contiguous()
+            self._steps[0][0], self._steps[1][0] = 1.0, 0.0  # to stay is to stay, to the bit
+        return self._steps
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelRotary:
         return self

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 from torch.nn.functional import silu
 
-SOURCES = tuple(Path(__file__).with_name(x) for x in ("native.c", "packed.c", "fold.c"))
+SOURCES = tuple(Path(__file__).with_name(x) for x in ("native.c", "packed.c", "fold.c", "cover.c"))
 HEADER = Path(__file__).with_name("vector.h")
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11"),
@@ -48,6 +48,7 @@ SIGNATURES = {
     "packed_int8": (N, ()),
     "attend_packed": (N, (P, L, P, L, P, L, L, L, L, F, N, N, N)),
     "fold_value": (N, (P, N, L, L, L, L, N, F, F, P, L, P, P, L, N, L)),
+    "greedy_cover": (L, (P, L, P, N, P, P, P)),
     "append_attend": (L, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, L, N, P, P, L, N)),
 }
 

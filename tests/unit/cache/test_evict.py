@@ -22,6 +22,7 @@ from narrows.contracts import FlatBatch, LayerCache, LayerShape, ModelShape
 from narrows.draft.specs import make_drafter
 from narrows.engine.engine import Engine
 from narrows.errors import ConfigError
+from narrows.model.rotary import ModelRotary
 from oracles.evict_reference import MaskedLayer
 from tiny import FAMILIES, pair, prompts
 
@@ -205,6 +206,8 @@ def storages(caches: list[LayerCache]) -> int:
         elif isinstance(value, list | tuple):
             for x in value:
                 look(x, depth)
+        elif isinstance(value, ModelRotary):
+            pass  # the model's
         elif depth < 3 and hasattr(value, "__dict__"):
             for x in vars(value).values():
                 look(x, depth + 1)

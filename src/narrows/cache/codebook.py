@@ -1,0 +1,156 @@
+"""A codebook of one KV head's keys or values: few vectors, and which of them stands for each.
+
+SpindleKV's second stage (arXiv 2507.06517, section 5 of the sheet). An entry is the stored vector
+of a token, as it is; a token has the number of its entry and the ratio of the two lengths. So a
+token that is its own entry is given back to the bit.
+
+Keys are alike before rotation, but ours are stored after it: an entry keeps its token's rotation,
+and every other token it stands for is turned by as many places as lie between the two. In exact
+arithmetic this is the paper's rule, whatever scale or frequencies the model's rotation has, and it
+needs no look into the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from narrows.contracts import Rotary
+from narrows.model.rotary import turn_back
+from narrows.ops.cover import greedy_cover, likeness_graph
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """When vectors are alike: a cosine above ``threshold``; graphs have at most ``block``
+    vectors; ``covered`` as ``greedy_cover``."""
+
+    threshold: float
+    block: int
+    covered: bool = False
+
+
+class Codebook:
+    """Vectors ``[n, dim]`` of one head, coded.
+
+    Attributes:
+        entries: ``[c, dim]``.
+        index: the entry of each vector, int16 or int32 ``[n]``.
+        ratio: its length over its entry's, ``[n]``, in the entries' dtype.
+        turns: of keys, the places from its entry's to its own, int16 or int32 ``[n]``.
+        origin: of keys, the places of the entries, int32 ``[c]``.
+    """
+
+    def __init__(self, rule: Rule, rotary: Rotary | None) -> None:
+        """Empty; ``rotary`` makes it a codebook of keys."""
+        self.rule, self.rotary = rule, rotary
+        self.entries: Tensor | None = None
+        self.index = self.ratio = torch.empty(0)
+        self.turns: Tensor | None = None
+        self.origin: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __bool__(self) -> bool:
+        return True  # even when it stands for nothing yet
+
+    def extend(self, x: Tensor, places: Tensor, weights: Tensor | None = None) -> None:
+        """Code vectors ``x`` ``[n, dim]`` of tokens at ``places`` int64 ``[n]``, a block at a
+        time: each by the entry there is that is most like it, if one is; entries are made of the
+        rest. ``weights``: see ``greedy_cover``."""
+        for a in range(0, len(x), self.rule.block):
+            part = slice(a, a + self.rule.block)
+            self._extend(x[part], places[part], None if weights is None else weights[part])
+
+    def _extend(self, x: Tensor, places: Tensor, weights: Tensor | None) -> None:
+        plain = self._plain(x, places)
+        known = 0 if self.entries is None else len(self.entries)
+        index = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
+        if known:
+            assert self.entries is not None
+            unit = torch.nn.functional.normalize(self._plain(self.entries, self.origin), dim=-1)
+            best = (torch.nn.functional.normalize(plain, dim=-1) @ unit.T).max(-1)
+            alike = best.values > self.rule.threshold
+            index[alike] = best.indices[alike]
+        rest = (index < 0).nonzero()[:, 0]
+        graph = likeness_graph(plain[rest], self.rule.threshold)
+        owner = greedy_cover(graph, None if weights is None else weights[rest], self.rule.covered)
+        chosen, number = torch.unique(owner, return_inverse=True)
+        index[rest] = number + known
+        fresh = rest[chosen]
+        entries = x[fresh] if self.entries is None else torch.cat([self.entries, x[fresh]])
+        origin = places[fresh].to(torch.int32)
+        if self.origin is not None:
+            origin = torch.cat([self.origin, origin])
+        length = entries.float().norm(dim=-1)[index]
+        ratio = torch.where(length > 0, x.float().norm(dim=-1) / length, 1.0)
+        own = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        own[fresh] = index[fresh] == torch.arange(known, known + len(fresh), device=x.device)
+        ratio[own] = 1.0
+        self.entries = entries.contiguous()
+        self.index = _joined(self.index, index, len(entries))
+        self.ratio = (
+            ratio.to(x.dtype) if not len(self.ratio) else torch.cat([self.ratio, ratio.to(x.dtype)])
+        )
+        if self.rotary is not None:
+            self.origin = origin
+            turns = places - origin[index]
+            most = int(turns.abs().max()) if len(turns) else 0
+            before = torch.empty(0) if self.turns is None else self.turns
+            self.turns = _joined(before, turns, most)
+
+    def _plain(self, x: Tensor, places: Tensor | None) -> Tensor:
+        """Keys as they were before rotation, values as they are; float32."""
+        if self.rotary is None:
+            return x.float()
+        assert places is not None
+        return turn_back(x.float()[:, None], *self.rotary(places.long()))[:, 0]
+
+    def rebuild(self) -> Tensor:
+        """All vectors, in the entries' dtype ``[n, dim]``."""
+        assert self.entries is not None
+        x = self.entries[self.index.long()].float() * self.ratio.float()[:, None]
+        if self.rotary is not None:
+            assert self.turns is not None
+            turns = self.turns.long()
+            cosine, sine = (t[turns.abs()] for t in self.rotary.steps(int(turns.abs().max()) + 1))
+            sine = sine * turns.sign()[:, None]
+            a, b = x.chunk(2, -1)
+            x = torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
+        return x.to(self.entries.dtype)
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """``weights @ rebuild()`` of values, ``[..., n]`` -> float32 ``[..., dim]``, without
+        building them: the weights of each entry's tokens are added up first (exact, ours)."""
+        assert self.entries is not None
+        scaled = weights.float() * self.ratio.float()
+        bins = scaled.new_zeros((*weights.shape[:-1], len(self.entries)))
+        bins.index_add_(-1, self.index.long(), scaled)
+        mixed: Tensor = bins @ self.entries.float()
+        return mixed
+
+    def cut(self, tokens: int, entries: int) -> None:
+        """Forget all but the first ``tokens`` vectors and ``entries`` entries."""
+        assert self.entries is not None
+        self.entries = self.entries[:entries].clone()
+        self.index, self.ratio = self.index[:tokens].clone(), self.ratio[:tokens].clone()
+        if self.rotary is not None:
+            assert self.turns is not None
+            assert self.origin is not None
+            self.turns, self.origin = self.turns[:tokens].clone(), self.origin[:entries].clone()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        held = (self.entries, self.index, self.ratio, self.turns, self.origin)
+        return [x for x in held if x is not None]
+
+
+def _joined(old: Tensor, new: Tensor, most: int) -> Tensor:
+    """``new`` behind ``old`` in the smallest integers that hold ``most`` and what is there."""
+    dtype = torch.int16 if most < 2**15 and old.dtype != torch.int32 else torch.int32
+    new = new.to(dtype)
+    return torch.cat([old.to(dtype), new]) if len(old) else new

@@ -1,0 +1,73 @@
+"""Few vectors that stand for many: the greedy cover of a likeness graph.
+
+SpindleKV's construction (arXiv 2507.06517, equations 8 to 13): of all vectors that are left, the
+one with most neighbours left becomes an entry and stands for all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from narrows.ops.native import library
+
+ROWS = 1024
+"""Rows of a graph made at once."""
+
+
+def likeness_graph(x: Tensor, threshold: float) -> Tensor:
+    """Which vectors of ``x`` float32 ``[n, dim]`` have a cosine above ``threshold``, bool
+    ``[n, n]``. Every vector is like itself; one of no length is like no other; and a threshold of
+    1 is never passed, whatever rounding makes of equal vectors."""
+    if threshold >= 1:
+        return torch.eye(len(x), dtype=torch.bool, device=x.device)
+    unit = torch.nn.functional.normalize(x.float(), dim=-1)
+    graph = torch.empty((len(x), len(x)), dtype=torch.bool, device=x.device)
+    for a in range(0, len(x), ROWS):
+        torch.gt(unit[a : a + ROWS] @ unit.T, threshold, out=graph[a : a + ROWS])
+    return graph.fill_diagonal_(True)
+
+
+def greedy_cover(graph: Tensor, weights: Tensor | None = None, covered: bool = False) -> Tensor:
+    """The vector that stands for each, int64 ``[n]``; entries stand for themselves.
+
+    Args:
+        graph: see ``likeness_graph``; symmetric.
+        weights: int ``[n]``, how many equal vectors each one is; None for one each.
+        covered: a vector that another one stands for may become an entry, too, and stand for
+            others (greedy set cover). The paper's rule is False.
+
+    Among equals the earliest is taken. The kernel and ``greedy_cover_torch`` agree exactly.
+    """
+    n, native = len(graph), library()
+    if native is None or graph.device.type != "cpu" or not n:
+        return greedy_cover_torch(graph, weights, covered)
+    weight = torch.ones(n, dtype=torch.int32) if weights is None else weights.to(torch.int32)
+    bits, weight = graph.contiguous(), weight.contiguous()
+    degree, owner = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64)
+    alive = torch.empty(n, dtype=torch.uint8)
+    native.greedy_cover(
+        *(bits.data_ptr(), n, weight.data_ptr(), covered),
+        *(degree.data_ptr(), alive.data_ptr(), owner.data_ptr()),
+    )
+    return owner
+
+
+def greedy_cover_torch(
+    graph: Tensor, weights: Tensor | None = None, covered: bool = False
+) -> Tensor:
+    """The definition of ``greedy_cover``: degrees counted anew for every entry."""
+    n = len(graph)
+    weight = torch.ones(n, dtype=torch.int64) if weights is None else weights.to(torch.int64)
+    alive = torch.ones(n, dtype=torch.bool)
+    owner = torch.zeros(n, dtype=torch.int64)
+    linked = graph.cpu()
+    while bool(alive.any()):
+        degree = (linked & alive[:, None]).to(torch.int64).mul(weight[:, None]).sum(0)
+        if not covered:
+            degree[~alive] = 0
+        best = int(degree.argmax())
+        members = linked[best] & alive
+        owner[members] = best
+        alive &= ~members
+    return owner.to(graph.device)
