@@ -20,6 +20,7 @@ from torch import Tensor
 from narrows.contracts import Rotary
 from narrows.model.rotary import turn_back
 from narrows.ops.cover import greedy_cover, likeness_graph
+from narrows.ops.ragged import Codes, rebuild
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Codebook:
         self.index = self.ratio = torch.empty(0)
         self.turns: Tensor | None = None
         self.origin: Tensor | None = None
+        self._farthest = 0
 
     def __len__(self) -> int:
         return len(self.index)
@@ -98,9 +100,9 @@ class Codebook:
         if self.rotary is not None:
             self.origin = origin
             turns = places - origin[index]
-            most = int(turns.abs().max()) if len(turns) else 0
+            self._farthest = max(self._farthest, int(turns.abs().max()))
             before = torch.empty(0) if self.turns is None else self.turns
-            self.turns = _joined(before, turns, most)
+            self.turns = _joined(before, turns, self._farthest)
 
     def _plain(self, x: Tensor, places: Tensor | None) -> Tensor:
         """Keys as they were before rotation, values as they are; float32."""
@@ -109,18 +111,17 @@ class Codebook:
         assert places is not None
         return turn_back(x.float()[:, None], *self.rotary(places.long()))[:, 0]
 
-    def rebuild(self) -> Tensor:
-        """All vectors, in the entries' dtype ``[n, dim]``."""
+    def codes(self) -> Codes:
+        """What attention reads; shares the storages."""
         assert self.entries is not None
-        x = self.entries[self.index.long()].float() * self.ratio.float()[:, None]
+        steps = None
         if self.rotary is not None:
-            assert self.turns is not None
-            turns = self.turns.long()
-            cosine, sine = (t[turns.abs()] for t in self.rotary.steps(int(turns.abs().max()) + 1))
-            sine = sine * turns.sign()[:, None]
-            a, b = x.chunk(2, -1)
-            x = torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
-        return x.to(self.entries.dtype)
+            steps = self.rotary.steps(self._farthest + 1)
+        return Codes(self.entries, self.index, self.ratio, self.turns, steps)
+
+    def rebuild(self) -> Tensor:
+        """All vectors, float32 ``[n, dim]``."""
+        return rebuild(self.codes())
 
     def mix(self, weights: Tensor) -> Tensor:
         """``weights @ rebuild()`` of values, ``[..., n]`` -> float32 ``[..., dim]``, without

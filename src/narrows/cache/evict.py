@@ -27,12 +27,15 @@ from narrows.config import Settings
 from narrows.contracts import LayerCache, LayerShape, ModelShape, Span
 from narrows.errors import ConfigError
 from narrows.ops import ragged
-from narrows.ops.attention import causal_attention, visible
+from narrows.ops.attention import causal_attention
 from narrows.ops.native import attention_dtype
 
 GROWTH = 16
 """Buffers grow by so many tokens, or about a sixteenth: a step reads all of a buffer anyway, so
 copying it now and then costs little, and a small cache is not hidden behind its slack."""
+
+MOST_HEADS = 15
+"""Query heads that a token's mask has bits for."""
 
 ScorerName = Literal[
     "window",
@@ -113,8 +116,8 @@ class HeadStore:
     head and side.
 
     ``held`` counts a head's tokens. ``books`` may stand for the first of a side's, whose buffer
-    then begins behind them. ``seen`` bool ``[group, n]`` says which query heads see a head's first
-    ``n`` tokens; they all see the rest.
+    then begins behind them. ``seen`` int16 ``[n]`` says of a head's first tokens, a bit each,
+    which of its query heads see them; they all see the rest.
     """
 
     def __init__(self, k: Tensor, v: Tensor, choice: Choice) -> None:
@@ -124,7 +127,7 @@ class HeadStore:
             [_buffer(x[head, tokens]) for head, tokens in enumerate(choice.tokens)] for x in (k, v)
         )
         self.books: list[list[Codebook | None]] = [[None] * len(self.held) for _ in range(2)]
-        self.seen = choice.seen
+        self.seen = None if choice.seen is None else [_bits(seen) for seen in choice.seen]
 
     def coded(self, side: int, head: int) -> int:
         """Tokens of a head that a book stands for; side 0 are keys, 1 values."""
@@ -173,32 +176,37 @@ class HeadStore:
     def _attend_head(self, head: int, q: Tensor, scale: float) -> Tensor:
         """Attention, in float32, where a book or a mask has a say. The weights of coded values
         are added up by entry."""
-        n, held = len(q), self.held[head]
-        mask = visible(held - n, n, held, None, q.device).repeat(q.shape[1], 1, 1)
-        if self.seen is not None:
-            mask[:, :, : self.seen[head].shape[1]] &= self.seen[head][:, None]
         keys, values = self.books[0][head], self.books[1][head]
         k, v = self.dense(0, head)[0].float(), self.dense(1, head)[0].float()
         if keys is not None:
-            k = torch.cat([keys.rebuild().float(), k])
-        scores = (q.float().transpose(0, 1) @ k.T) * scale
-        weights = scores.masked_fill_(~mask, -torch.inf).softmax(-1)
+            k = torch.cat([keys.rebuild(), k])
+        seen = None if self.seen is None else self.seen[head]
+        weights = ragged.seen_weights(q, k, scale, seen)
         coded = self.coded(1, head)
         mixed = weights[..., coded:] @ v
         if values is not None:
             mixed = mixed + values.mix(weights[..., :coded])
         return mixed.transpose(0, 1).to(q.dtype)
 
+    def place(self, head: int, first_row: int, rows: int) -> ragged.Place:
+        """What the kernel for few new tokens reads of a head; ``rows`` have been counted."""
+        keys, values = self.books[0][head], self.books[1][head]
+        return ragged.Place(
+            self.k[head],
+            self.v[head],
+            self.held[head],
+            first_row,
+            rows,
+            k_codes=None if keys is None else keys.codes(),
+            v_codes=None if values is None else values.codes(),
+            seen=None if self.seen is None else self.seen[head],
+        )
+
     def whole(self, side: int, head: int) -> Tensor:
         """All of a head's keys or values, dense ``[n, dim]``."""
         book = self.books[side][head]
         dense = self.dense(side, head)[0]
-        return dense if book is None else torch.cat([book.rebuild(), dense])
-
-    @property
-    def plain(self) -> bool:
-        """Whether all is dense and everything is seen."""
-        return self.seen is None and not any(book for side in self.books for book in side)
+        return dense if book is None else torch.cat([book.rebuild().to(dense.dtype), dense])
 
     @property
     def nbytes(self) -> int:
@@ -207,6 +215,12 @@ class HeadStore:
         for book in (book for side in self.books for book in side if book is not None):
             every += book.tensors
         return sum(x.untyped_storage().nbytes() for x in every)
+
+
+def _bits(seen: Tensor) -> Tensor:
+    """Bool ``[group, n]`` as bits of int16 ``[n]``."""
+    heads = torch.arange(len(seen), device=seen.device)[:, None]
+    return (seen.to(torch.int32) << heads).sum(0).to(torch.int16)
 
 
 def _buffer(x: Tensor, more: int = 0) -> Tensor:
@@ -315,7 +329,7 @@ class EvictLayer(LayerCache):
 
     def ready(self, n: int) -> bool:
         """Get ready for ``n`` new tokens; whether the kernel for few can take them at once."""
-        return self.prompt is None and n <= FEW and self.kept.plain
+        return self.prompt is None and n <= FEW
 
     @classmethod
     def step(
@@ -375,14 +389,12 @@ def _step_few(
     few: list[tuple[EvictLayer, Span]], q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> Tensor:
     rows, kv_heads = k.shape[:2]
-    places = []
+    places: list[ragged.Place] = []
     for cache, (a, b) in few:
         kept = cache.kept
         kept.grow(b - a)
         cache._length += b - a
-        for head, held in enumerate(kept.held):
-            place = ragged.Place(kept.k[head], kept.v[head], held, head * rows + a, b - a)
-            places.append(place)
+        places += [kept.place(head, head * rows + a, b - a) for head in range(kv_heads)]
 
     def by_head(x: Tensor) -> Tensor:
         split = x.reshape(rows, kv_heads, -1, x.shape[2]).transpose(0, 1)
@@ -418,6 +430,13 @@ class EvictPolicy:
 
     def build(self, shape: ModelShape) -> list[LayerCache]:
         """See CachePolicy."""
+        if self.options.heads == "per_query_head":
+            most = max(shape.heads // layer.kv_heads for layer in shape.layers)
+            if most > MOST_HEADS:
+                raise ConfigError(
+                    f"heads=per_query_head takes at most {MOST_HEADS} query heads a KV head, but "
+                    f"the model has {most}"
+                )
         full = [i for i, layer in enumerate(shape.layers) if layer.window is None]
         if not full:
             raise ConfigError(f"{self.name}: the model has sliding-window layers only")

@@ -94,7 +94,7 @@ class SpindleLayer(EvictLayer):
         for head, tokens in enumerate(choice.tokens):
             old = tokens < self.coded_until
             n = int(old.sum())
-            weights = None if kept.seen is None else kept.seen[head].sum(0)[:n]
+            weights = None if choice.seen is None else choice.seen[head].sum(0)[:n]
             for side in (0, 1):
                 if n and options.rule(side).threshold < 1:
                     self._code(kept, side, head, tokens[:n], weights)

@@ -438,31 +438,95 @@ void softmax_mass(void *scores, int is_bf16, int64_t groups, int64_t rows, int64
 
 #define MAX_GROUP 16 /* query heads that share a key head */
 
-/* One query row and key head, keys [first, stop): running maximum, sum, and weighted values. */
+/* One query row and key head, keys [first, stop): running maximum, sum, and weighted values. Query
+ * head g sees key t < seen_n only if bit g of seen[t] is set. */
 #define ATTEND(name, T, dense)                                                                 \
   static void name(const float *q, int64_t group, int64_t D, int64_t Dv, const T *k,           \
-                   const T *v, int64_t first, int64_t stop, float scale, float *part) {        \
+                   const T *v, int64_t first, int64_t stop, float scale, const uint16_t *seen, \
+                   int64_t seen_n, float *part) {                                              \
     float score[MAX_GROUP][CHUNK];                                                             \
     int64_t n = stop - first, stride = Dv + 2;                                                 \
     dense##_dots(q, group, D, Dv, k + first * D, v + first * Dv, n, score[0]);                 \
     for (int64_t g = 0; g < group; g++) {                                                      \
       for (int64_t t = 0; t < n; t++) score[g][t] *= scale;                                    \
-      part[g * stride] = greatest(score[g], n);                                                \
-      part[g * stride + 1] = exponentials(score[g], n, part[g * stride]);                      \
+      for (int64_t t = first; t < stop && t < seen_n; t++)                                     \
+        if (!(seen[t] >> g & 1)) score[g][t - first] = -INFINITY;                              \
+      float top = part[g * stride] = greatest(score[g], n);                                    \
+      if (top == -INFINITY) { /* none is seen */                                               \
+        memset(score[g], 0, n * sizeof(float));                                                \
+        part[g * stride + 1] = 0;                                                              \
+      } else                                                                                   \
+        part[g * stride + 1] = exponentials(score[g], n, top);                                 \
     }                                                                                          \
     dense##_mix(score[0], group, n, Dv, v + first * Dv, part + 2, stride);                     \
   }
 ATTEND(attend_f32, float, dense_f32)
 ATTEND(attend_bf16, bf16, dense_bf16)
 
-/* Where one sequence's keys and values of a layer lie. */
+/* A codebook, see cache/codebook.py: vectors [n] that are multiples of entries, of keys turned by
+ * some places. Pointers are null, or numbers 0, where there is nothing. */
+typedef struct {
+  void *entries;      /* [.., dim], like the dense keys */
+  void *index;        /* [n], int32 if wide, else int16 */
+  int64_t index_wide;
+  void *ratio;        /* [n], like the entries */
+  void *turns;        /* [n], int32 if wide, else int16 */
+  int64_t turns_wide;
+  int64_t n;
+  const float *cosine, *sine; /* [places, dim / 2] */
+} codes;
+
+/* Where one sequence's keys and values of a layer lie. With codes there is one key head, and the
+ * first tokens are theirs; k and v begin behind them. */
 typedef struct {
   void *k, *v;       /* [kv_heads, capacity, dim] */
   int64_t capacity;  /* tokens a head's rows are apart */
   int64_t stored;    /* tokens, this step's included */
   int64_t first_row; /* its first token row in q, k_new, v_new */
   int64_t rows;      /* its token rows */
+  codes k_codes, v_codes;
+  const uint16_t *seen; /* which query heads see each of the first seen_n tokens */
+  int64_t seen_n;
 } place;
+
+static inline int64_t whole(const void *from, int64_t wide, int64_t i) {
+  return wide ? ((const int32_t *)from)[i] : ((const int16_t *)from)[i];
+}
+static inline float number(const void *from, int is_bf16, int64_t i) {
+  return is_bf16 ? to_f32(((const bf16 *)from)[i]) : ((const float *)from)[i];
+}
+
+/* Vectors [first, stop) in float32: what codes stand for, then dense ones. */
+static void rebuild(const codes *c, const void *dense, int is_bf16, int64_t D, int64_t first,
+                    int64_t stop, float *restrict out) {
+  int64_t half = D / 2;
+  for (int64_t t = first; t < stop; t++, out += D) {
+    if (t >= c->n) {
+      int64_t from = (t - c->n) * D;
+      for (int64_t i = 0; i < D; i++) out[i] = number(dense, is_bf16, from + i);
+      continue;
+    }
+    int64_t from = whole(c->index, c->index_wide, t) * D;
+    float ratio = number(c->ratio, is_bf16, t);
+    if (is_bf16) {
+      const bf16 *entry = (const bf16 *)c->entries + from;
+      for (int64_t i = 0; i < D; i++) out[i] = to_f32(entry[i]) * ratio;
+    } else {
+      const float *entry = (const float *)c->entries + from;
+      for (int64_t i = 0; i < D; i++) out[i] = entry[i] * ratio;
+    }
+    int64_t turn = c->turns ? whole(c->turns, c->turns_wide, t) : 0;
+    if (!turn) continue;
+    float sign = turn < 0 ? -1.0f : 1.0f;
+    const float *cosine = c->cosine + (turn < 0 ? -turn : turn) * half;
+    const float *sine = c->sine + (turn < 0 ? -turn : turn) * half;
+    for (int64_t i = 0; i < half; i++) {
+      float a = out[i], b = out[half + i], s = sign * sine[i];
+      out[i] = a * cosine[i] - b * s;
+      out[half + i] = b * cosine[i] + a * s;
+    }
+  }
+}
 
 /* Writes this step's keys and values of every sequence into its cache, then attends.
  * Rows of q, k_new and v_new are `q_stride`, `k_stride` and `v_stride` floats apart;
@@ -486,7 +550,8 @@ int64_t append_attend(place *places, int64_t sequences, const float *q, int64_t 
       for (int64_t r = 0; r < p->rows; r++) {
         int64_t row = p->first_row + r, at = held + r;
         const float *kn = k_new + row * k_stride + h * D, *vn = v_new + row * v_stride + h * Dv;
-        int64_t ko = (h * p->capacity + at) * D, vo = (h * p->capacity + at) * Dv;
+        int64_t ko = (h * p->capacity + at - p->k_codes.n) * D;
+        int64_t vo = (h * p->capacity + at - p->v_codes.n) * Dv;
         if (is_bf16) {
           for (int64_t i = 0; i < D; i++) ((bf16 *)p->k)[ko + i] = to_bf16(kn[i]);
           for (int64_t i = 0; i < Dv; i++) ((bf16 *)p->v)[vo + i] = to_bf16(vn[i]);
@@ -508,6 +573,15 @@ int64_t append_attend(place *places, int64_t sequences, const float *q, int64_t 
     const int64_t *task = tasks + 4 * t;
     const place *p = places + task[0];
     int64_t h = task[1], ko = h * p->capacity * D, vo = h * p->capacity * Dv;
+    int64_t last = task[2] + CHUNK < p->stored ? task[2] + CHUNK : p->stored;
+    int coded = task[2] < p->k_codes.n || task[2] < p->v_codes.n;
+    float kept[coded ? CHUNK * (D + Dv) : 1]; /* this stretch, written out */
+    if (coded) {
+      rebuild(&p->k_codes, p->k, is_bf16, D, task[2], last, kept);
+      rebuild(&p->v_codes, p->v, is_bf16, Dv, task[2], last, kept + CHUNK * D);
+    }
+    /* A stretch behind all codes is read where it lies. */
+    ko -= p->k_codes.n * D, vo -= p->v_codes.n * Dv;
     for (int64_t r = 0; r < p->rows; r++) {
       const float *query = q + (p->first_row + r) * q_stride + h * group * D;
       float *part = parts + (task[3] + r) * size;
@@ -517,12 +591,16 @@ int64_t append_attend(place *places, int64_t sequences, const float *q, int64_t 
       if (first >= stop) { /* a stretch that other rows see */
         memset(part, 0, size * sizeof *part);
         for (int64_t g = 0; g < group; g++) part[g * stride] = -INFINITY;
+      } else if (coded) {
+        const uint16_t *seen = p->seen ? p->seen + task[2] : NULL;
+        attend_f32(query, group, D, Dv, kept, kept + CHUNK * D, first - task[2], stop - task[2],
+                   scale, seen, p->seen_n - task[2], part);
       } else if (is_bf16)
         attend_bf16(query, group, D, Dv, (bf16 *)p->k + ko, (bf16 *)p->v + vo, first, stop, scale,
-                    part);
+                    p->seen, p->seen_n, part);
       else
         attend_f32(query, group, D, Dv, (float *)p->k + ko, (float *)p->v + vo, first, stop, scale,
-                   part);
+                   p->seen, p->seen_n, part);
     }
   }
   for (int64_t t = 0; t < count;) { /* join the stretches of each row and key head */

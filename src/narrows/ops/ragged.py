@@ -8,22 +8,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from narrows.ops.attention import causal_attention
+from narrows.ops.attention import causal_attention, visible
 from narrows.ops.native import library
 
 CHUNK = 256  # as in native.c
 MAX_GROUP = 16
 
 
+class Codes(NamedTuple):
+    """Vectors that are multiples of ``entries`` ``[c, dim]``, by ``entry`` and ``ratio`` ``[n]``,
+    of keys then turned by ``turns`` ``[n]`` places, see ``cache.codebook``; ``steps`` are the
+    rotary tables of ``contracts.Rotary.steps``."""
+
+    entries: Tensor
+    entry: Tensor
+    ratio: Tensor
+    turns: Tensor | None
+    steps: tuple[Tensor, Tensor] | None
+
+
 class Place(NamedTuple):
     """One sequence's buffers ``[kv_heads, capacity, dim]``; ``stored`` counts this step's tokens
-    too, whose rows in the flat batch are ``first_row`` and the ``rows - 1`` after it."""
+    too, whose rows in the flat batch are ``first_row`` and the ``rows - 1`` after it.
+
+    With one KV head, codes may stand for its first keys and values, whose buffers then begin
+    behind them; and of the first tokens ``seen`` int16 ``[n]`` may say, a bit each, which query
+    heads see them.
+    """
 
     k: Tensor
     v: Tensor
     stored: int
     first_row: int
     rows: int
+    k_codes: Codes | None = None
+    v_codes: Codes | None = None
+    seen: Tensor | None = None
 
 
 def supported(q: Tensor, k: Tensor) -> bool:
@@ -52,6 +72,8 @@ def append_attend(
     room = 0
     for p in places:
         table += (p.k.data_ptr(), p.v.data_ptr(), p.k.shape[1], p.stored, p.first_row, p.rows)
+        table += (*_codes(p.k_codes), *_codes(p.v_codes))
+        table += (0, 0) if p.seen is None else (p.seen.data_ptr(), len(p.seen))
         room += p.rows * kv_heads * (p.stored // CHUNK + 1)
     out = q.new_empty((q.shape[0], heads, value_dim))
     tasks = torch.empty(4 * room, dtype=torch.int64)
@@ -74,10 +96,62 @@ def append_attend_torch(
     out = torch.zeros((*q.shape[:2], v.shape[2]))
     for p in places:
         rows = slice(p.first_row, p.first_row + p.rows)
-        p.k[:, p.stored - p.rows : p.stored] = k[rows].transpose(0, 1)
-        p.v[:, p.stored - p.rows : p.stored] = v[rows].transpose(0, 1)
-        out[rows] = causal_attention(q[rows], p.k[:, : p.stored], p.v[:, : p.stored], scale, window)
+        sides = []
+        for buffer, codes, new in ((p.k, p.k_codes, k), (p.v, p.v_codes, v)):
+            stop = p.stored - (0 if codes is None else len(codes.entry))
+            buffer[:, stop - p.rows : stop] = new[rows].transpose(0, 1)
+            dense = buffer[:, :stop]
+            sides.append(dense if codes is None else torch.cat([rebuild(codes)[None], dense], 1))
+        if p.seen is None:
+            out[rows] = causal_attention(q[rows], sides[0], sides[1], scale, window)
+        else:
+            out[rows] = masked_attention(q[rows], sides[0][0], sides[1][0], scale, p.seen)
     return out
+
+
+def rebuild(codes: Codes) -> Tensor:
+    """The vectors that codes stand for, float32 ``[n, dim]``."""
+    x = codes.entries[codes.entry.long()].float() * codes.ratio.float()[:, None]
+    if codes.turns is None:
+        return x
+    assert codes.steps is not None
+    turns = codes.turns.long()
+    cosine, sine = (table[turns.abs()] for table in codes.steps)
+    sine = sine * turns.sign()[:, None]
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
+
+
+def seen_weights(q: Tensor, k: Tensor, scale: float, seen: Tensor | None) -> Tensor:
+    """Causal softmax weights float32 ``[group, n, tokens]`` of the newest ``n`` tokens' queries
+    ``[n, group, dim]`` on one head's keys ``[tokens, dim]``. Of the first tokens only the query
+    heads whose bits are set in ``seen`` ``[..]`` see each."""
+    n, group, tokens = *q.shape[:2], len(k)
+    mask = visible(tokens - n, n, tokens, None, q.device).repeat(group, 1, 1)
+    if seen is not None:
+        heads = torch.arange(group, device=q.device)[:, None]
+        mask[:, :, : len(seen)] &= (seen.long() >> heads & 1).bool()[:, None]
+    scores = (q.float().transpose(0, 1) @ k.float().T) * scale
+    return scores.masked_fill_(~mask, -torch.inf).softmax(-1)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor) -> Tensor:
+    """Attention with ``seen_weights``: ``[n, group, dim]`` -> float32 ``[n, group, dv]``."""
+    return (seen_weights(q, k, scale, seen) @ v.float()).transpose(0, 1)
+
+
+def _codes(codes: Codes | None) -> tuple[int, ...]:
+    """The fields of ``codes`` in native.c."""
+    if codes is None:
+        return (0,) * 9
+    entries, entry, ratio, turns, steps = codes
+    turned, tables = (0, 0), (0, 0)
+    if turns is not None:
+        assert steps is not None
+        turned = turns.data_ptr(), int(turns.dtype == torch.int32)
+        tables = steps[0].data_ptr(), steps[1].data_ptr()
+    coded = entries.data_ptr(), entry.data_ptr(), int(entry.dtype == torch.int32)
+    return (*coded, ratio.data_ptr(), *turned, len(entry), *tables)
 
 
 def _rows(x: Tensor) -> Tensor:
