@@ -25,7 +25,7 @@ from narrows.cache.dense import BLOCK, FEW, DenseLayer, DensePolicy, capacity
 from narrows.cache.scores import Scorer
 from narrows.config import Settings
 from narrows.contracts import LayerCache, LayerShape, ModelShape, Span
-from narrows.errors import ConfigError
+from narrows.errors import BudgetError, ConfigError
 from narrows.ops import ragged
 from narrows.ops.attention import causal_attention
 from narrows.ops.native import attention_dtype
@@ -36,6 +36,9 @@ copying it now and then costs little, and a small cache is not hidden behind its
 
 MOST_HEADS = 15
 """Query heads that a token's mask has bits for."""
+
+CLOSE = 0.97
+"""A byte budget is met if so much of it is used."""
 
 ScorerName = Literal[
     "window",
@@ -56,11 +59,13 @@ class EvictOptions(Settings):
     ``window`` tokens and the first ``sinks`` are among them. ``recent`` is the share of a layer's
     tokens that goes to the newest ones, if that is more than ``window``. ``score`` names a scorer
     of ``cache.scores``; ``score_norm``, ``pool`` and ``pool_kernel`` are of those that read
-    attention. ``schedule`` and ``beta``, ``heads``, ``adaptive`` and ``floor`` are explained in
-    ``cache.budget``. ``seed`` is of the random scorer.
+    attention. ``target_bytes`` takes the place of ``keep``: what a prompt leaves takes at most so
+    many bytes in all full-attention layers. ``schedule`` and ``beta``, ``heads``, ``adaptive`` and
+    ``floor`` are explained in ``cache.budget``. ``seed`` is of the random scorer.
     """
 
     keep: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    target_bytes: Annotated[int, Field(ge=0)] = 0
     score: ScorerName = "window"
     window: Annotated[int, Field(ge=1)] = 32
     sinks: Annotated[int, Field(ge=0)] = 0
@@ -240,7 +245,8 @@ class EvictLayer(LayerCache):
     """One layer: dense while its prompt is read, then what ``seal`` keeps of it and all later
     tokens.
 
-    ``number`` counts full-attention layers, of which the model has ``layers``.
+    ``number`` counts full-attention layers, of which the model has ``layers``. ``stack`` are all
+    of them where they must keep one byte budget together.
     """
 
     def __init__(
@@ -257,6 +263,7 @@ class EvictLayer(LayerCache):
         self.prompt: DenseLayer | None = DenseLayer(shape, dtype, device)
         self.scorer: Scorer | None = scorer
         self.store: HeadStore | None = None
+        self.stack: list[EvictLayer] = []
         self._length = self._sealed_at = 0
 
     @property
@@ -272,24 +279,33 @@ class EvictLayer(LayerCache):
 
     def seal(self) -> None:
         """See LayerCache: rate the prompt's tokens, keep the best, free the rest."""
-        if self.prompt is None or self.scorer is None:
+        if self.prompt is None:
             return
+        if self.stack:
+            _fit(self.stack, self.options.target_bytes)
+        else:
+            self.thin(self.options.keep)
+        for layer in self.stack or [self]:
+            layer.prompt, layer.scorer, layer.stack = None, None, []
+
+    def thin(self, keep: float) -> None:
+        """Make the store of a share ``keep`` of the prompt, which stays until ``seal``."""
+        assert self.prompt is not None
+        choice = self.choice(keep)
         self._length = self._sealed_at = self.prompt.length
-        choice = self.choice()
         self.store = HeadStore(self.prompt.k, self.prompt.v, choice)
-        self.prompt = self.scorer = None
         self._encode(choice)
 
     def _encode(self, choice: Choice) -> None:
-        """Told, once sealed, which tokens stay; a layer may store them otherwise now."""
+        """Told which tokens are in the store; a layer may hold them otherwise now."""
 
-    def choice(self) -> Choice:
-        """What ``seal`` would keep now."""
+    def choice(self, keep: float) -> Choice:
+        """What is kept of the prompt, at a share ``keep``."""
         assert self.prompt is not None
         assert self.scorer is not None
         options, tokens = self.options, self.prompt.length
         count = layer_counts(
-            options.schedule, options.keep, options.beta, options.window, tokens, self.layers
+            options.schedule, keep, options.beta, options.window, tokens, self.layers
         )[self.number]
         window = min(tokens, max(options.window, int(options.recent * count)))
         if count >= tokens:
@@ -350,10 +366,8 @@ class EvictLayer(LayerCache):
             assert isinstance(cache, EvictLayer)
             quick = cache.ready(b - a) and ragged.supported(q[:, :group], cache.kept.k[0])
             (few if quick else rest).append((cache, (a, b)))
-        if few:
-            out = _step_few(few, q, k, v, scale)
-        else:
-            out = q.new_empty((*q.shape[:2], v.shape[2]))
+        empty = q.new_empty((*q.shape[:2], v.shape[2]))
+        out = _step_few(few, q, k, v, scale) if few else empty
         for cache, (a, b) in rest:
             out[a:b] = cache.advance(q[a:b], k[a:b], v[a:b], scale)
         return out
@@ -383,6 +397,33 @@ class EvictLayer(LayerCache):
     def nbytes(self) -> int:
         """See LayerCache."""
         return self.kept.nbytes if self.prompt is None else self.prompt.nbytes
+
+
+def _fit(layers: Sequence[EvictLayer], target: int) -> None:
+    """Thin the layers' prompts so that their stores take at most ``target`` bytes, and little
+    less: a share is tried, measured and corrected."""
+
+    def size(keep: float) -> int:
+        for layer in layers:
+            layer.thin(keep)
+        return sum(layer.kept.nbytes for layer in layers)
+
+    low, high = 0.0, 1.0
+    taken = size(1.0)
+    keep = 1.0
+    while taken > target or (keep < 1.0 and taken < CLOSE * target):
+        if taken > target:
+            high = keep
+        else:
+            low = keep
+        if high - low < 1e-3:
+            if taken > target and low > 0.0:
+                size(low)
+            return
+        # Bytes grow about in proportion to what is kept; halving guards against a bad guess.
+        guess = keep * (1 + CLOSE) / 2 * target / taken
+        keep = guess if low < guess < high else (low + high) / 2
+        taken = size(keep)
 
 
 def _step_few(
@@ -447,6 +488,10 @@ class EvictPolicy:
                 continue
             scorer = make_scorer(self.options, shape, place)
             made.append(self._layer(scorer, layer, shape, full.index(place), len(full)))
+        if self.options.target_bytes:
+            stack = [cache for cache in made if isinstance(cache, EvictLayer)]
+            for cache in stack:
+                cache.stack = stack
         return made
 
     def _layer(
@@ -455,11 +500,14 @@ class EvictPolicy:
         return EvictLayer(self.options, scorer, layer, shape.dtype, shape.device, number, layers)
 
     def estimate(self, shape: ModelShape, tokens: int, prompt: int | None = None) -> int:
-        """See CachePolicy. ``per_query_head`` is counted as if no two heads agreed."""
+        """See CachePolicy. ``per_query_head`` is counted as if no two heads agreed. Raises
+        BudgetError for a prompt whose last window alone is more than ``target_bytes``."""
         if prompt is None:
             more = rehearse.LONGEST if self.rehearses else 0
             return DensePolicy().estimate(shape, tokens + more)
         options, full = self.options, sum(x.window is None for x in shape.layers)
+        if options.target_bytes:
+            return self._estimate_fitted(shape, tokens, prompt)
         counts = list(_counts(options, prompt, full))
         total = 0
         for layer in shape.layers:
@@ -476,6 +524,21 @@ class EvictPolicy:
                 most = min(prompt, most * layer.kv_heads)
             total += size * room(most + tokens - prompt)
         return total
+
+    def _estimate_fitted(self, shape: ModelShape, tokens: int, prompt: int) -> int:
+        least = self.options.model_copy(update={"target_bytes": 0, "keep": 1e-9})
+        least_bytes = EvictPolicy("", least, least).estimate(shape, prompt, prompt)
+        target = self.options.target_bytes
+        if least_bytes > target:
+            raise BudgetError(
+                f"target_bytes {target:,} is less than the {least_bytes:,} bytes of the newest "
+                f"{self.options.window} tokens, which are always kept"
+            )
+        dense = DensePolicy().estimate(shape, tokens)
+        a_token = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in shape.layers)
+        return (
+            min(dense, target) + (room(tokens) - prompt + GROWTH) * a_token * shape.dtype.itemsize
+        )
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -42,7 +44,7 @@ def test_the_pyramid_is_the_papers_line():
     assert ends(0.5249) == pytest.approx(ends(0.5251), abs=2e-3)
     assert ends(0.03) == pytest.approx((0.03, 0.03), abs=2e-3)
     straight = layer_counts("pyramid", 0.4, 0.05, 1, 10001, 11)
-    assert all(abs((a - b) - 700) <= 1 for a, b in zip(straight, straight[1:], strict=False))
+    assert all(abs((a - b) - 700) <= 1 for a, b in pairwise(straight))
 
 
 def test_the_released_pyramid_by_hand():

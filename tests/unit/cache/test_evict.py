@@ -21,7 +21,7 @@ from narrows.config import EngineConfig, SamplingParams
 from narrows.contracts import FlatBatch, LayerCache, LayerShape, ModelShape
 from narrows.draft.specs import make_drafter
 from narrows.engine.engine import Engine
-from narrows.errors import ConfigError
+from narrows.errors import BudgetError, ConfigError
 from narrows.model.rotary import ModelRotary
 from oracles.evict_reference import MaskedLayer
 from tiny import FAMILIES, pair, prompts
@@ -88,7 +88,10 @@ def test_outputs_are_those_of_a_mask_that_hides_what_was_dropped(spec, family):
     if policy.rehearses:
         rehearse(flat, again, IDS[:60])
     masked = [
-        MaskedLayer(c.choice()) if isinstance(c, EvictLayer) else copy.deepcopy(c) for c in again
+        MaskedLayer(c.choice(policy.options.keep))
+        if isinstance(c, EvictLayer)
+        else copy.deepcopy(c)
+        for c in again
     ]
     fresh = [m if isinstance(m, MaskedLayer) else parse_cache("dense").build(flat.shape)[i]
              for i, m in enumerate(masked)]  # fmt: skip
@@ -251,12 +254,31 @@ def test_dropped_tokens_are_freed():
 
 
 def test_heads_with_budgets_of_their_own_hold_just_that():
-    flat, caches = sealed("evict:keep=0.3,window=4,heads=mean,adaptive=true,floor=0.0")
+    _, caches = sealed("evict:keep=0.3,window=4,heads=mean,adaptive=true,floor=0.0")
     sizes = [c.store.held for c in caches]
     assert any(a != b for a, b in sizes)
     assert all(a + b == 2 * 18 for a, b in sizes)
     with pytest.raises(ConfigError, match="different numbers of tokens"):
         next(c for c in caches if len(set(c.store.held)) == 2).materialize()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.3])
+def test_a_byte_budget_is_kept_and_used(spec, share):
+    native = 60 * 3 * 2 * 2 * 16 * 4
+    target = int(share * native)
+    _, caches = sealed(f"{spec},target_bytes={target}")
+    taken = sum(c.nbytes for c in caches)
+    assert taken <= target
+    steps = 3 * 2 * 2 * 16 * 16 * 4  # buffers grow by 16 tokens, in every layer at once or not
+    assert taken > target - steps
+    assert all(c.prompt is None and c.scorer is None and not c.stack for c in caches)
+
+
+def test_a_byte_budget_below_the_window_is_refused():
+    policy = parse_cache("evict:target_bytes=1000")
+    with pytest.raises(BudgetError, match="less than the 24,576 bytes of the newest 32 tokens"):
+        policy.estimate(pair("llama")[0].shape, 100, 100)
 
 
 def test_sliding_layers_stay_dense_and_models_of_them_alone_are_refused():
