@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from narrows.bench import cache_peers
 from narrows.bench.cache_cost import WARM_UP, byte_rows, memory_rows, time_rows
+from narrows.bench.cache_kvpress import KVPress, open_session, parse_kvpress
 from narrows.bench.cache_peers import PEERS, Peer
 from narrows.bench.cache_quality import (
     BLOCK,
@@ -22,20 +23,27 @@ from narrows.bench.cache_quality import (
     quality_rows,
     read_text,
 )
-from narrows.bench.cache_retrieval import ask, check_retrieval, make_probes, retrieval_rows
-from narrows.bench.cache_subjects import Ours, Subject
+from narrows.bench.cache_retrieval import (
+    ask,
+    check_retrieval,
+    make_probes,
+    retrieval_rows,
+    visible,
+)
+from narrows.bench.cache_subjects import Ours, Subject, parse_subject, subject_name
 from narrows.bench.progress import Progress
 from narrows.bench.prose import read_prose
 from narrows.bench.provenance import provenance
 from narrows.bench.report import Row, pivot, with_provenance
-from narrows.cache.stack import parse_cache
 from narrows.data import locate
 from narrows.errors import ConfigError
+from narrows.model import hub
 from narrows.model.flat import FlatModel
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+QUESTIONS = ("hidden", "visible")
 PARTS = ("bytes", "quality", "retrieval", "time", "memory")
 DENSE = "dense"
 CACHES = (
@@ -68,6 +76,7 @@ def run(
     retrieval: Sequence[int] = (1024, 2048),
     depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
     probes: int = 4,
+    questions: Sequence[str] = ("hidden",),
     lengths: Sequence[int] = (512, 1024, 2048, 4096, 8000),
     rounds: int = 8,
     steps: int = 16,
@@ -92,6 +101,7 @@ def run(
         windows: of text, each a ``prefix`` read as a prompt and ``decoded`` tokens fed after it.
         held: prompt lengths at which bytes are counted.
         retrieval: context lengths with a planted fact; ``probes`` of each task at each depth.
+        questions: of QUESTIONS: whether a cache is compressed before it sees the question.
         lengths: contexts behind which decoding is timed; those beyond the window are left out.
         rounds, steps: repetitions of timing, and decoding steps in each.
         memory: length of the prompt that peak memory is measured with.
@@ -107,6 +117,9 @@ def run(
     peers = [p for p in peers if p != "none"]
     specs = _specs(caches)
     _check(parts, peers, rounds, steps, held, lengths)
+    unknown = [q for q in questions if q not in QUESTIONS]
+    if unknown or not questions:
+        raise ConfigError(f"questions: give some of {', '.join(QUESTIONS)}")
     needs_text = bool(set(parts) - {"bytes", "time"})
     folder = locate(data) if needs_text else Path()
     loaded = FlatModel.load(model, dtype=dtype, device=device)
@@ -118,7 +131,12 @@ def run(
     if peers:
         stock = cache_peers.load_stock(loaded, model, dtype)
         names = dict.fromkeys((cache_peers.DENSE, *peers))
-        subjects += [Peer(stock, loaded.shape, name) for name in names]
+        pressed = [name for name in names if parse_kvpress(name)]
+        subjects += [Peer(stock, loaded.shape, n) for n in names if n not in pressed]
+        if pressed:
+            session = open_session(hub.resolve(model), dtype)
+            bits = 8.0 * loaded.shape.dtype.itemsize
+            subjects += [KVPress(session, name, bits) for name in pressed]
     bench = _Bench(loaded, subjects, _versus(versus, subjects), dtype, seed, show_progress)
     window = loaded.shape.max_tokens
     rows: list[Row] = []
@@ -127,14 +145,16 @@ def run(
     if "quality" in parts:
         rows += bench.quality(folder, windows=windows, prefix=prefix, decoded=decoded)
     if "retrieval" in parts:
-        rows += bench.retrieval(folder, lengths=retrieval, depths=depths, count=probes)
+        rows += bench.retrieval(
+            folder, lengths=retrieval, depths=depths, count=probes, questions=questions
+        )
     if "time" in parts:
         fitting = [n for n in lengths if n + WARM_UP + rounds * steps <= window]
         rows += bench.time(fitting, rounds=rounds, steps=steps)
     if "memory" in parts:
         prompt = read_prose(folder, loaded, min(memory, window - steps)).ids
         place = loaded.shape.device
-        rows += memory_rows(subjects, prompt, place, steps=steps, **bench.named)
+        rows += memory_rows(bench.here, prompt, place, steps=steps, **bench.named)
     return with_provenance(rows, provenance(seed))
 
 
@@ -152,6 +172,8 @@ class _Bench:
     ) -> None:
         self.model = model
         self.subjects = subjects
+        # What is asked through a pipe cannot be timed or weighed beside the others.
+        self.here = [s for s in subjects if not isinstance(s, KVPress)]
         self.versus = versus
         self.seed = seed
         self.show_progress = show_progress
@@ -174,28 +196,40 @@ class _Bench:
         )
 
     def retrieval(
-        self, folder: Path, *, lengths: Sequence[int], depths: Sequence[float], count: int
+        self,
+        folder: Path,
+        *,
+        lengths: Sequence[int],
+        depths: Sequence[float],
+        count: int,
+        questions: Sequence[str],
     ) -> list[Row]:
         """Planted facts."""
         probes = make_probes(
             folder, self.model, lengths=lengths, depths=depths, count=count, seed=self.seed
         )
+        rows = []
         with Progress("retrieval", visible=self.show_progress) as progress:
-            progress.expect(len(self.subjects) * -(-len(probes) // BLOCK))
-            found = {s.method: ask(s, probes, progress.advance) for s in self.subjects}
-        return retrieval_rows(
-            self.subjects, probes, found, self.versus, seed=self.seed, **self.named
-        )
+            progress.expect(len(questions) * len(self.subjects) * -(-len(probes) // BLOCK))
+            for question in questions:
+                asked = [visible(p) for p in probes] if question == "visible" else probes
+                found = {s.method: ask(s, asked, progress.advance) for s in self.subjects}
+                where = {**self.named, "question": question}
+                rows += retrieval_rows(
+                    self.subjects, probes, found, self.versus, seed=self.seed, **where
+                )
+        return rows
 
     def time(self, lengths: Sequence[int], *, rounds: int, steps: int) -> list[Row]:
         """Decoding steps."""
         rows = []
-        versus = [DENSE, *self.versus]
+        timed = [s.method for s in self.here]
+        versus = [DENSE, *(name for name in self.versus if name in timed)]
         with Progress("time", visible=self.show_progress) as progress:
             progress.expect(len(lengths))
             for length in lengths:
                 rows += time_rows(
-                    self.subjects,
+                    self.here,
                     length,
                     versus,
                     rounds=rounds,
@@ -215,7 +249,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         for other in dict.fromkeys(r.get("versus") for r in inside):
             chosen = [r for r in inside if r.get("versus") == other]
             title = part if other is None else f"{part}, versus {other}"
-            made.append(pivot(chosen, title, ("task", "length")))
+            made.append(pivot(chosen, title, ("question", "task", "length")))
     return made
 
 
@@ -226,14 +260,18 @@ def points(rows: Sequence[Row]) -> list[Row]:
 
 def _specs(caches: Sequence[str]) -> list[str]:
     """The specs as their policies write them, the dense one first, each once."""
-    return list(dict.fromkeys(parse_cache(spec).spec for spec in (DENSE, *caches)))
+    return list(dict.fromkeys(_named(spec) for spec in (DENSE, *caches)))
+
+
+def _named(spec: str) -> str:
+    return subject_name(*parse_subject(spec))
 
 
 def _versus(given: Sequence[str] | None, subjects: Sequence[Subject]) -> list[str]:
     measured = [s.method for s in subjects]
     if given is None:
         return [name for name in VERSUS if name in measured]
-    names = [name if name in PEERS else parse_cache(name).spec for name in given]
+    names = [n if n in PEERS or parse_kvpress(n) else _named(n) for n in given]
     for name in names:
         if name not in measured:
             raise ConfigError(f"versus: {name!r} is not measured (measured: {', '.join(measured)})")

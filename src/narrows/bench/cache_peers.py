@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache
 from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
 
+from narrows.bench.cache_kvpress import parse_kvpress
 from narrows.bench.cache_subjects import random_layers
 from narrows.contracts import ModelShape
 from narrows.errors import ConfigError, reason
@@ -58,9 +59,12 @@ LAYERS = {"quanto": QuantoQuantizedLayer, "hqq": HQQQuantizedLayer}
 
 def check_peers(names: Sequence[str]) -> None:
     """Raises ConfigError for an unknown peer or one that does not run here."""
+    names = [name for name in names if parse_kvpress(name) is None]
     for name in names:
         if name not in PEERS:
-            raise ConfigError(f"unknown peer {name!r} (known: {', '.join(PEERS)}, none)")
+            raise ConfigError(
+                f"unknown peer {name!r} (known: {', '.join(PEERS)}, kvpress-..., none)"
+            )
     for backend in {PEERS[name].backend for name in names} - {None}:
         assert backend is not None
         if not _installed(PACKAGES[backend]):

@@ -1,9 +1,10 @@
 """Whether a fact planted at some depth of a long context is still found through a cache.
 
-The context is read as a prompt and then compressed, as a document that is asked about later; the
-question and the answer are fed token by token. A small model writes poor answers, so the measure
-is the likelihood of the right one; greedy decoding writes exactly that answer if every token of
-it is the likeliest.
+The context is read as a prompt and then compressed, as a document that is asked about later, and
+the question fed token by token like the answer; or, ``visible``, the question is part of the
+prompt, so that a cache may look at it when it chooses what to keep. A small model writes poor
+answers, so the measure is the likelihood of the right one; greedy decoding writes exactly that
+answer if every token of it is the likeliest.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,13 @@ def _sentence_end(model: FlatModel, ids: Sequence[int], at: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------- asking
+
+
+def visible(probe: Probe) -> Probe:
+    """The probe with its question at the end of its context, but for the last token, which the
+    first of the answer is predicted from."""
+    *early, last = probe.question
+    return replace(probe, context=probe.context + early, question=[last])
 
 
 def ask(

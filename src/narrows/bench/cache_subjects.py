@@ -8,10 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from narrows.cache.evict import EvictPolicy
 from narrows.cache.rehearse import rehearse
 from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig
-from narrows.contracts import FlatBatch, LayerCache, LayerShape
+from narrows.contracts import CachePolicy, FlatBatch, LayerCache, LayerShape, ModelShape
+from narrows.errors import ConfigError
 from narrows.model.flat import FlatModel
 
 Reader = Any
@@ -51,15 +53,17 @@ class Subject(Protocol):
 class Ours:
     """This package's forward pass with the cache policy of a spec string.
 
-    Raises ConfigError for a spec that is wrong or that the model cannot take.
+    An evicting cache may be given a share of the bytes a prompt has in the model's own precision,
+    ``snapkv@0.5``: a byte budget for each prompt read. Raises ConfigError for a spec that is wrong
+    or that the model cannot take.
     """
 
     engine = "narrows"
 
     def __init__(self, model: FlatModel, spec: str) -> None:
         self.model = model
-        self.policy = parse_cache(spec)
-        self.method = self.policy.spec
+        self.policy, self.share = parse_subject(spec)
+        self.method = subject_name(self.policy, self.share)
         nominal = getattr(self.policy, "nominal_bits", None)
         dense = float(8 * model.shape.dtype.itemsize)
         self.nominal_bits = dense if nominal is None else float(nominal(model.shape))
@@ -67,7 +71,7 @@ class Ours:
 
     def read(self, prompt: Sequence[int]) -> list[LayerCache]:
         """See Subject; in the chunks the engine reads prompts in."""
-        caches = self.policy.build(self.model.shape)
+        caches = self._policy(len(prompt)).build(self.model.shape)
         size = EngineConfig().prefill_chunk
         for start in range(0, len(prompt), size):
             self._forward([caches], [prompt[start : start + size]])
@@ -76,8 +80,13 @@ class Ours:
         return _sealed(caches)
 
     def fill(self, tokens: int, seed: int) -> list[LayerCache]:
-        """See Subject."""
+        """See Subject; an evicting cache reads random tokens, to have attention to go by."""
         shape = self.model.shape
+        if isinstance(self.policy, EvictPolicy):
+            chance = torch.Generator().manual_seed(seed)
+            return self.read(
+                torch.randint(0, shape.vocab_size, (tokens,), generator=chance).tolist()
+            )
         caches = self.policy.build(shape)
         pairs = random_layers(shape.layers, tokens, shape.dtype, shape.device, seed)
         for cache, (k, v) in zip(caches, pairs, strict=True):
@@ -91,6 +100,14 @@ class Ours:
     def held(self, reader: list[LayerCache]) -> int:
         """See Subject."""
         return sum(cache.nbytes for cache in reader)
+
+    def _policy(self, tokens: int) -> CachePolicy:
+        """The policy for a prompt of so many tokens."""
+        if self.share is None:
+            return self.policy
+        assert isinstance(self.policy, EvictPolicy)
+        native = native_bytes(self.model.shape, tokens)
+        return self.policy.fitted(round(self.share * native))
 
     def _forward(
         self, readers: Sequence[list[LayerCache]], chunks: Sequence[Sequence[int]]
@@ -109,6 +126,34 @@ class Ours:
             torch.tensor(positions, device=device),
             FlatBatch(spans, list(readers)),
         )
+
+
+def parse_subject(spec: str) -> tuple[CachePolicy, float | None]:
+    """The policy and the share of ``spec``, ``policy`` or ``policy@share``. Raises ConfigError."""
+    told, _, share = spec.partition("@")
+    policy = parse_cache(told)
+    if not share:
+        return policy, None
+    if not isinstance(policy, EvictPolicy):
+        raise ConfigError(f"cache {spec!r}: only an evicting cache can be given a share of bytes")
+    try:
+        value = float(share)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise ConfigError(f"cache {spec!r}: the share must be above 0 and at most 1")
+    return policy, value
+
+
+def subject_name(policy: CachePolicy, share: float | None) -> str:
+    """What ``parse_subject`` makes the two of."""
+    return policy.spec if share is None else f"{policy.spec}@{share:g}"
+
+
+def native_bytes(shape: ModelShape, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens in the model's own precision."""
+    numbers = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in shape.layers)
+    return tokens * numbers * shape.dtype.itemsize
 
 
 def random_layers(

@@ -3,12 +3,14 @@ folder, through a program beside this file."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import tempfile
 import venv
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from narrows.bench import llmlingua_job, vllm_job
+from narrows.bench import kvpress_job, llmlingua_job, vllm_job
 from narrows.errors import ConfigError, ModelError
 from narrows.model import hub
 
@@ -64,21 +66,29 @@ class Rival:
         with tempfile.TemporaryDirectory() as folder:
             ask, answer = Path(folder, "job.json"), Path(folder, "result.json")
             ask.write_text(json.dumps(job))
-            # Nothing of our own environment may reach the other one.
-            own = ("PYTHON", "VIRTUAL_ENV")
-            kept = {k: v for k, v in os.environ.items() if not k.startswith(own)}
             done = subprocess.run(
                 [str(python), self.program, str(ask), str(answer)],
                 capture_output=True,
                 text=True,
-                # A model is a folder; waiting for a network would be timed out.
-                env={**kept, "HF_HUB_OFFLINE": "1", **self.variables},
+                env=self._env,
                 cwd=folder,
             )
             if done.returncode != 0 or not answer.exists():
                 raise ModelError(f"{self.name} could not run the model: {_last_line(done.stderr)}")
             result: dict[str, Any] = json.loads(answer.read_text())
             return result
+
+    def open(self, job: Mapping[str, Any], python: Path | None = None) -> Session:
+        """Start the program on ``job`` for a talk. Errors as ``run``."""
+        return Session(self.name, [str(python or self.environment()), self.program], job, self._env)
+
+    @property
+    def _env(self) -> dict[str, str]:
+        # Nothing of our own environment may reach the other one.
+        own = ("PYTHON", "VIRTUAL_ENV")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+        # A model is a folder; waiting for a network would be timed out.
+        return {**kept, "HF_HUB_OFFLINE": "1", **self.variables}
 
     def _pip(self, python: Path, *words: str) -> None:
         done = subprocess.run(
@@ -91,6 +101,50 @@ class Rival:
             raise ConfigError(
                 f"cannot {words[0]} {words[-1]} for the {self.name} comparison: {why}"
             )
+
+
+class Session:
+    """A program that answers one line of JSON with another until it is closed or forgotten."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], job: Mapping[str, Any], env: Mapping[str, str]
+    ) -> None:
+        self.name = name
+        self._folder = tempfile.TemporaryDirectory()
+        ask, self._errors = Path(self._folder.name, "job.json"), Path(self._folder.name, "errors")
+        ask.write_text(json.dumps(job))
+        with self._errors.open("w") as errors:
+            self._process = subprocess.Popen(
+                [*command, str(ask)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=dict(env),
+                cwd=self._folder.name,
+            )
+        weakref.finalize(self, self._process.kill)
+
+    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer. Raises ModelError if the program has failed."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            why = _last_line(self._errors.read_text())
+            raise ModelError(f"{self.name} could not run the model: {why}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def tell(self, told: Mapping[str, Any]) -> None:
+        """``ask``, where nobody is left to hear that the program has ended."""
+        with contextlib.suppress(ModelError, ValueError, OSError):
+            self.ask(told)
 
 
 VLLM = Rival(
@@ -106,6 +160,11 @@ LLMLINGUA = Rival(
     # Its caches are tuples, which later releases of transformers no longer take.
     packages=("llmlingua==0.2.2", "torch==2.13.0", "transformers==4.45.1"),
     program=llmlingua_job.__file__,
+)
+KVPRESS = Rival(
+    name="kvpress",
+    packages=("kvpress==0.5.5", "torch==2.13.0", "transformers==5.2.0"),
+    program=kvpress_job.__file__,
 )
 
 

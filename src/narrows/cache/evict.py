@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -468,6 +468,11 @@ class EvictPolicy:
         """See CachePolicy: tokens that came after the prompt can always be taken back."""
         DensePolicy().holding(tokens)
         return self
+
+    def fitted(self, target_bytes: int) -> Self:
+        """This policy with a byte budget in place of a share."""
+        changed = self.options.model_dump() | {"target_bytes": target_bytes}
+        return replace(self, options=type(self.options)(**changed))
 
     def build(self, shape: ModelShape) -> list[LayerCache]:
         """See CachePolicy."""

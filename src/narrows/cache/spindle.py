@@ -7,7 +7,7 @@ whose code would not be smaller stays dense. Tokens read later join the books in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -205,7 +205,7 @@ class SpindlePolicy(EvictPolicy):
         if not self.options.fold_every or tokens <= self.options.hold:
             return self
         changed = self.options.model_dump() | {"hold": tokens}
-        return SpindlePolicy(self.name, SpindleOptions(**changed), self.defaults)
+        return replace(self, options=SpindleOptions(**changed))
 
     def _layer(
         self, scorer: Scorer, layer: LayerShape, shape: ModelShape, number: int, layers: int

@@ -204,6 +204,10 @@ def cache(
         list[int] | None, typer.Option(help="Context tokens around a fact; default 1024, 2048.")
     ] = None,
     probes: Annotated[int, typer.Option(help="Facts a task, length and depth.")] = 4,
+    question: Annotated[
+        list[str] | None,
+        typer.Option(help="hidden until the cache is compressed, or visible. Repeatable."),
+    ] = None,
     length: Annotated[
         list[int] | None, typer.Option(help="Contexts timed; 512, 1024, 2048, 4096, 8000.")
     ] = None,
@@ -229,6 +233,7 @@ def cache(
         "versus": versus,
         "held": held,
         "retrieval": retrieval,
+        "questions": question,
         "lengths": length,
     }
     rows = bench.run(
