@@ -7,6 +7,7 @@ standard input is one, and is answered by one on standard output:
   ``held``, the bytes of its cache.
 * ``step``: pairs of a reader and its next token; ``file``: where to put the logits, float32
   ``[pairs, vocabulary]``. Answers with ``held``, a number each.
+* ``keys``: a reader; ``file``: where to put its keys, an array ``[heads, tokens, dim]`` a layer.
 * ``forget``: a reader.
 """
 
@@ -74,6 +75,14 @@ class Worker:
         numpy.save(file, numpy.stack(rows))
         return {"held": sizes}
 
+    def keys(self, keys: int, file: str) -> dict[str, Any]:
+        """See the module."""
+        import numpy
+
+        held = [layer.keys[0].float().numpy() for layer in self.readers[keys][0].layers]
+        numpy.savez(file, *held)
+        return {}
+
     def forget(self, forget: int) -> dict[str, Any]:
         """See the module."""
         del self.readers[forget]
@@ -97,7 +106,9 @@ def main(job_file: str) -> None:
     worker = Worker(job["model"], job["dtype"])
     for line in sys.stdin:
         ask = json.loads(line)
-        told = getattr(worker, next(n for n in ("read", "step", "forget") if n in ask))(**ask)
+        told = getattr(worker, next(n for n in ("read", "step", "keys", "forget") if n in ask))(
+            **ask
+        )
         answers.write(json.dumps(told) + "\n")
         answers.flush()
 

@@ -21,7 +21,7 @@ from narrows.cache.scores import Scorer
 from narrows.contracts import LayerShape, ModelShape
 from narrows.errors import ConfigError
 
-Preset = Literal["fair", "paper", "codebook_only", "evict_only"]
+Preset = Literal["tuned", "fair", "paper", "codebook_only", "evict_only"]
 
 
 class SpindleOptions(EvictOptions):
@@ -233,9 +233,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"heads": "per_query_head", "schedule": "pyramid"},
     "codebook_only": {"keep": 1.0},
     "evict_only": {"heads": "max", "schedule": "pyramid", "theta_k": 1.0, "theta_v": 1.0},
+    "tuned": {"score": "accumulated", "recent": 0.25, "sinks": 4, "heads": "mean"},
 }
 """``paper`` chooses tokens for every query head (equation 7), ``fair`` for every KV head, so that
-what it keeps is what it holds; the others leave out one of the two stages."""
+what it keeps is what it holds; ``codebook_only`` and ``evict_only`` leave out one of the stages.
+``tuned`` is ours: the paper's codebook behind what H2O keeps, the same share in every layer."""
 
 
 def spindle(preset: str = "fair", **options: Any) -> SpindlePolicy:
