@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from narrows.cache.saved import SavedCache, load_cache
 from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
 from narrows.contracts import Completion
@@ -118,23 +120,49 @@ class LLM:
         return ids
 
     def chat_ids(self, messages: Messages) -> list[int]:
-        """Token ids of a conversation in the model's chat template, ready for the answer."""
+        """Token ids of ``chat_text``."""
+        text = self.chat_text(messages)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def chat_text(self, messages: Messages) -> str:
+        """A conversation in the model's chat template, ready for the answer."""
         if not messages:
             raise InputError("a conversation needs at least one message")
         if self.tokenizer.chat_template is None:
             raise ConfigError(
                 f"model {self.model.name!r} has no chat template; use generate with plain text"
             )
-        text = self.tokenizer.apply_chat_template(
+        text: str = self.tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=True
         )
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return text
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
-        """Queue a request without running it; see ``follow``."""
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        saved: SavedCache | None = None,
+    ) -> Request:
+        """Queue a request without running it; see ``follow``. Its prompt goes on where ``saved``
+        ends, if given."""
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        return self.engine.submit(ids, params or SamplingParams())
+        return self.engine.submit(ids, params or SamplingParams(), saved)
+
+    def read(self, prompt: Prompt) -> SavedCache:
+        """Read a prompt for requests to go on from. See ``save_cache`` and ``load_cache``."""
+        return self.engine.read(self.encode(prompt) if isinstance(prompt, str) else list(prompt))
+
+    def load_cache(self, path: str | Path) -> SavedCache:
+        """A cache that ``narrows.cache.saved.save_cache`` wrote, on this model's device. Raises
+        InputError for a file that is not one, ConfigError for one of another model."""
+        saved = load_cache(Path(path), self.model.rotary, self.model.shape.device)
+        if saved.model != self.model.fingerprint:
+            raise ConfigError(
+                f"{path}: of another model (fingerprint {saved.model}, but {self.model.name} has "
+                f"{self.model.fingerprint})"
+            )
+        return saved
 
     def _drop(self, requests: list[Request]) -> None:
         for request in requests:

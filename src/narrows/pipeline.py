@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from narrows.cache.dense import DensePolicy
+from narrows.cache.saved import SavedCache
 from narrows.compression import METHODS, make_compressor
 from narrows.config import SamplingParams
 from narrows.contracts import Completion, Document, Span
@@ -34,7 +36,10 @@ SPLICE_SHARE = 16
 in this many of the window is left for them."""
 
 SEPARATOR = "\n\n"
-INSTRUCTION = "Answer the question from the text above, in one or two sentences."
+ASK = f"{SEPARATOR}Answer the question from the text above, in one or two sentences."
+
+RESERVED = 512
+"""Tokens of the window that documents read once leave for questions and answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,27 +158,88 @@ def ask(
             f"the prompt has {len(ids)} tokens and the answer may take {params.max_tokens}, but "
             f"the model takes {llm.model.shape.max_tokens}; lower the budget or max_tokens"
         )
-    request = llm.submit(ids, params)
-    for text in llm.follow(request):
-        if on_text is not None:
-            on_text(text)
-    done = request.completion()
+    done = _write(llm, ids, params, on_text, savings)
     savings.kept_tokens = _count(llm, context)
-    savings.prompt_tokens = done.metrics.prompt_tokens
-    savings.answer_tokens = done.metrics.generated_tokens
-    savings.cache_bytes = done.metrics.cache_bytes
     whole = savings.document_tokens + len(ids) - savings.kept_tokens + savings.answer_tokens
     savings.full_cache_bytes = llm.engine.policy.estimate(
         llm.model.shape, whole, whole - savings.answer_tokens
     )
+    sources = [Source(p.document, p.span, s) for p, s in zip(pieces, scores, strict=True)]
+    return Answer(done.text.strip(), sources, savings, done)
+
+
+def read(
+    llm: LLM, docs: Sequence[str] = (), *, documents: Sequence[Document] = (), method: str = "none"
+) -> SavedCache:
+    """Read documents once, for ``ask_saved`` to ask about; see ``ask`` for ``docs`` and
+    ``documents``. ``method`` is a compression method for what is too long, or ``"none"``.
+
+    Raises InputError, ConfigError or BudgetError, each saying what to do.
+    """
+    texts = [*documents, *read_documents(docs)]
+    if not texts:
+        raise InputError("no document given; name at least one file, or - for standard input")
+    context = SEPARATOR.join(d.text.strip() for d in texts)
+    limit = llm.model.shape.max_tokens - RESERVED
+    if (count := _count(llm, context)) > limit:
+        if method == "none":
+            raise InputError(
+                f"the documents have {count} tokens but {limit} fit; give a compression method, "
+                "such as dac-sweep"
+            )
+        room = limit - limit // SPLICE_SHARE
+        context = make_compressor(method, llm.model).compress(context, target_tokens=room).text
+    text = _prompt_text(llm, context, "")
+    head = text[: text.rindex(ASK)]
+    return llm.read(_plain_ids(llm, head, start=True))
+
+
+def ask_saved(
+    llm: LLM,
+    saved: SavedCache,
+    question: str,
+    *,
+    params: SamplingParams | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> Answer:
+    """Answer ``question`` from documents that ``read`` has read; see ``ask``. ``sources`` are
+    not known any more. Raises InputError, ConfigError or RequestRejected."""
+    if not question.strip():
+        raise InputError("the question is empty; say what to answer")
+    text = _prompt_text(llm, "", question)
+    ids = _plain_ids(llm, text[text.index(ASK) :], start=False)
+    savings = Savings(document_tokens=len(saved.tokens))
+    done = _write(llm, ids, params or SamplingParams(max_tokens=128), on_text, savings, saved)
+    savings.kept_tokens = len(saved.tokens)
+    whole = savings.prompt_tokens + savings.answer_tokens
+    savings.full_cache_bytes = DensePolicy().estimate(llm.model.shape, whole)
+    return Answer(done.text.strip(), [], savings, done)
+
+
+def _write(
+    llm: LLM,
+    ids: list[int],
+    params: SamplingParams,
+    on_text: Callable[[str], None] | None,
+    savings: Savings,
+    saved: SavedCache | None = None,
+) -> Completion:
+    """Let the model answer, and note what it took."""
+    request = llm.submit(ids, params, saved)
+    for text in llm.follow(request):
+        if on_text is not None:
+            on_text(text)
+    done = request.completion()
+    savings.prompt_tokens = done.metrics.prompt_tokens
+    savings.answer_tokens = done.metrics.generated_tokens
+    savings.cache_bytes = done.metrics.cache_bytes
     savings.seconds["prefill"] = done.metrics.prefill_s
     savings.seconds["decode"] = done.metrics.decode_s
     savings.tokens_per_second = done.metrics.tokens_per_second
     savings.steps = done.metrics.steps
     savings.drafted_tokens = done.metrics.drafted_tokens
     savings.accepted_tokens = done.metrics.accepted_tokens
-    sources = [Source(p.document, p.span, s) for p, s in zip(pieces, scores, strict=True)]
-    return Answer(done.text.strip(), sources, savings, done)
+    return done
 
 
 class _Clock:
@@ -238,8 +304,22 @@ def _best(
 
 
 def _prompt(llm: LLM, context: str, question: str) -> list[int]:
-    """Token ids of the whole prompt; a model without a chat template gets plain text."""
-    body = f"{context}{SEPARATOR}{INSTRUCTION}\nQuestion: {question.strip()}"
+    """Token ids of the whole prompt."""
+    return _plain_ids(llm, _prompt_text(llm, context, question), start=True)
+
+
+def _prompt_text(llm: LLM, context: str, question: str) -> str:
+    """The whole prompt; a model without a chat template gets plain text."""
+    body = f"{context}{ASK}\nQuestion: {question.strip()}"
     if llm.tokenizer.chat_template is None:
-        return llm.encode(f"{body}\nAnswer:")
-    return llm.chat_ids([{"role": "user", "content": body}])
+        return f"{body}\nAnswer:"
+    return llm.chat_text([{"role": "user", "content": body}])
+
+
+def _plain_ids(llm: LLM, text: str, *, start: bool) -> list[int]:
+    """Token ids of a piece of a prompt. A chat template writes its own special tokens; other
+    prompts have the tokenizer's, at their ``start``."""
+    if start and llm.tokenizer.chat_template is None:
+        return llm.encode(text)
+    ids: list[int] = llm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids

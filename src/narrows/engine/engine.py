@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from narrows.cache.rehearse import rehearse
+from narrows.cache.saved import SavedCache
 from narrows.config import EngineConfig, SamplingParams
 from narrows.contracts import CachePolicy, Draft, Drafter, Kept
 from narrows.engine import memory, runner
@@ -19,7 +20,7 @@ from narrows.engine.scheduler import Scheduler, Work
 from narrows.engine.sequence import Sequence, State
 from narrows.engine.speculation import DraftingPolicy, Speculation
 from narrows.engine.verify import verify_batch
-from narrows.errors import RequestRejected
+from narrows.errors import ConfigError, RequestRejected
 from narrows.model.flat import FlatModel
 
 
@@ -78,9 +79,17 @@ class Engine:
         )
         self._count = 0
 
-    def submit(self, prompt: list[int], params: SamplingParams) -> Sequence:
-        """Queue a request of prompt token ids. Raises RequestRejected if it can never run."""
+    def submit(
+        self, prompt: list[int], params: SamplingParams, saved: SavedCache | None = None
+    ) -> Sequence:
+        """Queue a request of prompt token ids, which follow those that ``saved`` has read. Raises
+        RequestRejected if it can never run, ConfigError if it cannot go on from ``saved``."""
         vocabulary = self.model.shape.vocab_size
+        if saved is not None:
+            self._check_saved(saved)
+            prompt = [*saved.tokens, *prompt]
+            if len(prompt) == len(saved.tokens):
+                raise RequestRejected("a saved cache needs at least one token to go on with")
         wrong = next((t for t in prompt if not 0 <= t < vocabulary), None)
         if wrong is not None:
             raise RequestRejected(f"token id {wrong} is outside the vocabulary of {vocabulary}")
@@ -89,10 +98,41 @@ class Engine:
         decoder = None
         if tokenizer is not None:
             decoder = StreamDecoder(tokenizer, params.stop, min_tokens=params.min_tokens)
-        sequence = Sequence(self._count, prompt, params, sampler, decoder)
+        sequence = Sequence(self._count, prompt, params, sampler, decoder, saved)
         self.scheduler.submit(sequence)
         self._count += 1
         return sequence
+
+    def read(self, prompt: list[int]) -> SavedCache:
+        """Read a prompt and give its sealed caches, for requests to go on from; other requests are
+        served meanwhile. Raises as ``submit``."""
+        sequence = self.submit(prompt, SamplingParams(max_tokens=2, ignore_eos=True))
+        try:
+            while not sequence.sealed:
+                self.step()
+            assert sequence.caches is not None
+            return SavedCache(
+                tuple(prompt), sequence.caches, self.policy.spec, self.model.fingerprint
+            )
+        finally:
+            self.cancel(sequence)
+
+    def _check_saved(self, saved: SavedCache) -> None:
+        if saved.model != self.model.fingerprint:
+            raise ConfigError(
+                f"the saved cache is of another model (fingerprint {saved.model}, but "
+                f"{self.model.name} has {self.model.fingerprint})"
+            )
+        if saved.spec != self.policy.spec:
+            raise ConfigError(
+                f"the saved cache is {saved.spec!r}, but this engine's caches are "
+                f"{self.policy.spec!r}; load the model with cache={saved.spec!r}"
+            )
+        if self.drafter and self.drafter.taps:
+            raise ConfigError(
+                f"drafter {self.drafter.name!r} must see every token that is read, so it cannot "
+                "go on from a saved cache; use draft='lookup' or 'none'"
+            )
 
     def cancel(self, sequence: Sequence) -> None:
         """End a request now; its text so far stays. Does nothing if it has ended."""

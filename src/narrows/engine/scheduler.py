@@ -66,8 +66,8 @@ class Scheduler:
             )
         longest = min(window, prompt + sequence.params.max_tokens) + self.ahead
         need = max(
-            self.policy.estimate(self.shape, prompt),
-            self.policy.estimate(self.shape, longest, prompt),
+            self.policy.estimate(self.shape, sequence.sealed_tokens),
+            self.policy.estimate(self.shape, longest, sequence.sealed_tokens),
         )
         if need > self.cache_bytes:
             raise RequestRejected(
@@ -103,9 +103,9 @@ class Scheduler:
 
     def _cost(self, sequence: Sequence) -> int:
         longest = len(sequence.tokens) + 1 + self.ahead
-        prompt = sequence.prompt_length
+        prompt = sequence.sealed_tokens
         cost = self.policy.estimate(self.shape, longest, prompt)
-        if sequence.sealed:
+        if sequence.sealed or sequence.saved:
             return cost
         return max(cost, self.policy.estimate(self.shape, prompt))
 
@@ -124,5 +124,5 @@ class Scheduler:
             if used > self.cache_bytes and self.running:
                 return
             sequence = self.waiting.popleft()
-            sequence.start(self.build())
+            sequence.start(self.build)
             self.running.append(sequence)

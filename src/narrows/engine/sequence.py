@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from collections.abc import Callable
 from enum import Enum
 
+from narrows.cache.saved import SavedCache
 from narrows.config import SamplingParams
 from narrows.contracts import Completion, LayerCache, RequestMetrics
 from narrows.engine.detokenize import StreamDecoder
@@ -21,7 +24,8 @@ class State(Enum):
 
 class Sequence:
     """A request. ``tokens`` is the prompt followed by what was generated; ``caches`` hold the
-    keys and values of its first ``computed`` tokens while it runs, and are None otherwise."""
+    keys and values of its first ``computed`` tokens while it runs, and are None otherwise.
+    ``saved`` has read the first tokens of the prompt, so that the rest follows its caches."""
 
     def __init__(
         self,
@@ -30,8 +34,10 @@ class Sequence:
         params: SamplingParams,
         sampler: Sampler,
         decoder: StreamDecoder | None,
+        saved: SavedCache | None = None,
     ) -> None:
         self.number = number
+        self.saved = saved
         self.params = params
         self.sampler = sampler
         self.decoder = decoder
@@ -63,13 +69,19 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
+    def sealed_tokens(self) -> int:
+        """Tokens after which its caches are, or will be, sealed."""
+        return len(self.saved.tokens) if self.saved else self.prompt_length
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes its caches hold now."""
         return sum(c.nbytes for c in self.caches or ())
 
-    def start(self, caches: list[LayerCache]) -> None:
-        """Enter the batch with empty caches."""
-        self.caches, self.sealed, self.state = caches, False, State.RUNNING
+    def start(self, build: Callable[[], list[LayerCache]]) -> None:
+        """Enter the batch with the empty caches that ``build`` makes, or copies of saved ones."""
+        self.caches = copy.deepcopy(self.saved.caches) if self.saved else build()
+        self.sealed, self.state = self.saved is not None, State.RUNNING
         if not self._admitted:
             self._admitted = time.perf_counter()
             self.metrics.queued_s = self._admitted - self._submitted
