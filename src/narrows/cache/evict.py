@@ -546,6 +546,12 @@ class EvictPolicy:
         )
 
 
+def kept_at_most(options: EvictOptions, prompt: int, shape: ModelShape) -> int:
+    """Tokens that the layer which keeps most keeps a KV head of a prompt."""
+    full = sum(layer.window is None for layer in shape.layers)
+    return max(*_counts(options, prompt, full), min(prompt, options.window))
+
+
 @functools.lru_cache(maxsize=64)
 def _counts(options: EvictOptions, tokens: int, layers: int) -> tuple[int, ...]:
     """``layer_counts``, remembered, since the scheduler asks for bytes in every step."""

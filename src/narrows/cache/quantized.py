@@ -247,7 +247,7 @@ class QuantLayer(LayerCache):
     def _pieces(self, n: int) -> Iterator[Span]:
         """The next ``n`` tokens in runs within which nothing leaves the residual, so that to read a
         run at once is to read its tokens one by one."""
-        base, start = self.length, 0
+        base, start = self._sealed[0].length, 0
 
         def stored(before: int) -> tuple[int, int, int]:
             """Quantised keys and values, and sinks, when ``before`` of the tokens are there."""
@@ -278,8 +278,8 @@ class QuantLayer(LayerCache):
         for cache, (a, b) in zip(caches, spans, strict=True):
             assert isinstance(cache, QuantLayer)
             if cache.dense is not None:
-                cache.dense.append(k[a:b], v[a:b])
-                out[a:b] = cache.dense.attend(q[a:b], scale)
+                cache.append(k[a:b], v[a:b])
+                out[a:b] = cache.attend(q[a:b], scale)
                 continue
             pieces = list(cache._pieces(b - a))
             if len(pieces) == 1:

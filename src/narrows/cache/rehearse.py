@@ -33,7 +33,8 @@ LATER = "\n\nWrite the text above again, word for word, and go on from here:"
 def rehearse(model: FlatModel, caches: Sequence[LayerCache], prompt: Sequence[int]) -> None:
     """Show the scorers of ``caches``, which have just read ``prompt``, its repetition. Leaves the
     caches as they were. Costs about one more reading of the prompt, at its full length."""
-    scorers = [s for c in caches if (s := getattr(c, "scorer", None)) is not None]
+    layers = [getattr(c, "prompt", None) or c for c in caches]
+    scorers = [s for c in (*caches, *layers) if (s := getattr(c, "scorer", None)) is not None]
     size = min(CHUNK, model.shape.max_tokens // 2)
     for start in range(0, len(prompt), size):
         part = list(prompt[start : start + size])

@@ -22,7 +22,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from narrows.cache import codebook, codes, dense, evict, plan, quantized, spindle
+from narrows.cache import (
+    budget,
+    codebook,
+    codes,
+    dense,
+    evict,
+    plan,
+    quantized,
+    spindle,
+    thinned,
+)
 from narrows.contracts import LayerCache, LayerShape, Rotary
 from narrows.errors import ConfigError, InputError, reason
 from narrows.files import replacing
@@ -36,7 +46,7 @@ CLASSES: dict[str, type] = {
         *(codebook.Codebook, codebook.Rule, evict.EvictOptions, spindle.SpindleOptions),
         *(quantized.QuantLayer, quantized.Stretch, codes.KeyCodes, codes.ValueCodes),
         *(codes.Plain, codes.SecondLevel, plan.QuantOptions, plan.LayerPlan, plan.Side),
-        LayerShape,
+        *(thinned.ThinnedLayer, budget.Choice, LayerShape),
     )
 }
 Node = dict[str, Any]
@@ -65,7 +75,8 @@ def save_cache(saved: SavedCache, path: Path) -> None:
     the disk refuses."""
     tensors: list[Tensor] = [torch.tensor(saved.tokens, dtype=torch.int64)]
     nodes: list[Node] = []
-    roots = [_node(cache, nodes, tensors, {}) for cache in saved.caches]
+    seen: dict[int, int] = {}
+    roots = [_node(cache, nodes, tensors, seen) for cache in saved.caches]
     # Copies, since safetensors refuses tensors that share a storage.
     named = {str(i): t.detach().cpu().contiguous().clone() for i, t in enumerate(tensors)}
     header = {

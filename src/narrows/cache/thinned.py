@@ -1,0 +1,145 @@
+"""Eviction, then codes: what stays of a prompt is quantised once, when it is sealed.
+
+``spindle:keep=0.5+xquant``, ``snapkv+kivi:bits=4``. The first policy says which tokens stay (its
+codebook, if it has one, has no part: a tensor is coded in one way), the second how they are
+stored. A layer that reads another's codes keeps the same tokens as that one, whose choice holds
+for both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from narrows.cache.budget import Choice
+from narrows.cache.dense import DenseLayer
+from narrows.cache.evict import EvictLayer, EvictPolicy, kept_at_most
+from narrows.cache.plan import LayerPlan, QuantOptions
+from narrows.cache.quantized import QuantLayer, QuantPolicy
+from narrows.contracts import CachePolicy, LayerCache, LayerShape, ModelShape
+from narrows.errors import ConfigError
+
+
+class ThinnedLayer(QuantLayer):
+    """A quantised layer that drops tokens of its prompt before it quantises the rest."""
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        options: QuantOptions,
+        shape: LayerShape,
+        model: ModelShape,
+        key_owner: ThinnedLayer | None,
+        value_owner: ThinnedLayer | None,
+        prompt: EvictLayer,
+    ) -> None:
+        super().__init__(plan, options, shape, model.dtype, model.device, key_owner, value_owner)
+        self.prompt: EvictLayer | None = prompt
+        self.dense = prompt.prompt
+        self.dropped = 0
+        self.chosen: Choice | None = None
+        """Kept until all layers are sealed: who borrows codes needs their tokens."""
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        """See LayerCache: tokens read, those dropped since included."""
+        return super().length + self.dropped
+
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        """See LayerCache."""
+        return super().attend(q, scale) if self.prompt is None else self.prompt.attend(q, scale)
+
+    def seal(self) -> None:
+        """See LayerCache. Raises NumericalError if what is kept is not finite."""
+        if self.prompt is None or self.dense is None:
+            return
+        owners = [o for o in self.owners if isinstance(o, ThinnedLayer)]
+        if owners:
+            self.chosen = owners[0].chosen
+        else:
+            self.chosen = self.prompt.choice(self.prompt.options.keep)
+        assert self.chosen is not None
+        tokens = torch.stack(self.chosen.tokens)[..., None]
+        kept = DenseLayer(self.shape, self.dense.k.dtype, self.dense.k.device)
+        pair = (x.take_along_dim(tokens, 1).transpose(0, 1) for x in (self.dense.k, self.dense.v))
+        kept.append(*pair)
+        self.dropped = self.dense.length - kept.length
+        self.prompt, self.dense = None, kept
+        super().seal()
+
+
+@dataclass(frozen=True, slots=True)
+class ThinnedPolicy:
+    """``evict`` chooses tokens, ``quant`` stores them. See the module."""
+
+    evict: EvictPolicy
+    quant: QuantPolicy
+
+    def __post_init__(self) -> None:
+        options = self.evict.options
+        for name, bad in (
+            ("heads=per_query_head", options.heads == "per_query_head"),
+            ("adaptive", options.adaptive),
+            ("target_bytes", options.target_bytes),
+        ):
+            if bad:
+                raise ConfigError(
+                    f"cache {self.spec!r}: {name} leaves KV heads of a layer with different tokens "
+                    "or is counted in uncoded bytes, so it cannot be combined with codes"
+                )
+
+    @property
+    def spec(self) -> str:
+        """See CachePolicy."""
+        return f"{self.evict.spec}+{self.quant.spec}"
+
+    @property
+    def rehearses(self) -> bool:
+        """See CachePolicy."""
+        return self.evict.rehearses
+
+    def holding(self, tokens: int) -> ThinnedPolicy:
+        """See CachePolicy: codes are what must be taken back."""
+        return replace(self, quant=self.quant.holding(tokens))
+
+    def build(self, shape: ModelShape) -> list[LayerCache]:
+        """See CachePolicy."""
+        options = self.quant.resolved(shape)
+        plans = {plan.place: plan for plan in self.quant.plan(shape)}
+        made: dict[int, ThinnedLayer] = {}
+        layers = self.evict.build(shape)  # a spindle's, too, only chooses here
+        for place, layer in enumerate(layers):
+            if not isinstance(layer, EvictLayer):
+                continue
+            plan = plans[place]
+            key_owner, value_owner = (
+                None if side.owner is None else made[side.owner] for side in (plan.key, plan.value)
+            )
+            facts = shape.layers[place]
+            made[place] = ThinnedLayer(plan, options, facts, shape, key_owner, value_owner, layer)
+        return [made.get(place, layer) for place, layer in enumerate(layers)]
+
+    def estimate(self, shape: ModelShape, tokens: int, prompt: int | None = None) -> int:
+        """See CachePolicy."""
+        if prompt is None:
+            return self.evict.estimate(shape, tokens)
+        kept = kept_at_most(self.evict.options, prompt, shape)
+        return self.quant.estimate(shape, tokens - prompt + kept, kept)
+
+    def nominal_bits(self, shape: ModelShape) -> float:
+        """Bits of a code, see QuantPolicy."""
+        return self.quant.nominal_bits(shape)
+
+
+def combine(first: CachePolicy, second: CachePolicy) -> ThinnedPolicy:
+    """``first+second``. Raises ConfigError, with the reason, for what cannot be combined."""
+    spec = f"{first.spec}+{second.spec}"
+    if isinstance(first, QuantPolicy) and isinstance(second, EvictPolicy):
+        raise ConfigError(f"cache {spec!r}: eviction comes first; write it in front of the codes")
+    if not isinstance(first, EvictPolicy) or not isinstance(second, QuantPolicy):
+        raise ConfigError(
+            f"cache {spec!r}: only an evicting policy and, behind it, a quantised one combine"
+        )
+    return ThinnedPolicy(first, second)
