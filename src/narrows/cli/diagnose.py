@@ -52,3 +52,35 @@ def similarity(
     Console().print(similarity.table(found))
     if plot is not None:
         similarity.draw(found, plot)
+
+
+@app.command("redundancy")
+def redundancy(
+    model: Annotated[str, typer.Argument(help="Known name, hub id, folder or GGUF.")],
+    text: Annotated[str, typer.Argument(help="A document to read; - for standard input.")],
+    tokens: Annotated[int, typer.Option(help="Most tokens of it to read.")] = 2048,
+    theta_k: Annotated[float, typer.Option(help="Cosine above which keys are alike.")] = 0.98,
+    theta_v: Annotated[float, typer.Option(help="Cosine above which values are alike.")] = 0.95,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    json_file: Out = None,
+    plot: Picture = None,
+) -> None:
+    """How alike a layer's vectors are and how concentrated its attention: what spindle can gain."""
+    from narrows.bench import redundancy, report
+
+    check_places(json_file, plot)
+    found = redundancy.run(
+        model=model,
+        text=text,
+        tokens=tokens,
+        theta_k=theta_k,
+        theta_v=theta_v,
+        dtype=dtype,
+        device=device,
+    )
+    if json_file is not None:
+        report.write_json(json_file, redundancy.rows(found))
+    Console().print(redundancy.table(found))
+    if plot is not None:
+        redundancy.draw(found, plot)
