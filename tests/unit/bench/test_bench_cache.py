@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from narrows import cli
 from narrows.bench import cache, cache_quality, cache_retrieval, metrics, prose, report
 from narrows.bench.cache_peers import Peer, check_peers, load_stock, tensors
-from narrows.bench.cache_subjects import Ours
+from narrows.bench.cache_subjects import Ours, native_bytes
 from narrows.contracts import FlatBatch
 from narrows.errors import ConfigError, InputError
 from narrows.model.flat import FlatModel
@@ -441,3 +441,57 @@ def test_tables_have_a_line_a_method_and_a_column_a_measure(rows):
         for t in cache_retrieval.TASKS
         for m in ("nll (nats/token)", "exact (share)")
     ]
+
+
+def test_a_share_of_bytes_is_a_budget_for_each_prompt(model):
+    subject = Ours(model, "h2o@0.5")
+    assert subject.method == "h2o@0.5"
+    for tokens in (256, 512):
+        reader = subject.read([(7 * i) % 400 for i in range(tokens)])
+        share = subject.held(reader) / native_bytes(model.shape, tokens)
+        assert 0.35 < share <= 0.5
+    assert torch.isfinite(subject.step([reader], [3])).all()
+    filled = subject.fill(256, seed=1)
+    assert filled[0].length == 256
+    assert subject.held(filled) <= native_bytes(model.shape, 256) / 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("dense@0.5", "only an evicting cache"),
+        ("snapkv@2", "above 0 and at most 1"),
+        ("snapkv@half", "above 0 and at most 1"),
+    ],
+)
+def test_bad_shares_are_refused(model, spec, message):
+    with pytest.raises(ConfigError, match=message):
+        Ours(model, spec)
+
+
+def test_a_visible_question_is_part_of_the_prompt():
+    probe = cache_retrieval.Probe("t", 2, 0.5, "g", [1, 2], [3, 4, 5], [6])
+    seen = cache_retrieval.visible(probe)
+    assert (seen.context, seen.question, seen.answer) == ([1, 2, 3, 4], [5], [6])
+
+
+def test_both_questions_are_told_apart(wide, texts):
+    rows = cache.run(
+        model=wide,
+        data=texts,
+        caches=["evict:window=4@0.6"],
+        peers=[],
+        parts=["retrieval"],
+        questions=["hidden", "visible"],
+        dtype="float32",
+        show_progress=False,
+        **SIZES,
+    )
+    for question in ("hidden", "visible"):
+        found = pick(rows, question=question, metric="answer_nll", depth=None)
+        assert {r["method"] for r in found} == {"dense", "evict:window=4@0.6"}
+    dense = [one(rows, question=q, metric="answer_nll", depth=None, method="dense", task="needle")
+             for q in ("hidden", "visible")]  # fmt: skip
+    assert dense[0]["value"] == pytest.approx(dense[1]["value"], rel=1e-3)
+    with pytest.raises(ConfigError, match="questions: give some of hidden, visible"):
+        cache.run(model=wide, data=texts, questions=["shown"], parts=["bytes"], peers=[])

@@ -6,9 +6,13 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from narrows.bench import overhead, peers
+from narrows.bench.cache_kvpress import KVPress, parse_kvpress
+from narrows.bench.cache_subjects import Ours
 from narrows.errors import ConfigError, ModelError
+from narrows.model.flat import FlatModel
 
 PROMPTS = [[5, 9, 17, 33, 2], [7, 7, 40], [301, 12, 90, 45, 22, 8, 19]]
 
@@ -139,3 +143,59 @@ def test_an_environment_is_made_once_and_remade_if_cut_off(tmp_path, monkeypatch
         with pytest.raises(ConfigError, match="no network"):
             peers.VLLM.environment(other)
     assert len(made) == 4
+
+
+FAKE_KVPRESS = """
+    from contextlib import nullcontext
+
+    class SnapKVPress:
+        def __init__(self, compression_ratio, **options):
+            assert options == {"window_size": 64, "kernel_size": 5}
+            self.ratio = compression_ratio
+
+        def __call__(self, model):
+            return nullcontext()
+"""
+
+
+@pytest.fixture
+def session(tiny, tmp_path, fake_python):
+    (tmp_path / "kvpress.py").write_text(textwrap.dedent(FAKE_KVPRESS))
+    return peers.KVPRESS.open({"model": tiny, "dtype": "float32"}, fake_python)
+
+
+def test_kvpress_is_asked_step_by_step(session, tiny):
+    """With a press that drops nothing it is the model's own dense cache."""
+    peer = KVPress(session, "kvpress-snapkv@0.5", 32.0)
+    ours = Ours(FlatModel.load(tiny, dtype="float32", device="cpu"), "dense")
+    prompts = [[5, 9, 17, 33, 2], [7, 40, 8]]
+    readers = [peer.read(p) for p in prompts]
+    same = [ours.read(p) for p in prompts]
+    held = peer.held(readers[0])
+    for tokens in ([3, 4], [11, 12]):
+        torch.testing.assert_close(
+            peer.step(readers, tokens), ours.step(same, tokens), rtol=1e-3, atol=1e-4
+        )
+    assert peer.held(readers[0]) > held > 0
+    number = readers[0].number
+    del readers
+    with pytest.raises(ModelError, match=r"kvpress could not run the model: KeyError"):
+        session.ask({"step": [[number, 3]], "file": "unused"})
+    with pytest.raises(ModelError):  # and says so again
+        session.ask({"read": [1], "press": "snapkv", "ratio": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("kvpress-magic@0.5", "unknown peer"),
+        ("kvpress-snapkv", "give the share kept"),
+        ("kvpress-snapkv@2", "give the share kept"),
+        ("kvpress-snapkv@x", "give the share kept"),
+    ],
+)
+def test_bad_kvpress_names_are_refused(name, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_kvpress(name)
+    assert parse_kvpress("quanto4") is None
+    assert parse_kvpress("kvpress-tova@0.25") == ("tova", 0.25)
