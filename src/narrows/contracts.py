@@ -309,8 +309,9 @@ class Compressor(Protocol):
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Seconds and counts of one finished request; ``cache_bytes`` is the peak held. ``steps`` gave
-    it tokens; ``drafted_tokens`` were guessed for it, ``accepted_tokens`` of them were right."""
+    """Seconds and counts of one finished request; ``cache_bytes`` is the peak held, and
+    ``sealed_bytes`` what was held once the prompt had been read and compressed. ``steps`` gave it
+    tokens; ``drafted_tokens`` were guessed for it, ``accepted_tokens`` of them were right."""
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -318,6 +319,7 @@ class RequestMetrics:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     cache_bytes: int = 0
+    sealed_bytes: int = 0
     preemptions: int = 0
     steps: int = 0
     drafted_tokens: int = 0

@@ -54,15 +54,18 @@ class Source:
 
 @dataclass(slots=True)
 class Savings:
-    """What narrowing the input saved. ``full_cache_bytes`` is what the same cache policy would
-    hold for the whole input, had the model been able to take it. The answer took ``steps`` of the
-    model, for which ``drafted_tokens`` were guessed and ``accepted_tokens`` of them were right."""
+    """What narrowing the input saved. ``cache_bytes`` is the most that was held,
+    ``sealed_cache_bytes`` what was once the prompt had been read, ``full_cache_bytes`` what the
+    same cache policy would hold for the whole input, had the model been able to take it. The
+    answer took ``steps`` of the model, for which ``drafted_tokens`` were guessed and
+    ``accepted_tokens`` of them were right."""
 
     document_tokens: int = 0
     kept_tokens: int = 0
     prompt_tokens: int = 0
     answer_tokens: int = 0
     cache_bytes: int = 0
+    sealed_cache_bytes: int = 0
     full_cache_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     tokens_per_second: float = 0.0
@@ -233,6 +236,7 @@ def _write(
     savings.prompt_tokens = done.metrics.prompt_tokens
     savings.answer_tokens = done.metrics.generated_tokens
     savings.cache_bytes = done.metrics.cache_bytes
+    savings.sealed_cache_bytes = done.metrics.sealed_bytes
     savings.seconds["prefill"] = done.metrics.prefill_s
     savings.seconds["decode"] = done.metrics.decode_s
     savings.tokens_per_second = done.metrics.tokens_per_second

@@ -153,3 +153,58 @@ def test_bad_input_is_one_line_and_code_2(
     assert err.startswith("narrows: error: ")
     assert err.count("\n") == 1
     assert hint in err
+
+
+@pytest.fixture
+def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("narrows.pipeline.RESERVED", 256)
+    path = tmp_path / "short.txt"
+    path.write_text("On day 3 the crew counted 9 barrels. " * 5)
+    return str(path)
+
+
+@pytest.mark.parametrize("spec", ["dense", "spindle:preset=tuned,keep=0.5", "snapkv:window=8"])
+def test_documents_read_once_are_asked_again_and_again(
+    run: Run, short: str, tmp_path: Path, spec: str
+) -> None:
+    file = str(tmp_path / "short.cache")
+    code, _, err = run("cache", "save", file, "--doc", short, "--cache", spec)
+    assert code == 0
+    assert "tokens" in err
+    code, out, _ = run("cache", "load", file)
+    assert code == 0
+    told = json.loads(out)
+    code, out, _ = run("cache", "load", file, "How many?", "Which day?", "-n", "3", "--json")
+    assert code == 0
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [a["question"] for a in answers] == ["How many?", "Which day?"]
+    for answer in answers:
+        assert answer["savings"]["document_tokens"] == told["tokens"]
+        assert answer["savings"]["prompt_tokens"] > told["tokens"]
+    if spec == "dense":  # the same prompt as asking at once, cut where the question begins
+        code, out, _ = run("ask", "--doc", short, "-n", "3", "--json", "How many?")
+        assert json.loads(out)["savings"]["prompt_tokens"] == pytest.approx(
+            answers[0]["savings"]["prompt_tokens"], abs=2
+        )
+
+
+def test_saved_caches_refuse_bad_input(run: Run, short: str, book: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.cache"
+    for arguments, message in [
+        (("save", str(file), "--doc", book), "but 256 fit; give a compression method"),
+        (("save", str(file), "--doc", short, "--cache", "snapkv:keep=2"), "keep: "),
+        (("save", str(tmp_path / "no" / "a"), "--doc", short), "cannot write"),
+        (("save", str(file), "--doc", "none.txt"), "none.txt"),
+        (("load", str(file), "Why?"), "no such file"),
+        (("load", short, "Why?"), "not a saved cache"),
+    ]:
+        code, _, err = run("cache", *arguments)
+        assert code == 2, arguments
+        assert message in err
+        assert "Traceback" not in err
+    assert not file.exists()
+    code, _, _ = run("cache", "save", str(file), "--doc", book, "--method", "head")
+    assert code == 0
+    code, _, err = run("cache", "load", str(file), " ")
+    assert code == 2
+    assert "the question is empty" in err

@@ -69,8 +69,24 @@ def time_rows(
 ) -> list[Row]:
     """Rows of the time of a decoding step behind ``length`` tokens: the mean of ``steps`` steps,
     median over rounds in which the subjects take turns; the slowest single step, which is where
-    a residual is compressed; and how many times faster than each of ``versus`` within a round."""
-    turns = [(subject, subject.fill(length, seed)) for subject in subjects]
+    a residual is compressed; and how many times faster than each of ``versus`` within a round.
+    Of ours also the seconds that compressing the prompt took, once."""
+    turns: list[tuple[Subject, Reader]] = []
+    rows = []
+    for subject in subjects:
+        turns.append((subject, subject.fill(length, seed)))
+        if taken_s := getattr(subject, "compressing_s", 0.0):
+            rows.append(
+                repeated_row(
+                    "cache",
+                    subject.method,
+                    model,
+                    "compressing",
+                    "s",
+                    [taken_s],
+                    **{**named, "part": "time", "engine": subject.engine, "length": length},
+                )
+            )
     for subject, reader in turns:
         _time_steps(subject, reader, WARM_UP)
     taken: dict[str, list[list[float]]] = {s.method: [] for s in subjects}
@@ -79,7 +95,6 @@ def time_rows(
             taken[subject.method].append(_time_steps(subject, reader, steps))
         turns = turns[1:] + turns[:1]  # nobody always comes after the same one
     means = {method: [fmean(each) for each in many] for method, many in taken.items()}
-    rows = []
     for subject in subjects:
         name = subject.method
         where = {**named, "part": "time", "engine": subject.engine, "length": length}

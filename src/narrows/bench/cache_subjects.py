@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -67,6 +68,8 @@ class Ours:
         nominal = getattr(self.policy, "nominal_bits", None)
         dense = float(8 * model.shape.dtype.itemsize)
         self.nominal_bits = dense if nominal is None else float(nominal(model.shape))
+        self.compressing_s = 0.0
+        """Seconds that compressing the newest reader's prompt took."""
         self.policy.build(model.shape)  # a plan this model cannot take is refused now
 
     def read(self, prompt: Sequence[int]) -> list[LayerCache]:
@@ -75,9 +78,7 @@ class Ours:
         size = EngineConfig().prefill_chunk
         for start in range(0, len(prompt), size):
             self._forward([caches], [prompt[start : start + size]])
-        if self.policy.rehearses:
-            rehearse(self.model, caches, prompt)
-        return _sealed(caches)
+        return self._compress(caches, prompt)
 
     def fill(self, tokens: int, seed: int) -> list[LayerCache]:
         """See Subject; an evicting cache reads random tokens, to have attention to go by."""
@@ -91,7 +92,7 @@ class Ours:
         pairs = random_layers(shape.layers, tokens, shape.dtype, shape.device, seed)
         for cache, (k, v) in zip(caches, pairs, strict=True):
             cache.append(k, v)
-        return _sealed(caches)
+        return self._compress(caches, [])
 
     def step(self, readers: Sequence[list[LayerCache]], tokens: Sequence[int]) -> Tensor:
         """See Subject; all readers in one flat batch."""
@@ -100,6 +101,15 @@ class Ours:
     def held(self, reader: list[LayerCache]) -> int:
         """See Subject."""
         return sum(cache.nbytes for cache in reader)
+
+    def _compress(self, caches: list[LayerCache], prompt: Sequence[int]) -> list[LayerCache]:
+        started = time.perf_counter()
+        if self.policy.rehearses:
+            rehearse(self.model, caches, prompt)
+        for cache in caches:
+            cache.seal()
+        self.compressing_s = time.perf_counter() - started
+        return caches
 
     def _policy(self, tokens: int) -> CachePolicy:
         """The policy for a prompt of so many tokens."""
@@ -167,9 +177,3 @@ def random_layers(
             torch.randn(tokens, layer.kv_heads, dim, generator=chance).to(device, dtype)
             for dim in (layer.key_dim, layer.value_dim)
         )
-
-
-def _sealed(caches: list[LayerCache]) -> list[LayerCache]:
-    for cache in caches:
-        cache.seal()
-    return caches

@@ -95,6 +95,8 @@ class EvictOptions(Settings):
 
 def make_scorer(options: EvictOptions, shape: ModelShape, place: int) -> Scorer:
     """A scorer for layer number ``place``. Raises ConfigError if the model cannot be scored so."""
+    if options.keep == 1 and not options.target_bytes:
+        return scores.Recency()  # nothing will be dropped, so nothing need be looked at
     if options.score == "window":
         return scores.WindowAttention(
             options.window, options.score_norm, options.pool, options.pool_kernel
@@ -335,8 +337,7 @@ class EvictLayer(LayerCache):
         if self.prompt is None:
             return self.kept.attend(q, scale)
         assert self.scorer is not None
-        self.scorer.see(q, self.prompt, scale)
-        return self.prompt.attend(q, scale)
+        return self.scorer.attend(q, self.prompt, scale)
 
     def advance(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """``append`` and ``attend`` such that to take tokens at once is to take them one by one."""

@@ -16,6 +16,8 @@ from torch.nn import functional
 from narrows.cache.dense import DenseLayer
 from narrows.contracts import Rotary, Span
 from narrows.model.rotary import turn, turn_back
+from narrows.ops.blocked import blocked_attention
+from narrows.ops.native import attention_dtype
 
 BLOCK = 128
 """Query rows whose attention is held at once."""
@@ -29,8 +31,14 @@ class Scorer(ABC):
     rehearsal: Span | None = None
     """The prompt's tokens that the queries being read now repeat, if they do."""
 
+    def attend(self, q: Tensor, dense: DenseLayer, scale: float) -> Tensor:
+        """``dense.attend`` of queries ``[n, heads, dim]`` of its newest ``n`` tokens, noting what
+        the rating needs."""
+        self.see(q, dense, scale)
+        return dense.attend(q, scale)
+
     def see(self, q: Tensor, dense: DenseLayer, scale: float) -> None:  # noqa: B027
-        """Note queries ``[n, heads, dim]`` of the newest ``n`` tokens of ``dense``."""
+        """Note the queries; for scorers that need no more than that."""
 
     @abstractmethod
     def rate(self, dense: DenseLayer) -> Tensor:
@@ -84,17 +92,23 @@ class AccumulatedAttention(Scorer):
         self.norm = norm
         self.mass: Tensor | None = None
 
-    def see(self, q: Tensor, dense: DenseLayer, scale: float) -> None:
-        """See Scorer: adds up the columns, a block of rows at a time."""
-        tokens, n = dense.held, len(q)
-        mass = q.new_zeros((q.shape[1], tokens), dtype=torch.float32)
+    def attend(self, q: Tensor, dense: DenseLayer, scale: float) -> Tensor:
+        """See Scorer: attends a query head at a time, adding up the columns on the way."""
+        tokens, heads = dense.held, q.shape[1]
+        mass = q.new_zeros((heads, tokens), dtype=torch.float32)
         if self.mass is not None:
             mass[:, : self.mass.shape[1]] = self.mass
-        for a in range(0, n, BLOCK):
-            b = min(n, a + BLOCK)
-            stop = tokens - n + b
-            mass[:, :stop] += attention(q[a:b], dense.k[:, :stop], scale).sum(1)
         self.mass = mass
+        group = heads // dense.k.shape[0]
+        dtype = attention_dtype(q, dense.k.dtype)
+        outs = []
+        for head in range(heads):
+            k, v = (x[head // group, :tokens, None] for x in (dense.k, dense.v))
+            rows = q[:, head : head + 1]
+            outs.append(
+                blocked_attention(rows, k, v, scale, mass[head], block_rows=BLOCK, dtype=dtype)
+            )
+        return torch.cat(outs, 1)
 
     def rate(self, dense: DenseLayer) -> Tensor:
         """See Scorer: a row a query head."""

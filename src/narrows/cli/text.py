@@ -101,7 +101,8 @@ def _print_savings(answer: Answer) -> None:
     stderr.print(
         f"\n[dim]tokens   {saved.document_tokens:,} in the documents -> {saved.kept_tokens:,} "
         f"given to the model ({share:.1%})\n"
-        f"cache    {saved.cache_bytes / 2**20:.1f} MiB (whole input: "
+        f"cache    {saved.cache_bytes / 2**20:.1f} MiB, {saved.sealed_cache_bytes / 2**20:.1f} MiB "
+        f"once the prompt was read (whole input: "
         f"{saved.full_cache_bytes / 2**20:.1f} MiB)\n"
         f"seconds  {times}\n"
         f"speed    {saved.tokens_per_second:.1f} tokens/s; {saved.answer_tokens} tokens in "

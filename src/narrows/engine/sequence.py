@@ -82,6 +82,8 @@ class Sequence:
         """Enter the batch with the empty caches that ``build`` makes, or copies of saved ones."""
         self.caches = copy.deepcopy(self.saved.caches) if self.saved else build()
         self.sealed, self.state = self.saved is not None, State.RUNNING
+        if self.sealed:
+            self.metrics.sealed_bytes = self.cache_bytes
         if not self._admitted:
             self._admitted = time.perf_counter()
             self.metrics.queued_s = self._admitted - self._submitted
@@ -92,6 +94,7 @@ class Sequence:
         for cache in self.caches or ():
             cache.seal()
         self.sealed = True
+        self.metrics.sealed_bytes = self.cache_bytes
 
     def preempt(self) -> None:
         """Give the cache back and wait; tokens and random state are kept, so the text goes on
