@@ -178,12 +178,13 @@ class Reconstruction(Scorer):
             return
         a, b = self.rehearsal
         n, tokens = len(q), dense.held
+        dtype = attention_dtype(q, dense.k.dtype)
         if self.most is None:
             self.most = q.new_zeros((q.shape[1], tokens - n), dtype=torch.float32)
         for first in range(0, n, BLOCK):
             rows = q[first : first + BLOCK]
             stop = tokens - n + first + len(rows)
-            paid = attention(rows, dense.k[:, :stop], scale)[..., a:b].amax(1)
+            paid = attention(rows, dense.k[:, :stop], scale, dtype)[..., a:b].amax(1)
             self.most[:, a:b] = torch.maximum(self.most[:, a:b], paid)
 
     def rate(self, dense: DenseLayer) -> Tensor:
@@ -234,12 +235,12 @@ class Chance(Scorer):
         return drawn.to(dense.k.device)
 
 
-def attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """Causal softmax weights, float32 ``[heads, n, tokens]``, of the newest ``n`` tokens' queries
-    ``[n, heads, dim]`` on keys ``[kv_heads, tokens, dim]``."""
+    ``[n, heads, dim]`` on keys ``[kv_heads, tokens, dim]``; products are made in ``dtype``."""
     n, tokens, groups = len(q), k.shape[1], k.shape[0]
-    rows = q.float().transpose(0, 1).reshape(groups, -1, q.shape[2])
-    scores = (rows @ k.float().transpose(1, 2)).view(-1, n, tokens) * scale
+    rows = q.to(dtype).transpose(0, 1).reshape(groups, -1, q.shape[2])
+    scores = (rows @ k.to(dtype).transpose(1, 2)).float().view(-1, n, tokens).mul_(scale)
     place = torch.arange(tokens, device=q.device)
     scores.masked_fill_(place > place[tokens - n :, None], -torch.inf)
     return scores.softmax(-1)
