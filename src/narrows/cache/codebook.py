@@ -120,7 +120,7 @@ class Codebook:
         return Codes(self.entries, self.index, self.ratio, self.turns, steps)
 
     def rebuild(self) -> Tensor:
-        """All vectors, float32 ``[n, dim]``."""
+        """All vectors, in the entries' dtype ``[n, dim]``."""
         return rebuild(self.codes())
 
     def mix(self, weights: Tensor) -> Tensor:

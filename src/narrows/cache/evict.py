@@ -186,7 +186,7 @@ class HeadStore:
         keys, values = self.books[0][head], self.books[1][head]
         k, v = self.dense(0, head)[0].float(), self.dense(1, head)[0].float()
         if keys is not None:
-            k = torch.cat([keys.rebuild(), k])
+            k = torch.cat([keys.rebuild().float(), k])
         seen = None if self.seen is None else self.seen[head]
         weights = ragged.seen_weights(q, k, scale, seen)
         coded = self.coded(1, head)
@@ -213,7 +213,7 @@ class HeadStore:
         """All of a head's keys or values, dense ``[n, dim]``."""
         book = self.books[side][head]
         dense = self.dense(side, head)[0]
-        return dense if book is None else torch.cat([book.rebuild().to(dense.dtype), dense])
+        return dense if book is None else torch.cat([book.rebuild(), dense])
 
     @property
     def nbytes(self) -> int:
@@ -266,6 +266,7 @@ class EvictLayer(LayerCache):
         self.scorer: Scorer | None = scorer
         self.store: HeadStore | None = None
         self.stack: list[EvictLayer] = []
+        self._rated: Tensor | None = None
         self._length = self._sealed_at = 0
 
     @property
@@ -288,7 +289,7 @@ class EvictLayer(LayerCache):
         else:
             self.thin(self.options.keep)
         for layer in self.stack or [self]:
-            layer.prompt, layer.scorer, layer.stack = None, None, []
+            layer.prompt, layer.scorer, layer.stack, layer._rated = None, None, [], None
 
     def thin(self, keep: float) -> None:
         """Make the store of a share ``keep`` of the prompt, which stays until ``seal``."""
@@ -314,7 +315,7 @@ class EvictLayer(LayerCache):
             everything = torch.arange(tokens, device=self.prompt.k.device)
             return Choice([everything] * self.prompt.shape.kv_heads)
         return choose(
-            self.scorer.rate(self.prompt),
+            self._rating(),
             count,
             heads=options.heads,
             kv_heads=self.prompt.shape.kv_heads,
@@ -323,6 +324,14 @@ class EvictLayer(LayerCache):
             adaptive=options.adaptive,
             floor=options.floor,
         )
+
+    def _rating(self) -> Tensor:
+        """The scorer's, taken once: a byte budget may try several shares."""
+        assert self.prompt is not None
+        assert self.scorer is not None
+        if self._rated is None or self._rated.shape[1] != self.prompt.length:
+            self._rated = self.scorer.rate(self.prompt)
+        return self._rated
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """See LayerCache."""

@@ -21,7 +21,7 @@ from narrows.cache.scores import Scorer
 from narrows.contracts import LayerShape, ModelShape
 from narrows.errors import ConfigError
 
-Preset = Literal["tuned", "fair", "paper", "codebook_only", "evict_only"]
+Preset = Literal["tuned", "rehearsed", "fair", "paper", "codebook_only", "evict_only"]
 
 
 class SpindleOptions(EvictOptions):
@@ -234,10 +234,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "codebook_only": {"keep": 1.0},
     "evict_only": {"heads": "max", "schedule": "pyramid", "theta_k": 1.0, "theta_v": 1.0},
     "tuned": {"score": "accumulated", "recent": 0.25, "sinks": 4, "heads": "mean"},
+    "rehearsed": {"score": "reconstruction", "recent": 0.1, "sinks": 4, "heads": "max"},
 }
 """``paper`` chooses tokens for every query head (equation 7), ``fair`` for every KV head, so that
 what it keeps is what it holds; ``codebook_only`` and ``evict_only`` leave out one of the stages.
-``tuned`` is ours: the paper's codebook behind what H2O keeps, the same share in every layer."""
+``tuned`` and ``rehearsed`` are ours: the paper's codebook behind what H2O and KVzip keep, the same
+share in every layer; ``rehearsed`` reads a prompt twice and needs no question to go by."""
 
 
 def spindle(preset: str = "fair", **options: Any) -> SpindlePolicy:

@@ -492,41 +492,48 @@ typedef struct {
 static inline int64_t whole(const void *from, int64_t wide, int64_t i) {
   return wide ? ((const int32_t *)from)[i] : ((const int16_t *)from)[i];
 }
-static inline float number(const void *from, int is_bf16, int64_t i) {
-  return is_bf16 ? to_f32(((const bf16 *)from)[i]) : ((const float *)from)[i];
-}
-
-/* Vectors [first, stop) in float32: what codes stand for, then dense ones. */
-static void rebuild(const codes *c, const void *dense, int is_bf16, int64_t D, int64_t first,
-                    int64_t stop, float *restrict out) {
-  int64_t half = D / 2;
-  for (int64_t t = first; t < stop; t++, out += D) {
-    if (t >= c->n) {
-      int64_t from = (t - c->n) * D;
-      for (int64_t i = 0; i < D; i++) out[i] = number(dense, is_bf16, from + i);
-      continue;
-    }
-    int64_t from = whole(c->index, c->index_wide, t) * D;
-    float ratio = number(c->ratio, is_bf16, t);
-    if (is_bf16) {
-      const bf16 *entry = (const bf16 *)c->entries + from;
-      for (int64_t i = 0; i < D; i++) out[i] = to_f32(entry[i]) * ratio;
-    } else {
-      const float *entry = (const float *)c->entries + from;
-      for (int64_t i = 0; i < D; i++) out[i] = entry[i] * ratio;
-    }
-    int64_t turn = c->turns ? whole(c->turns, c->turns_wide, t) : 0;
-    if (!turn) continue;
-    float sign = turn < 0 ? -1.0f : 1.0f;
-    const float *cosine = c->cosine + (turn < 0 ? -turn : turn) * half;
-    const float *sine = c->sine + (turn < 0 ? -turn : turn) * half;
-    for (int64_t i = 0; i < half; i++) {
-      float a = out[i], b = out[half + i], s = sign * sine[i];
-      out[i] = a * cosine[i] - b * s;
-      out[half + i] = b * cosine[i] + a * s;
-    }
+/* Vectors [first, stop) written out in the type they are stored in: what codes stand for, then
+ * dense ones. A vector that is its own entry is copied as it is. */
+#define REBUILD(name, T, load, scalar, store, round)                                           \
+  static void name(const codes *c, const T *dense, int64_t D, int64_t first, int64_t stop,     \
+                   T *restrict out) {                                                          \
+    int64_t half = D / 2, wide = half - half % WIDTH;                                          \
+    for (int64_t t = first; t < stop; t++, out += D) {                                         \
+      if (t >= c->n) {                                                                         \
+        memcpy(out, dense + (t - c->n) * D, (stop - t) * D * sizeof(T));                       \
+        return;                                                                                \
+      }                                                                                        \
+      const T *entry = (const T *)c->entries + whole(c->index, c->index_wide, t) * D;          \
+      float ratio = scalar(((const T *)c->ratio)[t]);                                          \
+      int64_t turn = c->turns ? whole(c->turns, c->turns_wide, t) : 0, i = 0;                  \
+      if (!turn && ratio == 1.0f) {                                                            \
+        memcpy(out, entry, D * sizeof(T));                                                     \
+        continue;                                                                              \
+      }                                                                                        \
+      if (!turn) {                                                                             \
+        for (; i + WIDTH <= D; i += WIDTH) store(out + i, load(entry + i) * ratio);            \
+        for (; i < D; i++) out[i] = round(scalar(entry[i]) * ratio);                           \
+        continue;                                                                              \
+      }                                                                                        \
+      int64_t row = (turn < 0 ? -turn : turn) * half;                                          \
+      const float *cosine = c->cosine + row, *sine = c->sine + row;                            \
+      float sign = turn < 0 ? -ratio : ratio;                                                  \
+      for (; i < wide; i += WIDTH) {                                                           \
+        vec a = load(entry + i), b = load(entry + half + i);                                   \
+        vec x = load_f32(cosine + i) * ratio, y = load_f32(sine + i) * sign;                   \
+        store(out + i, a * x - b * y);                                                         \
+        store(out + half + i, b * x + a * y);                                                  \
+      }                                                                                        \
+      for (; i < half; i++) {                                                                  \
+        float a = scalar(entry[i]), b = scalar(entry[half + i]);                               \
+        float x = cosine[i] * ratio, y = sine[i] * sign;                                       \
+        out[i] = round(a * x - b * y);                                                         \
+        out[half + i] = round(b * x + a * y);                                                  \
+      }                                                                                        \
+    }                                                                                          \
   }
-}
+REBUILD(rebuild_f32, float, load_f32, SAME, store_f32, SAME)
+REBUILD(rebuild_bf16, bf16, load_bf16, to_f32, store_bf16, to_bf16)
 
 /* Writes this step's keys and values of every sequence into its cache, then attends.
  * Rows of q, k_new and v_new are `q_stride`, `k_stride` and `v_stride` floats apart;
@@ -575,10 +582,14 @@ int64_t append_attend(place *places, int64_t sequences, const float *q, int64_t 
     int64_t h = task[1], ko = h * p->capacity * D, vo = h * p->capacity * Dv;
     int64_t last = task[2] + CHUNK < p->stored ? task[2] + CHUNK : p->stored;
     int coded = task[2] < p->k_codes.n || task[2] < p->v_codes.n;
-    float kept[coded ? CHUNK * (D + Dv) : 1]; /* this stretch, written out */
-    if (coded) {
-      rebuild(&p->k_codes, p->k, is_bf16, D, task[2], last, kept);
-      rebuild(&p->v_codes, p->v, is_bf16, Dv, task[2], last, kept + CHUNK * D);
+    float scratch[coded ? CHUNK * (D + Dv) : 1]; /* this stretch, written out */
+    void *keys = scratch, *values = scratch + CHUNK * D;
+    if (coded && is_bf16) {
+      rebuild_bf16(&p->k_codes, p->k, D, task[2], last, keys);
+      rebuild_bf16(&p->v_codes, p->v, Dv, task[2], last, values);
+    } else if (coded) {
+      rebuild_f32(&p->k_codes, p->k, D, task[2], last, keys);
+      rebuild_f32(&p->v_codes, p->v, Dv, task[2], last, values);
     }
     /* A stretch behind all codes is read where it lies. */
     ko -= p->k_codes.n * D, vo -= p->v_codes.n * Dv;
@@ -593,8 +604,11 @@ int64_t append_attend(place *places, int64_t sequences, const float *q, int64_t 
         for (int64_t g = 0; g < group; g++) part[g * stride] = -INFINITY;
       } else if (coded) {
         const uint16_t *seen = p->seen ? p->seen + task[2] : NULL;
-        attend_f32(query, group, D, Dv, kept, kept + CHUNK * D, first - task[2], stop - task[2],
-                   scale, seen, p->seen_n - task[2], part);
+        int64_t from = first - task[2], to = stop - task[2], rest = p->seen_n - task[2];
+        if (is_bf16)
+          attend_bf16(query, group, D, Dv, keys, values, from, to, scale, seen, rest, part);
+        else
+          attend_f32(query, group, D, Dv, keys, values, from, to, scale, seen, rest, part);
       } else if (is_bf16)
         attend_bf16(query, group, D, Dv, (bf16 *)p->k + ko, (bf16 *)p->v + vo, first, stop, scale,
                     p->seen, p->seen_n, part);

@@ -110,16 +110,16 @@ def append_attend_torch(
 
 
 def rebuild(codes: Codes) -> Tensor:
-    """The vectors that codes stand for, float32 ``[n, dim]``."""
+    """The vectors that codes stand for, in the entries' dtype ``[n, dim]``."""
     x = codes.entries[codes.entry.long()].float() * codes.ratio.float()[:, None]
     if codes.turns is None:
-        return x
+        return x.to(codes.entries.dtype)
     assert codes.steps is not None
     turns = codes.turns.long()
     cosine, sine = (table[turns.abs()] for table in codes.steps)
     sine = sine * turns.sign()[:, None]
     a, b = x.chunk(2, -1)
-    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1).to(codes.entries.dtype)
 
 
 def seen_weights(q: Tensor, k: Tensor, scale: float, seen: Tensor | None) -> Tensor:
