@@ -13,6 +13,7 @@ needs no look into the model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,9 +53,18 @@ class Codebook:
         self.turns: Tensor | None = None
         self.origin: Tensor | None = None
         self._farthest = 0
+        self._codes: Codes | None = None
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Codebook:
+        made = Codebook(self.rule, self.rotary)
+        for name in ("entries", "index", "ratio", "turns", "origin"):
+            held = getattr(self, name)
+            setattr(made, name, None if held is None else held.clone())
+        made._farthest = self._farthest
+        return made
 
     def __bool__(self) -> bool:
         return True  # even when it stands for nothing yet
@@ -63,6 +73,7 @@ class Codebook:
         """Code vectors ``x`` ``[n, dim]`` of tokens at ``places`` int64 ``[n]``, a block at a
         time: each by the entry there is that is most like it, if one is; entries are made of the
         rest. ``weights``: see ``greedy_cover``."""
+        self._codes = None
         for a in range(0, len(x), self.rule.block):
             part = slice(a, a + self.rule.block)
             self._extend(x[part], places[part], None if weights is None else weights[part])
@@ -112,12 +123,12 @@ class Codebook:
         return turn_back(x.float()[:, None], *self.rotary(places.long()))[:, 0]
 
     def codes(self) -> Codes:
-        """What attention reads; shares the storages."""
-        assert self.entries is not None
-        steps = None
-        if self.rotary is not None:
-            steps = self.rotary.steps(self._farthest + 1)
-        return Codes(self.entries, self.index, self.ratio, self.turns, steps)
+        """What attention reads; shares the storages. Made once for each state."""
+        if self._codes is None:
+            assert self.entries is not None
+            steps = None if self.rotary is None else self.rotary.steps(self._farthest + 1)
+            self._codes = Codes(self.entries, self.index, self.ratio, self.turns, steps)
+        return self._codes
 
     def rebuild(self) -> Tensor:
         """All vectors, in the entries' dtype ``[n, dim]``."""
@@ -136,6 +147,7 @@ class Codebook:
     def cut(self, tokens: int, entries: int) -> None:
         """Forget all but the first ``tokens`` vectors and ``entries`` entries."""
         assert self.entries is not None
+        self._codes = None
         self.entries = self.entries[:entries].clone()
         self.index, self.ratio = self.index[:tokens].clone(), self.ratio[:tokens].clone()
         if self.rotary is not None:

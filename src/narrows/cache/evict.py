@@ -9,6 +9,7 @@ are all kept.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -134,6 +135,9 @@ class HeadStore:
             [_buffer(x[head, tokens]) for head, tokens in enumerate(choice.tokens)] for x in (k, v)
         )
         self.books: list[list[Codebook | None]] = [[None] * len(self.held) for _ in range(2)]
+        self._spare = 0
+        """Tokens that every buffer takes without growing, at least."""
+        self._fixed: list[ragged.Place] | None = None
         self.seen = None if choice.seen is None else [_bits(seen) for seen in choice.seen]
 
     def coded(self, side: int, head: int) -> int:
@@ -149,6 +153,7 @@ class HeadStore:
     def put(self, side: int, head: int, x: Tensor) -> None:
         """Make ``x`` ``[n, dim]`` all that is held besides the book's."""
         (self.k, self.v)[side][head] = _buffer(x)
+        self._spare, self._fixed = 0, None
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add tokens ``[n, kv_heads, dim]`` to every head."""
@@ -159,12 +164,22 @@ class HeadStore:
 
     def grow(self, n: int) -> None:
         """Count ``n`` more tokens of every head, and make sure the buffers take them."""
-        for side, buffers in enumerate((self.k, self.v)):
-            for head, buffer in enumerate(buffers):
-                used = self.held[head] - self.coded(side, head)
-                if used + n > buffer.shape[1]:
-                    buffers[head] = _buffer(buffer[0, :used], n)
+        if n > self._spare:
+            spare = []
+            for side, buffers in enumerate((self.k, self.v)):
+                for head, buffer in enumerate(buffers):
+                    used = self.held[head] - self.coded(side, head)
+                    if used + n > buffer.shape[1]:
+                        buffers[head] = buffer = _buffer(buffer[0, :used], n)
+                    spare.append(buffer.shape[1] - used)
+            self._spare, self._fixed = min(spare), None
+        self._spare -= n
         self.held = [held + n for held in self.held]
+
+    def drop(self, n: int) -> None:
+        """Forget the newest ``n`` tokens of every head, which no book stands for."""
+        self._spare += n
+        self.held = [held - n for held in self.held]
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
         """See LayerCache."""
@@ -197,23 +212,38 @@ class HeadStore:
 
     def place(self, head: int, first_row: int, rows: int) -> ragged.Place:
         """What the kernel for few new tokens reads of a head; ``rows`` have been counted."""
+        if self._fixed is None:
+            self._fixed = [self._place(head) for head in range(len(self.held))]
+        place = self._fixed[head]
+        return place._replace(stored=self.held[head], first_row=first_row, rows=rows)
+
+    def _place(self, head: int) -> ragged.Place:
+        """What is the same in every step until a buffer or a book changes."""
         keys, values = self.books[0][head], self.books[1][head]
-        return ragged.Place(
+        place = ragged.Place(
             self.k[head],
             self.v[head],
-            self.held[head],
-            first_row,
-            rows,
+            stored=0,
+            first_row=0,
+            rows=0,
             k_codes=None if keys is None else keys.codes(),
             v_codes=None if values is None else values.codes(),
             seen=None if self.seen is None else self.seen[head],
         )
+        return place._replace(told=ragged.tell(place))
 
     def whole(self, side: int, head: int) -> Tensor:
         """All of a head's keys or values, dense ``[n, dim]``."""
         book = self.books[side][head]
         dense = self.dense(side, head)[0]
         return dense if book is None else torch.cat([book.rebuild(), dense])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeadStore:
+        made = copy.copy(self)
+        made.k, made.v = ([x.clone() for x in side] for side in (self.k, self.v))
+        made.books = copy.deepcopy(self.books, memo)
+        made.held, made._fixed = list(self.held), None  # which holds addresses
+        return made
 
     @property
     def nbytes(self) -> int:
@@ -374,7 +404,7 @@ class EvictLayer(LayerCache):
         group = q.shape[1] // k.shape[1]
         for cache, (a, b) in zip(caches, spans, strict=True):
             assert isinstance(cache, EvictLayer)
-            quick = cache.ready(b - a) and ragged.supported(q[:, :group], cache.kept.k[0])
+            quick = cache.ready(b - a) and ragged.supported(q, cache.kept.k[0], group)
             (few if quick else rest).append((cache, (a, b)))
         empty = q.new_empty((*q.shape[:2], v.shape[2]))
         out = _step_few(few, q, k, v, scale) if few else empty
@@ -389,7 +419,7 @@ class EvictLayer(LayerCache):
             return
         if not 0 <= n <= self._length - self._sealed_at:
             raise ValueError(f"cannot roll back {n} tokens: the prompt has been thinned out")
-        self.kept.held = [held - n for held in self.kept.held]
+        self.kept.drop(n)
         self._length -= n
 
     def materialize(self) -> tuple[Tensor, Tensor]:
@@ -448,10 +478,14 @@ def _step_few(
         places += [kept.place(head, head * rows + a, b - a) for head in range(kv_heads)]
 
     def by_head(x: Tensor) -> Tensor:
+        if rows == 1:
+            return x.reshape(kv_heads, -1, x.shape[2])
         split = x.reshape(rows, kv_heads, -1, x.shape[2]).transpose(0, 1)
         return split.reshape(kv_heads * rows, -1, x.shape[2])
 
     mixed = ragged.append_attend(places, by_head(q), by_head(k), by_head(v), scale, None)
+    if rows == 1:
+        return mixed.view(1, -1, v.shape[2])
     return mixed.view(kv_heads, rows, -1, v.shape[2]).transpose(0, 1).flatten(1, 2).contiguous()
 
 

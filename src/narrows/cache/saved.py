@@ -173,7 +173,8 @@ def _fields(thing: Any) -> Iterator[tuple[str, Any]]:
         for field in dataclasses.fields(thing):
             yield field.name, getattr(thing, field.name)
     else:
-        yield from vars(thing).items()
+        made_anew = ("_codes", "_fixed")  # of the rest, and full of addresses
+        yield from ((k, None if k in made_anew else v) for k, v in vars(thing).items())
 
 
 def _value(value: Any, nodes: list[Node], tensors: list[Tensor], seen: dict[int, int]) -> Any:

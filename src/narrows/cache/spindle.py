@@ -21,6 +21,9 @@ from narrows.cache.scores import Scorer
 from narrows.contracts import LayerShape, ModelShape
 from narrows.errors import ConfigError
 
+PAYS = 0.9
+"""A code is worth reading if it takes at most so much of what it stands for."""
+
 Preset = Literal["tuned", "rehearsed", "fair", "paper", "codebook_only", "evict_only"]
 
 
@@ -84,6 +87,7 @@ class SpindleLayer(EvictLayer):
         super().__init__(options, scorer, layer, shape.dtype, shape.device, number, layers)
         self.rotary = shape.rotary
         self.coded_until = self.folded_at = 0
+        self.coding = False
         self.fold: list[Folded] | None = None
 
     def _encode(self, choice: Choice) -> None:
@@ -98,6 +102,7 @@ class SpindleLayer(EvictLayer):
             for side in (0, 1):
                 if n and options.rule(side).threshold < 1:
                     self._code(kept, side, head, tokens[:n], weights)
+        self.coding = any(map(any, kept.books))
 
     def _code(
         self, kept: HeadStore, side: int, head: int, places: Tensor, weights: Tensor | None
@@ -108,7 +113,7 @@ class SpindleLayer(EvictLayer):
         book.extend(dense[:n], places, weights)
         coded = sum(x.untyped_storage().nbytes() for x in book.tensors)
         spared = room(len(dense)) - room(len(dense) - n)
-        if coded < spared * dense.shape[1] * dense.element_size():
+        if coded < PAYS * spared * dense.shape[1] * dense.element_size():
             rest = dense[n:].clone()
             kept.books[side][head] = book
             kept.put(side, head, rest)
@@ -142,7 +147,7 @@ class SpindleLayer(EvictLayer):
         """Tokens that can be appended before the next block must be coded. That is done as late as
         it can be, when the next token comes: until then nobody knows which tokens will stay."""
         options = self.options
-        if not options.fold_every or not any(map(any, self.kept.books)):
+        if not options.fold_every or not self.coding:
             return 2**62
         dense = max(options.tail, options.window) + options.fold_every
         return max(0, self.coded_until + dense - self.length)

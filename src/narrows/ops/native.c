@@ -492,6 +492,22 @@ typedef struct {
 static inline int64_t whole(const void *from, int64_t wide, int64_t i) {
   return wide ? ((const int32_t *)from)[i] : ((const int16_t *)from)[i];
 }
+#define AHEAD 6 /* vectors */
+
+/* How many vectors from t on are the entries that follow t's, as they are. */
+static int64_t run(const codes *c, int64_t t, int64_t stop, int64_t size) {
+  int64_t n = 1, most = (stop < c->n ? stop : c->n) - t, entry = whole(c->index, c->index_wide, t);
+  const bf16 *short_ = c->ratio;
+  const float *wide = c->ratio;
+  uint16_t unit = 0x3f80; /* 1 in bfloat16 */
+  for (; n < most; n++) {
+    if (whole(c->index, c->index_wide, t + n) != entry + n) break;
+    if (c->turns && whole(c->turns, c->turns_wide, t + n)) break;
+    if (size == 2 ? short_[t + n] != unit : wide[t + n] != 1.0f) break;
+  }
+  return n;
+}
+
 /* Vectors [first, stop) written out in the type they are stored in: what codes stand for, then
  * dense ones. A vector that is its own entry is copied as it is. */
 #define REBUILD(name, T, load, scalar, store, round)                                           \
@@ -506,8 +522,10 @@ static inline int64_t whole(const void *from, int64_t wide, int64_t i) {
       const T *entry = (const T *)c->entries + whole(c->index, c->index_wide, t) * D;          \
       float ratio = scalar(((const T *)c->ratio)[t]);                                          \
       int64_t turn = c->turns ? whole(c->turns, c->turns_wide, t) : 0, i = 0;                  \
-      if (!turn && ratio == 1.0f) {                                                            \
-        memcpy(out, entry, D * sizeof(T));                                                     \
+      if (!turn && ratio == 1.0f) { /* and those after it that follow each other */            \
+        int64_t n = run(c, t, stop, sizeof(T));                                                \
+        memcpy(out, entry, n * D * sizeof(T));                                                 \
+        t += n - 1, out += (n - 1) * D;                                                        \
         continue;                                                                              \
       }                                                                                        \
       if (!turn) {                                                                             \
@@ -516,6 +534,14 @@ static inline int64_t whole(const void *from, int64_t wide, int64_t i) {
         continue;                                                                              \
       }                                                                                        \
       int64_t row = (turn < 0 ? -turn : turn) * half;                                          \
+      if (t + AHEAD < c->n) { /* the tables' rows come in no order */                          \
+        int64_t next = whole(c->turns, c->turns_wide, t + AHEAD);                              \
+        next = (next < 0 ? -next : next) * half;                                               \
+        for (int64_t j = 0; j < half; j += 16) {                                               \
+          __builtin_prefetch(c->cosine + next + j);                                            \
+          __builtin_prefetch(c->sine + next + j);                                              \
+        }                                                                                      \
+      }                                                                                        \
       const float *cosine = c->cosine + row, *sine = c->sine + row;                            \
       float sign = turn < 0 ? -ratio : ratio;                                                  \
       for (; i < wide; i += WIDTH) {                                                           \

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,8 @@ CHUNK = 256  # as in native.c
 MAX_GROUP = 16
 
 
-class Codes(NamedTuple):
+@dataclass(frozen=True)
+class Codes:
     """Vectors that are multiples of ``entries`` ``[c, dim]``, by ``entry`` and ``ratio`` ``[n]``,
     of keys then turned by ``turns`` ``[n]`` places, see ``cache.codebook``; ``steps`` are the
     rotary tables of ``contracts.Rotary.steps``."""
@@ -25,6 +28,21 @@ class Codes(NamedTuple):
     ratio: Tensor
     turns: Tensor | None
     steps: tuple[Tensor, Tensor] | None
+
+    @functools.cached_property
+    def fields(self) -> tuple[int, ...]:
+        """As in native.c."""
+        turned, tables = (0, 0), (0, 0)
+        if self.turns is not None:
+            assert self.steps is not None
+            turned = self.turns.data_ptr(), int(self.turns.dtype == torch.int32)
+            tables = self.steps[0].data_ptr(), self.steps[1].data_ptr()
+        coded = self.entries.data_ptr(), self.entry.data_ptr(), int(self.entry.dtype == torch.int32)
+        return (*coded, self.ratio.data_ptr(), *turned, len(self.entry), *tables)
+
+
+NO_CODES = (0,) * 9
+Told = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Place(NamedTuple):
@@ -44,15 +62,18 @@ class Place(NamedTuple):
     k_codes: Codes | None = None
     v_codes: Codes | None = None
     seen: Tensor | None = None
+    told: Told | None = None
+    """What ``tell`` says of it, where that is known already."""
 
 
-def supported(q: Tensor, k: Tensor) -> bool:
-    """Whether the kernel takes queries like ``q`` and buffers like ``k``."""
+def supported(q: Tensor, k: Tensor, group: int | None = None) -> bool:
+    """Whether the kernel takes queries like ``q`` and buffers like ``k``, of which each KV head
+    has ``group`` query heads (None: as many as the shapes say)."""
     return (
         q.dtype == torch.float32
         and q.device.type == "cpu"
         and k.dtype in (torch.float32, torch.bfloat16)
-        and q.shape[1] // k.shape[0] <= MAX_GROUP
+        and (group or q.shape[1] // k.shape[0]) <= MAX_GROUP
         and library() is not None
     )
 
@@ -71,9 +92,8 @@ def append_attend(
     table: list[int] = []
     room = 0
     for p in places:
-        table += (p.k.data_ptr(), p.v.data_ptr(), p.k.shape[1], p.stored, p.first_row, p.rows)
-        table += (*_codes(p.k_codes), *_codes(p.v_codes))
-        table += (0, 0) if p.seen is None else (p.seen.data_ptr(), len(p.seen))
+        buffers, codes = p.told or tell(p)
+        table += (*buffers, p.stored, p.first_row, p.rows, *codes)
         room += p.rows * kv_heads * (p.stored // CHUNK + 1)
     out = q.new_empty((q.shape[0], heads, value_dim))
     tasks = torch.empty(4 * room, dtype=torch.int64)
@@ -87,6 +107,14 @@ def append_attend(
     )
     assert used >= 0, "scratch was too small"
     return out
+
+
+def tell(p: Place) -> Told:
+    """The fields of a place in native.c that do not change from step to step: those before its
+    tokens and rows, and those behind."""
+    seen = (0, 0) if p.seen is None else (p.seen.data_ptr(), len(p.seen))
+    codes = (NO_CODES if c is None else c.fields for c in (p.k_codes, p.v_codes))
+    return (p.k.data_ptr(), p.v.data_ptr(), p.k.shape[1]), (*next(codes), *next(codes), *seen)
 
 
 def append_attend_torch(
@@ -138,20 +166,6 @@ def seen_weights(q: Tensor, k: Tensor, scale: float, seen: Tensor | None) -> Ten
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor) -> Tensor:
     """Attention with ``seen_weights``: ``[n, group, dim]`` -> float32 ``[n, group, dv]``."""
     return (seen_weights(q, k, scale, seen) @ v.float()).transpose(0, 1)
-
-
-def _codes(codes: Codes | None) -> tuple[int, ...]:
-    """The fields of ``codes`` in native.c."""
-    if codes is None:
-        return (0,) * 9
-    entries, entry, ratio, turns, steps = codes
-    turned, tables = (0, 0), (0, 0)
-    if turns is not None:
-        assert steps is not None
-        turned = turns.data_ptr(), int(turns.dtype == torch.int32)
-        tables = steps[0].data_ptr(), steps[1].data_ptr()
-    coded = entries.data_ptr(), entry.data_ptr(), int(entry.dtype == torch.int32)
-    return (*coded, ratio.data_ptr(), *turned, len(entry), *tables)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -212,8 +212,9 @@ def storages(caches: list[LayerCache]) -> int:
         elif isinstance(value, ModelRotary):
             pass  # the model's
         elif depth < 3 and hasattr(value, "__dict__"):
-            for x in vars(value).values():
-                look(x, depth + 1)
+            for name, x in vars(value).items():
+                if name not in ("_fixed", "_codes"):  # what kernels are told of the rest
+                    look(x, depth + 1)
 
     for cache in caches:
         look(cache)
