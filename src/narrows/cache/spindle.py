@@ -21,9 +21,6 @@ from narrows.cache.scores import Scorer
 from narrows.contracts import LayerShape, ModelShape
 from narrows.errors import ConfigError
 
-PAYS = 0.9
-"""A code is worth reading if it takes at most so much of what it stands for."""
-
 Preset = Literal["tuned", "rehearsed", "fair", "paper", "codebook_only", "evict_only"]
 
 
@@ -31,7 +28,8 @@ class SpindleOptions(EvictOptions):
     """Options of ``spindle``: those of eviction, and of the codebook.
 
     ``theta_k`` and ``theta_v`` are the cosines above which keys and values share an entry; 1 codes
-    nothing. Graphs have at most ``block`` vectors. ``cover`` is the paper's greedy rule, or greedy
+    nothing. A side of a head is coded where that takes less than ``pays`` of what it stands for,
+    since codes are slower to read. Graphs have at most ``block`` vectors. ``cover`` is the paper's greedy rule, or greedy
     set cover (ours). The newest ``tail`` tokens, and the window at the end of the prompt, are
     dense; of later tokens ``fold_every`` are coded at once (0: never). ``hold`` tokens can be
     rolled back over such a step.
@@ -40,6 +38,7 @@ class SpindleOptions(EvictOptions):
     preset: Preset = "fair"
     theta_k: Annotated[float, Field(gt=-1.0, le=1.0)] = 0.98
     theta_v: Annotated[float, Field(gt=-1.0, le=1.0)] = 0.95
+    pays: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
     block: Annotated[int, Field(ge=1, le=16384)] = 2048
     cover: Literal["paper", "setcover"] = "paper"
     tail: Annotated[int, Field(ge=0)] = 64
@@ -113,7 +112,7 @@ class SpindleLayer(EvictLayer):
         book.extend(dense[:n], places, weights)
         coded = sum(x.untyped_storage().nbytes() for x in book.tensors)
         spared = room(len(dense)) - room(len(dense) - n)
-        if coded < PAYS * spared * dense.shape[1] * dense.element_size():
+        if coded < self.options.pays * spared * dense.shape[1] * dense.element_size():
             rest = dense[n:].clone()
             kept.books[side][head] = book
             kept.put(side, head, rest)
@@ -235,14 +234,14 @@ OVERHEAD = 32
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fair": {"heads": "max", "schedule": "pyramid"},
-    "paper": {"heads": "per_query_head", "schedule": "pyramid"},
-    "codebook_only": {"keep": 1.0},
+    "paper": {"heads": "per_query_head", "schedule": "pyramid", "pays": 1.0},
+    "codebook_only": {"keep": 1.0, "pays": 1.0},
     "evict_only": {"heads": "max", "schedule": "pyramid", "theta_k": 1.0, "theta_v": 1.0},
     "tuned": {"score": "accumulated", "recent": 0.25, "sinks": 4, "heads": "mean"},
     "rehearsed": {"score": "reconstruction", "recent": 0.1, "sinks": 4, "heads": "max"},
 }
-"""``paper`` chooses tokens for every query head (equation 7), ``fair`` for every KV head, so that
-what it keeps is what it holds; ``codebook_only`` and ``evict_only`` leave out one of the stages.
+"""``paper`` chooses tokens for every query head (equation 7) and codes whatever shrinks, ``fair``
+chooses for every KV head, so that what it keeps is what it holds; ``codebook_only`` and ``evict_only`` leave out one of the stages.
 ``tuned`` and ``rehearsed`` are ours: the paper's codebook behind what H2O and KVzip keep, the same
 share in every layer; ``rehearsed`` reads a prompt twice and needs no question to go by."""
 

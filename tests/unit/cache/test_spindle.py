@@ -18,7 +18,7 @@ from narrows.contracts import LayerShape, ModelShape
 from narrows.errors import ConfigError
 from tiny import pair, prompts
 
-SMALL = "window=4,tail=4,fold_every=8"
+SMALL = "window=4,tail=4,fold_every=8,pays=1"
 LOOSE = f"theta_k=0.6,theta_v=0.6,{SMALL}"
 """Thresholds at which even random weights' keys and values are alike."""
 SPECS = [
@@ -180,6 +180,7 @@ def test_spec_round_trip(spec):
         ("spindle:theta_k=1.5", "theta_k: "),
         ("spindle:theta_v=nan", "theta_v: "),
         ("spindle:block=0", "block: "),
+        ("spindle:pays=0", "pays: "),
         ("spindle:hold=100", "hold must not exceed"),
         ("spindle:keep=0", "keep: "),
         ("spindle:colour=red", "colour"),
