@@ -29,10 +29,10 @@ class SpindleOptions(EvictOptions):
 
     ``theta_k`` and ``theta_v`` are the cosines above which keys and values share an entry; 1 codes
     nothing. A side of a head is coded where that takes less than ``pays`` of what it stands for,
-    since codes are slower to read. Graphs have at most ``block`` vectors. ``cover`` is the paper's greedy rule, or greedy
-    set cover (ours). The newest ``tail`` tokens, and the window at the end of the prompt, are
-    dense; of later tokens ``fold_every`` are coded at once (0: never). ``hold`` tokens can be
-    rolled back over such a step.
+    since codes are slower to read. Graphs have at most ``block`` vectors. ``cover`` is the paper's
+    greedy rule, or greedy set cover (ours). The newest ``tail`` tokens, and the window at the end
+    of the prompt, are dense; of later tokens ``fold_every`` are coded at once (0: never). ``hold``
+    tokens can be rolled back over such a step.
     """
 
     preset: Preset = "fair"
@@ -241,9 +241,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "rehearsed": {"score": "reconstruction", "recent": 0.1, "sinks": 4, "heads": "max"},
 }
 """``paper`` chooses tokens for every query head (equation 7) and codes whatever shrinks, ``fair``
-chooses for every KV head, so that what it keeps is what it holds; ``codebook_only`` and ``evict_only`` leave out one of the stages.
-``tuned`` and ``rehearsed`` are ours: the paper's codebook behind what H2O and KVzip keep, the same
-share in every layer; ``rehearsed`` reads a prompt twice and needs no question to go by."""
+chooses for every KV head, so that what it keeps is what it holds; ``codebook_only`` and
+``evict_only`` leave out one of the stages. ``tuned`` and ``rehearsed`` are ours: the paper's
+codebook behind what H2O and KVzip keep, the same share in every layer; ``rehearsed`` reads a
+prompt twice and needs no question to go by."""
 
 
 def spindle(preset: str = "fair", **options: Any) -> SpindlePolicy:
