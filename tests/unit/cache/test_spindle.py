@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -202,3 +204,27 @@ def test_it_needs_a_loaded_model_and_full_attention():
     assert kinds.count(SpindleLayer) == 1
     assert EvictLayer not in kinds
     assert DensePolicy().spec == "dense"
+
+
+@pytest.mark.parametrize("spec", [*SPECS, f"{SPECS[0]},target_bytes=30000"])
+def test_the_dense_prompt_is_freed(spec):
+    flat, _ = pair("llama")
+    caches = parse_cache(spec).build(flat.shape)
+    read(flat, caches, IDS, [60])
+    gone = [weakref.ref(x) for c in caches for x in (c.prompt, c.prompt.k, c.prompt.v)]
+    for cache in caches:
+        cache.seal()
+    gc.collect()
+    assert all(x() is None for x in gone)
+
+
+@pytest.mark.parametrize("first", [20, 41, 60])
+def test_prefill_may_end_anywhere_when_all_is_kept_and_nothing_coded(first):
+    flat, _ = pair("llama")
+    whole = read(flat, parse_cache("dense").build(flat.shape), IDS, [80])[0]
+    caches = parse_cache(f"spindle:keep=1,theta_k=1,theta_v=1,{SMALL}").build(flat.shape)
+    outs = read(flat, caches, IDS, [first])
+    for cache in caches:
+        cache.seal()
+    outs += read(flat, caches, IDS, [1] * (80 - first))
+    torch.testing.assert_close(torch.cat(outs), whole, rtol=1e-3, atol=1e-4)
