@@ -185,11 +185,18 @@ def cache(
         typer.Option(help="bytes, quality, retrieval, time, memory. Repeatable; default all."),
     ] = None,
     cache: Annotated[
-        list[str] | None, typer.Option(help="Cache policy spec. Repeatable; dense is always run.")
+        list[str] | None,
+        typer.Option(
+            help="Cache policy spec; an evicting one may end in @ and the share of bytes kept. "
+            "Repeatable; dense is always run."
+        ),
     ] = None,
     peer: Annotated[
         list[str] | None,
-        typer.Option(help="transformers, quanto4, quanto2, hqq4, hqq2 or none. Repeatable."),
+        typer.Option(
+            help="transformers, quanto4, quanto2, hqq4, hqq2, kvpress-snapkv@0.5 (or another press "
+            "and share) or none. Repeatable."
+        ),
     ] = None,
     versus: Annotated[
         list[str] | None, typer.Option(help="What all others are compared with. Repeatable.")
