@@ -254,8 +254,10 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def points(rows: Sequence[Row]) -> list[Row]:
-    """The rows to draw: mean KL divergence, without the dense caches, which have none."""
-    return [r for r in rows if r["metric"] == "kl" and r["value"] > 0]
+    """The rows to draw: mean KL divergence, without the dense caches, which have none. A method
+    at several shares of bytes is one ``series``."""
+    drawn = [r for r in rows if r["metric"] == "kl" and r["value"] > 0]
+    return [{**r, "series": r["method"].partition("@")[0]} for r in drawn]
 
 
 def _specs(caches: Sequence[str]) -> list[str]:

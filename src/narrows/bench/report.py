@@ -165,22 +165,30 @@ def draw(rows: Sequence[Row], path: Path, *, x: str, panel: str, series: str = "
 
 
 def draw_points(rows: Sequence[Row], path: Path, *, x: str, label: str = "method") -> None:
-    """Draw the rows as one panel of a PNG: a point each, over its number ``x`` and named by its
-    ``label`` in the legend; values on a logarithmic scale, bars showing the intervals, and a line
-    through the points that no other beats in both. Less is better. Raises as ``draw``."""
+    """Draw the rows as one panel of a PNG: a point each, over its number ``x``; points of one
+    ``label`` are joined and named together in the legend. Values are on a logarithmic scale, bars
+    show the intervals, and a grey line goes through the points that no other beats in both. Less
+    is better. Raises as ``draw``."""
     if not rows:
         raise ConfigError(f"there are no rows to draw in {path}")
     figure = new_figure(8, 6.5)
     axes = figure.subplots()
     ordered = sorted(rows, key=lambda r: (r[x], r["value"]))
     best = [r for i, r in enumerate(ordered) if all(r["value"] < o["value"] for o in ordered[:i])]
-    axes.plot([r[x] for r in best], [r["value"] for r in best], color="0.8", zorder=0)
-    for number, r in enumerate(ordered, 1):
-        at, value, (low, high) = r[x], r["value"], r["interval"]
-        errors = [[max(0.0, value - low)], [max(0.0, high - value)]]
-        name = f"{number}  {r[label]}"
-        axes.errorbar(at, value, yerr=errors, marker="o", capsize=2, label=name)
-        axes.annotate(str(number), (at, value), textcoords="offset points", xytext=(5, 3))
+    axes.plot([r[x] for r in best], [r["value"] for r in best], color="0.8", lw=4, zorder=0)
+    names = list(dict.fromkeys(r[label] for r in ordered))
+    for number, name in enumerate(names, 1):
+        joined = [r for r in ordered if r[label] == name]
+        at, values = [r[x] for r in joined], [r["value"] for r in joined]
+        errors = [
+            [max(0.0, r["value"] - r["interval"][0]) for r in joined],
+            [max(0.0, r["interval"][1] - r["value"]) for r in joined],
+        ]
+        axes.errorbar(
+            at, values, yerr=errors, marker="o", capsize=2, lw=1, label=f"{number}  {name}"
+        )
+        for place, value in zip(at, values, strict=True):
+            axes.annotate(str(number), (place, value), textcoords="offset points", xytext=(5, 3))
     axes.set(yscale="log", xlabel=x, ylabel=f"{rows[0]['metric']} ({rows[0]['unit']})")
     figure.legend(loc="outside lower center", fontsize="small", ncols=2)
     save_figure(figure, path)

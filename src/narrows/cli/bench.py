@@ -264,4 +264,4 @@ def cache(
     for table in bench.tables(rows):
         Console().print(table)
     if plot is not None:
-        report.draw_points(bench.points(rows), plot, x="true_bits")
+        report.draw_points(bench.points(rows), plot, x="true_bits", label="series")
