@@ -182,7 +182,9 @@ def read(
     texts = [*documents, *read_documents(docs)]
     if not texts:
         raise InputError("no document given; name at least one file, or - for standard input")
-    context = SEPARATOR.join(d.text.strip() for d in texts)
+    context = SEPARATOR.join(d.text.strip() for d in texts).strip()
+    if not context:
+        raise InputError("the documents hold no text")
     limit = llm.model.shape.max_tokens - RESERVED
     if (count := _count(llm, context)) > limit:
         if method == "none":
@@ -209,7 +211,8 @@ def ask_saved(
     not known any more. Raises InputError, ConfigError or RequestRejected."""
     if not question.strip():
         raise InputError("the question is empty; say what to answer")
-    text = _prompt_text(llm, "", question)
+    # Behind some text, since templates may strip what a message begins with.
+    text = _prompt_text(llm, "-", question)
     ids = _plain_ids(llm, text[text.index(ASK) :], start=False)
     savings = Savings(document_tokens=len(saved.tokens))
     done = _write(llm, ids, params or SamplingParams(max_tokens=128), on_text, savings, saved)

@@ -188,6 +188,20 @@ def test_documents_read_once_are_asked_again_and_again(
         )
 
 
+def test_a_template_that_trims_messages_loses_no_question(
+    run: Run, short: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = chat_model()
+    trims = model.tokenizer.chat_template.replace("m['content']", "m['content'] | trim")
+    monkeypatch.setattr(model.tokenizer, "chat_template", trims)
+    monkeypatch.setattr(FlatModel, "load", classmethod(lambda *a, **k: model))
+    file = str(tmp_path / "a.cache")
+    assert run("cache", "save", file, "--doc", short)[0] == 0
+    code, out, _ = run("cache", "load", file, "How many?", "-n", "2", "--json")
+    assert code == 0
+    assert json.loads(out)["savings"]["answer_tokens"] == 2
+
+
 def test_saved_caches_refuse_bad_input(run: Run, short: str, book: str, tmp_path: Path) -> None:
     file = tmp_path / "a.cache"
     for arguments, message in [

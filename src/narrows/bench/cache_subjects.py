@@ -12,6 +12,7 @@ from torch import Tensor
 from narrows.cache.evict import EvictPolicy
 from narrows.cache.rehearse import rehearse
 from narrows.cache.stack import parse_cache
+from narrows.cache.thinned import ThinnedPolicy
 from narrows.config import EngineConfig
 from narrows.contracts import CachePolicy, FlatBatch, LayerCache, LayerShape, ModelShape
 from narrows.errors import ConfigError
@@ -83,7 +84,7 @@ class Ours:
     def fill(self, tokens: int, seed: int) -> list[LayerCache]:
         """See Subject; an evicting cache reads random tokens, to have attention to go by."""
         shape = self.model.shape
-        if isinstance(self.policy, EvictPolicy):
+        if isinstance(self.policy, EvictPolicy | ThinnedPolicy):
             chance = torch.Generator().manual_seed(seed)
             return self.read(
                 torch.randint(0, shape.vocab_size, (tokens,), generator=chance).tolist()
@@ -161,8 +162,10 @@ def subject_name(policy: CachePolicy, share: float | None) -> str:
 
 
 def native_bytes(shape: ModelShape, tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens in the model's own precision."""
-    numbers = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in shape.layers)
+    """Bytes of the keys and values of so many tokens in the model's own precision, in the
+    full-attention layers."""
+    full = [x for x in shape.layers if x.window is None]
+    numbers = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in full)
     return tokens * numbers * shape.dtype.itemsize
 
 

@@ -113,13 +113,14 @@ def choose(
             any of them wants, each seeing its own (SpindleKV's rule). ``union`` (ours): likewise,
             but ``count`` tokens in all, those ranked best by any of them, and all see all.
         kv_heads: KV heads.
-        sinks, window: the first and the newest tokens, which stay whatever their score.
+        sinks, window: the first and the newest tokens, which stay whatever their score, and if
+            that is more than ``count``.
         adaptive: ``count * kv_heads`` tokens go to the best scores of all KV heads together
             (Ada-KV), each head having at least ``floor * count``; with ``mean`` or ``max``.
         floor: see ``adaptive``.
     """
     tokens = scores.shape[1]
-    count = min(tokens, max(count, window))
+    count = min(tokens, max(count, sinks + window))
     if count == tokens:
         everything = torch.arange(tokens, device=scores.device)
         return Choice([everything] * kv_heads)
@@ -131,6 +132,8 @@ def choose(
         wanted = _best(grouped, count)
         held = wanted.any(1)
         kept = [row.nonzero()[:, 0] for row in held]
+        if grouped.shape[1] == 1:  # rated by KV head, so all of its query heads want the same
+            return Choice(kept)
         return Choice(kept, [w[:, t] for w, t in zip(wanted, kept, strict=True)])
     if heads == "union":
         # Ranks that are equal for two query heads are broken by the better sum of ranks.

@@ -157,6 +157,8 @@ class HeadStore:
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add tokens ``[n, kv_heads, dim]`` to every head."""
+        if not len(k):
+            return
         self.grow(len(k))
         for head in range(len(self.held)):
             self.dense(0, head)[0, -len(k) :] = k[:, head]
@@ -269,7 +271,8 @@ def _buffer(x: Tensor, more: int = 0) -> Tensor:
 
 def room(tokens: int) -> int:
     """Tokens a buffer is given when it must hold ``tokens``."""
-    step = GROWTH * max(1, tokens // GROWTH**2)
+    # Steps are powers of two, so that more tokens never get less room.
+    step = GROWTH << max(0, (tokens // GROWTH**2).bit_length() - 1)
     return -(-tokens // step) * step
 
 
@@ -506,7 +509,8 @@ class EvictPolicy:
     @property
     def rehearses(self) -> bool:
         """See CachePolicy."""
-        return self.options.score == "reconstruction" and self.options.keep < 1
+        drops = self.options.keep < 1 or self.options.target_bytes > 0
+        return self.options.score == "reconstruction" and drops
 
     def holding(self, tokens: int) -> EvictPolicy:
         """See CachePolicy: tokens that came after the prompt can always be taken back."""
@@ -564,7 +568,7 @@ class EvictPolicy:
             if layer.window is not None:
                 total += size * max(capacity(tokens), BLOCK)
                 continue
-            most = max(counts.pop(0), min(prompt, options.window))
+            most = max(counts.pop(0), min(prompt, options.window + options.sinks))
             if options.heads == "per_query_head":
                 group = shape.heads // layer.kv_heads
                 most = min(prompt, most * group)
@@ -580,8 +584,9 @@ class EvictPolicy:
         target = self.options.target_bytes
         if least_bytes > target:
             raise BudgetError(
-                f"target_bytes {target:,} is less than the {least_bytes:,} bytes of the newest "
-                f"{self.options.window} tokens, which are always kept"
+                f"target_bytes {target:,} is less than the {least_bytes:,} bytes of the first "
+                f"{self.options.sinks} and the newest {self.options.window} tokens, which are "
+                "always kept"
             )
         dense = DensePolicy().estimate(shape, tokens)
         a_token = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in shape.layers)
@@ -593,7 +598,7 @@ class EvictPolicy:
 def kept_at_most(options: EvictOptions, prompt: int, shape: ModelShape) -> int:
     """Tokens that the layer which keeps most keeps a KV head of a prompt."""
     full = sum(layer.window is None for layer in shape.layers)
-    return max(*_counts(options, prompt, full), min(prompt, options.window))
+    return max(*_counts(options, prompt, full), min(prompt, options.window + options.sinks))
 
 
 @functools.lru_cache(maxsize=64)

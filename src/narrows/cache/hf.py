@@ -37,6 +37,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from narrows.cache.evict import EvictPolicy
 from narrows.cache.stack import parse_cache
+from narrows.cache.thinned import ThinnedPolicy
 from narrows.contracts import CachePolicy, LayerCache, ModelShape
 from narrows.errors import ConfigError, InputError, ModelError
 from narrows.model.adapter import model_shape
@@ -56,7 +57,7 @@ def hf_cache(
     an architecture we do not know.
     """
     policy = parse_cache(spec) if isinstance(spec, str) else spec
-    if isinstance(policy, EvictPolicy):
+    if isinstance(policy, EvictPolicy | ThinnedPolicy):
         raise ConfigError(
             f"cache {policy.spec!r} drops tokens, which transformers' attention cannot follow; "
             "use it with narrows.LLM"

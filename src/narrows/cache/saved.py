@@ -56,13 +56,15 @@ Node = dict[str, Any]
 class SavedCache:
     """The sealed caches of a sequence that has read ``tokens``, its prompt.
 
-    ``spec`` is of the policy that built them, ``model`` the fingerprint of the model that read.
+    ``spec`` is of the policy that built them, ``model`` the fingerprint of the model that read and
+    ``dtype`` the precision it ran in.
     """
 
     tokens: tuple[int, ...]
     caches: list[LayerCache]
     spec: str
     model: str
+    dtype: str
 
     @property
     def nbytes(self) -> int:
@@ -79,15 +81,16 @@ def save_cache(saved: SavedCache, path: Path) -> None:
     roots = [_node(cache, nodes, tensors, seen) for cache in saved.caches]
     # Copies, since safetensors refuses tensors that share a storage.
     named = {str(i): t.detach().cpu().contiguous().clone() for i, t in enumerate(tensors)}
-    header = {
+    header: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "model": saved.model,
         "spec": saved.spec,
-        "checksum": _checksum(named),
+        "dtype": saved.dtype,
         "nodes": nodes,
         "layers": roots,
     }
+    header["checksum"] = _checksum(header, named)
     with replacing(path) as beside:
         save_file(named, beside, {FORMAT: json.dumps(header)})
 
@@ -96,8 +99,6 @@ def load_cache(path: Path, rotary: Rotary | None, device: torch.device) -> Saved
     """The cache in ``path``, on ``device``; ``rotary`` is that of the model that goes on with it.
     Raises InputError for a file that is missing, cut short, changed, or of another kind."""
     header, tensors = _read(path)
-    if _checksum(tensors) != header["checksum"]:
-        raise InputError(f"{path}: the checksum is wrong; the file has been changed or damaged")
     try:
         held = {name: t.to(device) for name, t in tensors.items()}
         made: dict[int, Any] = {}
@@ -106,7 +107,7 @@ def load_cache(path: Path, rotary: Rotary | None, device: torch.device) -> Saved
         if not all(isinstance(c, LayerCache) and c.length == len(tokens) for c in caches):
             raise ValueError("its layers have not read its tokens")
         _check(made.values())
-        return SavedCache(tokens, caches, header["spec"], header["model"])
+        return SavedCache(tokens, caches, header["spec"], header["model"], header["dtype"])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ConfigError) as error:
         raise InputError(f"{path}: not a cache this version can read: {reason(error)}") from None
 
@@ -118,6 +119,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
     return {
         "spec": header["spec"],
         "model": header["model"],
+        "dtype": header["dtype"],
         "tokens": tensors["0"].numel(),
         "bytes": sum(t.nbytes for name, t in tensors.items() if name != "0"),
     }
@@ -132,18 +134,23 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if told is None:
                 raise InputError(f"{path}: a safetensors file, but not a saved cache")
             header = json.loads(told)
+            if not isinstance(header, dict):
+                raise ValueError("its header is no object")
             if header.get("format") != FORMAT or header.get("version") != VERSION:
                 raise InputError(
                     f"{path}: version {header.get('version')} of the format, but this reads "
                     f"{VERSION}; save the cache anew"
                 )
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if header.pop("checksum", None) != _checksum(header, tensors):
+            raise InputError(f"{path}: the checksum is wrong; the file has been changed or damaged")
+        return header, tensors
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: not a saved cache, or cut short: {reason(error)}") from None
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    told = hashlib.sha256()
+def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    told = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         told.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -240,6 +247,7 @@ def _check(things: Any) -> None:
                     raise ValueError("a codebook is incomplete")
                 thing._farthest = max(thing._farthest, int(thing.turns.abs().max()))
         if isinstance(thing, evict.HeadStore):
+            thing._spare = 0  # counted anew
             for side, buffers in enumerate((thing.k, thing.v)):
                 for head, held in enumerate(thing.held):
                     if not 0 <= held - thing.coded(side, head) <= buffers[head].shape[1]:

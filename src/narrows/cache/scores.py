@@ -17,7 +17,7 @@ from narrows.cache.dense import DenseLayer
 from narrows.contracts import Rotary, Span
 from narrows.model.rotary import turn, turn_back
 from narrows.ops.blocked import blocked_attention
-from narrows.ops.native import attention_dtype
+from narrows.ops.native import attention_dtype, softmax_mass_
 
 BLOCK = 128
 """Query rows whose attention is held at once."""
@@ -181,10 +181,16 @@ class Reconstruction(Scorer):
         dtype = attention_dtype(q, dense.k.dtype)
         if self.most is None:
             self.most = q.new_zeros((q.shape[1], tokens - n), dtype=torch.float32)
+        groups = dense.k.shape[0]
+        scaled = (q.float() * scale).to(dtype).view(n, groups, -1, q.shape[2])
         for first in range(0, n, BLOCK):
-            rows = q[first : first + BLOCK]
-            stop = tokens - n + first + len(rows)
-            paid = attention(rows, dense.k[:, :stop], scale, dtype)[..., a:b].amax(1)
+            rows = scaled[first : first + BLOCK]
+            seen = tokens - n + first + len(rows)
+            # Rows of a KV head's query heads lie next to each other, as the softmax wants them.
+            flat = rows.transpose(0, 1).reshape(groups, -1, q.shape[2])
+            scores = (flat @ dense.k[:, :seen].to(dtype).transpose(1, 2)).float()
+            softmax_mass_(scores, rows.shape[2], seen - len(rows), None)
+            paid = scores.view(groups, len(rows), -1, seen)[..., a:b].amax(1).flatten(0, 1)
             self.most[:, a:b] = torch.maximum(self.most[:, a:b], paid)
 
     def rate(self, dense: DenseLayer) -> Tensor:
@@ -239,8 +245,8 @@ def attention(q: Tensor, k: Tensor, scale: float, dtype: torch.dtype = torch.flo
     """Causal softmax weights, float32 ``[heads, n, tokens]``, of the newest ``n`` tokens' queries
     ``[n, heads, dim]`` on keys ``[kv_heads, tokens, dim]``; products are made in ``dtype``."""
     n, tokens, groups = len(q), k.shape[1], k.shape[0]
-    rows = q.to(dtype).transpose(0, 1).reshape(groups, -1, q.shape[2])
-    scores = (rows @ k.to(dtype).transpose(1, 2)).float().view(-1, n, tokens).mul_(scale)
+    rows = (q.float() * scale).to(dtype).transpose(0, 1).reshape(groups, -1, q.shape[2])
+    scores = (rows @ k.to(dtype).transpose(1, 2)).float().view(-1, n, tokens)
     place = torch.arange(tokens, device=q.device)
     scores.masked_fill_(place > place[tokens - n :, None], -torch.inf)
     return scores.softmax(-1)

@@ -39,8 +39,10 @@ class ThinnedLayer(QuantLayer):
         self.prompt: EvictLayer | None = prompt
         self.dense = prompt.prompt
         self.dropped = 0
+        self.lends = False
+        """Whether another layer reads these codes."""
         self.chosen: Choice | None = None
-        """Kept until all layers are sealed: who borrows codes needs their tokens."""
+        """Of a layer that lends, until the borrower has been sealed with the same tokens."""
 
     @property
     def length(self) -> int:  # type: ignore[override]
@@ -55,13 +57,14 @@ class ThinnedLayer(QuantLayer):
         """See LayerCache. Raises NumericalError if what is kept is not finite."""
         if self.prompt is None or self.dense is None:
             return
-        owners = [o for o in self.owners if isinstance(o, ThinnedLayer)]
-        if owners:
-            self.chosen = owners[0].chosen
-        else:
-            self.chosen = self.prompt.choice(self.prompt.options.keep)
-        assert self.chosen is not None
-        tokens = torch.stack(self.chosen.tokens)[..., None]
+        owners = {o for o in self.owners if isinstance(o, ThinnedLayer)}
+        chosen = next((o.chosen for o in owners), None)
+        if chosen is None:
+            chosen = self.prompt.choice(self.prompt.options.keep)
+        for owner in owners:
+            owner.chosen = None
+        self.chosen = chosen if self.lends else None
+        tokens = torch.stack(chosen.tokens)[..., None]
         kept = DenseLayer(self.shape, self.dense.k.dtype, self.dense.k.device)
         pair = (x.take_along_dim(tokens, 1).transpose(0, 1) for x in (self.dense.k, self.dense.v))
         kept.append(*pair)
@@ -117,6 +120,9 @@ class ThinnedPolicy:
             key_owner, value_owner = (
                 None if side.owner is None else made[side.owner] for side in (plan.key, plan.value)
             )
+            for owner in (key_owner, value_owner):
+                if owner is not None:
+                    owner.lends = True
             facts = shape.layers[place]
             made[place] = ThinnedLayer(plan, options, facts, shape, key_owner, value_owner, layer)
         return [made.get(place, layer) for place, layer in enumerate(layers)]

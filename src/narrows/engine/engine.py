@@ -11,6 +11,7 @@ import torch
 
 from narrows.cache.rehearse import rehearse
 from narrows.cache.saved import SavedCache
+from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
 from narrows.contracts import CachePolicy, Draft, Drafter, Kept
 from narrows.engine import memory, runner
@@ -106,13 +107,23 @@ class Engine:
     def read(self, prompt: list[int]) -> SavedCache:
         """Read a prompt and give its sealed caches, for requests to go on from; other requests are
         served meanwhile. Raises as ``submit``."""
+        window = self.model.shape.max_tokens
+        if len(prompt) > window - 2:
+            raise RequestRejected(
+                f"the prompt has {len(prompt)} tokens, which leaves nothing of the model's "
+                f"{window} to go on with; shorten or compress it"
+            )
         sequence = self.submit(prompt, SamplingParams(max_tokens=2, ignore_eos=True))
         try:
             while not sequence.sealed:
                 self.step()
             assert sequence.caches is not None
             return SavedCache(
-                tuple(prompt), sequence.caches, self.policy.spec, self.model.fingerprint
+                tuple(prompt),
+                sequence.caches,
+                self.policy.spec,
+                self.model.fingerprint,
+                str(self.model.shape.dtype),
             )
         finally:
             self.cancel(sequence)
@@ -123,7 +134,18 @@ class Engine:
                 f"the saved cache is of another model (fingerprint {saved.model}, but "
                 f"{self.model.name} has {self.model.fingerprint})"
             )
+        if saved.dtype != str(self.model.shape.dtype):
+            raise ConfigError(
+                f"the saved cache holds {saved.dtype}, but the model runs in "
+                f"{self.model.shape.dtype}; load it in the same"
+            )
         if saved.spec != self.policy.spec:
+            held = parse_cache(saved.spec).holding(self.scheduler.ahead)
+            if self.drafter and held.spec == self.policy.spec:
+                raise ConfigError(
+                    "the saved cache cannot take drafts back; use draft='none', or save it anew "
+                    f"with drafter {self.drafter.name!r}"
+                )
             raise ConfigError(
                 f"the saved cache is {saved.spec!r}, but this engine's caches are "
                 f"{self.policy.spec!r}; load the model with cache={saved.spec!r}"

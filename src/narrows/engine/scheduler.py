@@ -65,10 +65,9 @@ class Scheduler:
                 "shorten or compress it"
             )
         longest = min(window, prompt + sequence.params.max_tokens) + self.ahead
-        need = max(
-            self.policy.estimate(self.shape, sequence.sealed_tokens),
-            self.policy.estimate(self.shape, longest, sequence.sealed_tokens),
-        )
+        need = self.policy.estimate(self.shape, longest, sequence.sealed_tokens)
+        if not sequence.saved:
+            need = max(need, self.policy.estimate(self.shape, prompt))
         if need > self.cache_bytes:
             raise RequestRejected(
                 f"the request may need {need:,} cache bytes but the budget is "

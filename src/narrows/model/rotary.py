@@ -20,6 +20,7 @@ class ModelRotary:
         kinds = getattr(config, "layer_types", None)
         split = hasattr(self._module, "layer_types") and kinds
         self._kind = {"layer_type": "full_attention"} if split else {}
+        self._device = next(model.parameters()).device
         self._steps: tuple[Tensor, Tensor] | None = None
 
     @torch.inference_mode()
@@ -36,7 +37,8 @@ class ModelRotary:
         """See ``contracts.Rotary``. Made once."""
         if self._steps is None or len(self._steps[0]) < count:
             half = self._dim // 2
-            cosine, sine = (t[:, :half] for t in self(torch.arange(count)))
+            places = torch.arange(count, device=self._device)
+            cosine, sine = (t[:, :half] for t in self(places))
             scale = (cosine.square() + sine.square()).sqrt()
             self._steps = (cosine / scale).contiguous(), (sine / scale).contiguous()
             self._steps[0][0], self._steps[1][0] = 1.0, 0.0  # to stay is to stay, to the bit

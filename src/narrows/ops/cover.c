@@ -15,6 +15,7 @@ int64_t greedy_cover(const uint8_t *graph, int64_t n, const int32_t *weight, int
     int64_t best = -1, most = 0;
     for (int64_t j = 0; j < n; j++)
       if (degree[j] > most && (any || alive[j])) most = degree[j], best = j;
+    if (best < 0) break; /* no weight is left, which weights above 0 rule out */
     const uint8_t *row = graph + best * n;
     for (int64_t i = 0; i < n; i++) {
       if (!row[i] || !alive[i]) continue;

@@ -25,6 +25,7 @@ def likeness_graph(x: Tensor, threshold: float) -> Tensor:
     graph = torch.empty((len(x), len(x)), dtype=torch.bool, device=x.device)
     for a in range(0, len(x), ROWS):
         torch.gt(unit[a : a + ROWS] @ unit.T, threshold, out=graph[a : a + ROWS])
+    graph &= graph.T.clone()  # a product need not round alike on both sides of the diagonal
     return graph.fill_diagonal_(True)
 
 
@@ -39,9 +40,10 @@ def greedy_cover(graph: Tensor, weights: Tensor | None = None, covered: bool = F
 
     Among equals the earliest is taken. The kernel and ``greedy_cover_torch`` agree exactly.
     """
-    n, native = len(graph), library()
-    if native is None or graph.device.type != "cpu" or not n:
-        return greedy_cover_torch(graph, weights, covered)
+    n, native, device = len(graph), library(), graph.device
+    graph, weights = graph.cpu(), None if weights is None else weights.cpu()
+    if native is None or not n:
+        return greedy_cover_torch(graph, weights, covered).to(device)
     weight = torch.ones(n, dtype=torch.int32) if weights is None else weights.to(torch.int32)
     bits, weight = graph.contiguous(), weight.contiguous()
     degree, owner = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64)
@@ -50,7 +52,7 @@ def greedy_cover(graph: Tensor, weights: Tensor | None = None, covered: bool = F
         *(bits.data_ptr(), n, weight.data_ptr(), covered),
         *(degree.data_ptr(), alive.data_ptr(), owner.data_ptr()),
     )
-    return owner
+    return owner.to(device)
 
 
 def greedy_cover_torch(
@@ -61,13 +63,12 @@ def greedy_cover_torch(
     weight = torch.ones(n, dtype=torch.int64) if weights is None else weights.to(torch.int64)
     alive = torch.ones(n, dtype=torch.bool)
     owner = torch.zeros(n, dtype=torch.int64)
-    linked = graph.cpu()
     while bool(alive.any()):
-        degree = (linked & alive[:, None]).to(torch.int64).mul(weight[:, None]).sum(0)
+        degree = (graph & alive[:, None]).to(torch.int64).mul(weight[:, None]).sum(0)
         if not covered:
             degree[~alive] = 0
         best = int(degree.argmax())
-        members = linked[best] & alive
+        members = graph[best] & alive
         owner[members] = best
         alive &= ~members
-    return owner.to(graph.device)
+    return owner

@@ -495,3 +495,10 @@ def test_both_questions_are_told_apart(wide, texts):
     assert dense[0]["value"] == pytest.approx(dense[1]["value"], rel=1e-3)
     with pytest.raises(ConfigError, match="questions: give some of hidden, visible"):
         cache.run(model=wide, data=texts, questions=["shown"], parts=["bytes"], peers=[])
+
+
+def test_evicting_and_coded_can_be_filled(model):
+    subject = Ours(model, "evict:keep=0.5,window=8+kivi:value_group=32")
+    reader = subject.fill(256, seed=0)
+    assert reader[0].length == 256
+    assert torch.isfinite(subject.step([reader], [3])).all()

@@ -96,11 +96,9 @@ def test_shared_choices_keep_the_best_and_what_is_forced(
         if heads == "layer":
             shared = shared.mean(0, keepdim=True).repeat(2, 1)
     forced = {*range(sinks), *range(tokens - window, tokens)}
-    size = min(tokens, max(count, window))
+    size = min(tokens, max(count, window + sinks))
     for row, kept in zip(shared.tolist(), chosen.tokens, strict=True):
-        if size >= len(forced):
-            assert kept.tolist() == naive_best(row, size, forced)
-        assert len(kept) == size
+        assert kept.tolist() == naive_best(row, size, forced)
     assert chosen.seen is None
 
 
@@ -152,3 +150,13 @@ def test_adaptive_heads_take_what_scores_best_anywhere():
     rated = torch.tensor([[9.0, 8, 7, 6, 0], [1.0, 2, 3, 4, 0]])
     chosen = choose(rated, 3, heads="mean", kv_heads=2, sinks=0, window=1, adaptive=True, floor=0.7)
     assert [t.tolist() for t in chosen.tokens] == [[0, 1, 2, 4], [3, 4]]
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_what_must_stay_stays_beyond_the_budget(adaptive):
+    rated = scores(0, 2, 50)
+    chosen = choose(
+        rated, 6, heads="mean", kv_heads=2, sinks=4, window=8, adaptive=adaptive, floor=0.0
+    )
+    for kept in chosen.tokens:
+        assert {*range(4), *range(42, 50)} == set(kept.tolist())

@@ -200,7 +200,7 @@ def test_a_preempted_sequence_is_thinned_where_it_was_the_first_time():
     assert tight == run(spec, batch)[0]
 
 
-def storages(caches: list[LayerCache]) -> int:
+def storages(caches: list[LayerCache], deep: int = 3) -> int:
     seen: dict[int, int] = {}
 
     def look(value: object, depth: int = 0) -> None:
@@ -211,7 +211,7 @@ def storages(caches: list[LayerCache]) -> int:
                 look(x, depth)
         elif isinstance(value, ModelRotary):
             pass  # the model's
-        elif depth < 3 and hasattr(value, "__dict__"):
+        elif depth < deep and hasattr(value, "__dict__"):
             for name, x in vars(value).items():
                 if name not in ("_fixed", "_codes"):  # what kernels are told of the rest
                     look(x, depth + 1)
@@ -278,7 +278,7 @@ def test_a_byte_budget_is_kept_and_used(spec, share):
 
 def test_a_byte_budget_below_the_window_is_refused():
     policy = parse_cache("evict:target_bytes=1000")
-    with pytest.raises(BudgetError, match="less than the 24,576 bytes of the newest 32 tokens"):
+    with pytest.raises(BudgetError, match="less than the 24,576 bytes of the first 0 and"):
         policy.estimate(pair("llama")[0].shape, 100, 100)
 
 
@@ -337,3 +337,27 @@ def test_a_head_that_keeps_the_window_alone_gives_numbers():
 def test_drafts_see_only_policies_that_can_take_them_back():
     with pytest.raises(ConfigError, match="no more than"):
         parse_cache("snapkv").holding(1000)
+
+
+def test_heads_rated_together_want_the_same():
+    """A scorer of keys has no view of single query heads."""
+    flat, each = sealed("evict:keep=0.4,window=4,score=key_norm,heads=per_query_head")
+    _, mean = sealed("evict:keep=0.4,window=4,score=key_norm,heads=mean")
+    a, b = (read(flat, c, IDS, [1, 6]) for c in (each, mean))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@given(st.integers(0, 20000))
+def test_more_tokens_never_get_less_room(tokens):
+    assert tokens <= room(tokens) <= room(tokens + 1)
+    assert room(tokens) <= tokens + max(16, tokens // 8)
+
+
+def test_a_byte_budget_has_kvzip_rehearse():
+    assert parse_cache("kvzip:keep=1,target_bytes=99").rehearses
+    assert not parse_cache("kvzip:keep=1").rehearses
+
+
+def test_evicting_and_coded_is_refused_by_transformers_too():
+    with pytest.raises(ConfigError, match="drops tokens"):
+        hf_cache("snapkv+kivi", pair("llama")[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -103,6 +104,31 @@ def test_what_does_not_belong_together_is_refused():
         engine("snapkv:keep=0.4,window=8", "qwen3").submit(MORE, PARAMS, saved)
     with pytest.raises(RequestRejected, match="at least one token"):
         machine.submit([], PARAMS, saved)
+    other = dataclasses.replace(saved, dtype="torch.bfloat16")
+    with pytest.raises(ConfigError, match=r"holds torch\.bfloat16, but the model runs in"):
+        machine.submit(MORE, PARAMS, other)
+    undrafted = engine(SPECS[-1]).read(PROMPT)
+    with pytest.raises(ConfigError, match="cannot take drafts back; use draft='none'"):
+        engine(SPECS[-1], draft="lookup").submit(MORE, PARAMS, undrafted)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused():
+    machine = engine("dense")
+    with pytest.raises(RequestRejected, match="leaves nothing of the model's 512"):
+        machine.read([5] * 511)
+    assert len(machine.read([5] * 510).tokens) == 510
+
+
+def test_going_on_needs_no_room_for_reading():
+    """The dense prompt would not fit the byte budget any more; its compressed form does."""
+    spec = "snapkv:keep=0.2,window=8"
+    saved = engine(spec).read([5 + i % 90 for i in range(400)])
+    flat = pair("llama")[0]
+    tight = EngineConfig(cache_bytes=saved.nbytes + 60_000)
+    machine = Engine(flat, parse_cache(spec), tight)
+    with pytest.raises(RequestRejected, match="the budget is"):
+        machine.submit(list(saved.tokens) + MORE, PARAMS)
+    assert len(write(machine, MORE, saved)) == 24
 
 
 @pytest.fixture
@@ -118,7 +144,7 @@ def rewrite(file, change) -> None:
 
     header, tensors = _read(file)
     change(header, tensors)
-    header["checksum"] = _checksum(tensors)
+    header["checksum"] = _checksum(header, tensors)
     save_file(tensors, file, {FORMAT: json.dumps(header)})
 
 

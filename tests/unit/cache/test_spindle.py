@@ -228,3 +228,17 @@ def test_prefill_may_end_anywhere_when_all_is_kept_and_nothing_coded(first):
         cache.seal()
     outs += read(flat, caches, IDS, [1] * (80 - first))
     torch.testing.assert_close(torch.cat(outs), whole, rtol=1e-3, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_appending_alone_folds_as_steps_do():
+    _, caches = sealed(SPECS[2])
+    one, several = copy.deepcopy(caches[0]), copy.deepcopy(caches[0])
+    k, v = torch.randn(30, 2, 16), torch.randn(30, 2, 16)
+    for i in range(30):
+        one.append(k[i : i + 1], v[i : i + 1])
+    several.append(k, v)
+    assert one.length == several.length == 90
+    assert one.coded_until == several.coded_until > 60
+    for a, b in zip(one.materialize(), several.materialize(), strict=True):
+        torch.testing.assert_close(a, b)
