@@ -28,6 +28,7 @@ from narrows.cache import (
     codes,
     dense,
     evict,
+    heads,
     plan,
     quantized,
     spindle,
@@ -42,7 +43,7 @@ FORMAT, VERSION = "narrows-cache", 1
 CLASSES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        *(dense.DenseLayer, evict.EvictLayer, evict.HeadStore, spindle.SpindleLayer),
+        *(dense.DenseLayer, evict.EvictLayer, heads.HeadStore, spindle.SpindleLayer),
         *(codebook.Codebook, codebook.Rule, evict.EvictOptions, spindle.SpindleOptions),
         *(quantized.QuantLayer, quantized.Stretch, codes.KeyCodes, codes.ValueCodes),
         *(codes.Plain, codes.SecondLevel, plan.QuantOptions, plan.LayerPlan, plan.Side),
@@ -246,7 +247,7 @@ def _check(things: Any) -> None:
                 if len(thing.turns) != len(index):
                     raise ValueError("a codebook is incomplete")
                 thing._farthest = max(thing._farthest, int(thing.turns.abs().max()))
-        if isinstance(thing, evict.HeadStore):
+        if isinstance(thing, heads.HeadStore):
             thing._spare = 0  # counted anew
             for side, buffers in enumerate((thing.k, thing.v)):
                 for head, held in enumerate(thing.held):

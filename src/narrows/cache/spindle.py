@@ -16,7 +16,8 @@ from torch import Tensor
 
 from narrows.cache.budget import Choice
 from narrows.cache.codebook import Codebook, Rule
-from narrows.cache.evict import EvictLayer, EvictOptions, EvictPolicy, HeadStore, room
+from narrows.cache.evict import EvictLayer, EvictOptions, EvictPolicy
+from narrows.cache.heads import HeadStore, room
 from narrows.cache.scores import Scorer
 from narrows.contracts import LayerShape, ModelShape
 from narrows.errors import ConfigError

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from narrows.cache.dense import DenseLayer, DensePolicy
-from narrows.cache.evict import EvictLayer, EvictPolicy, room
+from narrows.cache.evict import EvictLayer, EvictPolicy
+from narrows.cache.heads import room
 from narrows.cache.hf import hf_cache
 from narrows.cache.rehearse import rehearse
 from narrows.cache.stack import parse_cache
