@@ -34,6 +34,11 @@ class LayerShape:
     value_dim: int
     window: int | None = None
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers the keys and values of one token are."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
 
 class Rotary(Protocol):
     """How a model's full-attention layers turn keys and queries by their places."""

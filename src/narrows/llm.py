@@ -155,13 +155,10 @@ class LLM:
 
     def load_cache(self, path: str | Path) -> SavedCache:
         """A cache that ``narrows.cache.saved.save_cache`` wrote, on this model's device. Raises
-        InputError for a file that is not one, ConfigError for one of another model."""
+        InputError for a file that is not one, ConfigError for one of another model, or that this
+        model's cache policy or drafter cannot go on from."""
         saved = load_cache(Path(path), self.model.rotary, self.model.shape.device)
-        if saved.model != self.model.fingerprint:
-            raise ConfigError(
-                f"{path}: of another model (fingerprint {saved.model}, but {self.model.name} has "
-                f"{self.model.fingerprint})"
-            )
+        self.engine.check_saved(saved)
         return saved
 
     def _drop(self, requests: list[Request]) -> None:

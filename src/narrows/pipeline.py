@@ -130,9 +130,7 @@ def ask(
     savings = Savings()
     clock = _Clock(savings.seconds)
     with clock("read"):
-        texts = [*documents, *read_documents(docs)]
-        if not texts:
-            raise InputError("no document given; name at least one file, or - for standard input")
+        texts = _texts(docs, documents)
         pieces = [Passage(d.name, (0, len(d.text)), d.text) for d in texts]
         savings.document_tokens = sum(_count(llm, p.text) for p in pieces)
     room = _room(llm, question, params)
@@ -179,10 +177,7 @@ def read(
 
     Raises InputError, ConfigError or BudgetError, each saying what to do.
     """
-    texts = [*documents, *read_documents(docs)]
-    if not texts:
-        raise InputError("no document given; name at least one file, or - for standard input")
-    context = SEPARATOR.join(d.text.strip() for d in texts).strip()
+    context = SEPARATOR.join(d.text.strip() for d in _texts(docs, documents)).strip()
     if not context:
         raise InputError("the documents hold no text")
     limit = llm.model.shape.max_tokens - RESERVED
@@ -247,6 +242,13 @@ def _write(
     savings.drafted_tokens = done.metrics.drafted_tokens
     savings.accepted_tokens = done.metrics.accepted_tokens
     return done
+
+
+def _texts(docs: Sequence[str], documents: Sequence[Document]) -> list[Document]:
+    texts = [*documents, *read_documents(docs)]
+    if not texts:
+        raise InputError("no document given; name at least one file, or - for standard input")
+    return texts
 
 
 class _Clock:

@@ -116,10 +116,7 @@ def run(
         depths, probes, lengths, rounds, steps, memory = (0.5,), 1, (320,), 1, 2, 320
     peers = [p for p in peers if p != "none"]
     specs = _specs(caches)
-    _check(parts, peers, rounds, steps, held, lengths)
-    unknown = [q for q in questions if q not in QUESTIONS]
-    if unknown or not questions:
-        raise ConfigError(f"questions: give some of {', '.join(QUESTIONS)}")
+    _check(parts, questions, peers, rounds, steps, held, lengths)
     needs_text = bool(set(parts) - {"bytes", "time"})
     folder = locate(data) if needs_text else Path()
     loaded = FlatModel.load(model, dtype=dtype, device=device)
@@ -178,7 +175,7 @@ class _Bench:
         self.seed = seed
         self.show_progress = show_progress
         self.named: dict[str, Any] = {"model": model.name, "dtype": dtype}
-        self.elements = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in model.shape.layers)
+        self.elements = sum(layer.numbers for layer in model.shape.layers)
 
     def quality(self, folder: Path, *, windows: int, prefix: int, decoded: int) -> list[Row]:
         """Predictions over windows of text."""
@@ -282,15 +279,18 @@ def _versus(given: Sequence[str] | None, subjects: Sequence[Subject]) -> list[st
 
 def _check(
     parts: Sequence[str],
+    questions: Sequence[str],
     peers: Sequence[str],
     rounds: int,
     steps: int,
     held: Sequence[int],
     lengths: Sequence[int],
 ) -> None:
-    unknown = [p for p in parts if p not in PARTS]
-    if unknown or not parts:
-        raise ConfigError(f"parts: give some of {', '.join(PARTS)} (given: {', '.join(parts)})")
+    for name, given, known in (("parts", parts, PARTS), ("questions", questions, QUESTIONS)):
+        if not given or not set(given) <= set(known):
+            raise ConfigError(
+                f"{name}: give some of {', '.join(known)} (given: {', '.join(given)})"
+            )
     cache_peers.check_peers(peers)
     if rounds < 1 or steps < 1:
         raise ConfigError("rounds and steps must each be at least 1")

@@ -75,7 +75,7 @@ def time_rows(
     rows = []
     for subject in subjects:
         turns.append((subject, subject.fill(length, seed)))
-        if taken_s := getattr(subject, "compressing_s", 0.0):
+        if subject.compressing_s:
             rows.append(
                 repeated_row(
                     "cache",
@@ -83,7 +83,7 @@ def time_rows(
                     model,
                     "compressing",
                     "s",
-                    [taken_s],
+                    [subject.compressing_s],
                     **{**named, "part": "time", "engine": subject.engine, "length": length},
                 )
             )

@@ -48,6 +48,7 @@ class KVPress:
     """kvpress in its own environment. Compared with transformers' own dense cache."""
 
     engine = "transformers"
+    compressing_s = 0.0
 
     def __init__(self, session: Session, name: str, bits: float) -> None:
         """``session``: see ``open_session``; all kvpress peers share it. ``bits`` of a number."""

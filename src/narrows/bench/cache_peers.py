@@ -114,6 +114,7 @@ class Peer:
     """
 
     engine = "transformers"
+    compressing_s = 0.0
 
     def __init__(self, stock: Any, shape: ModelShape, name: str) -> None:
         self.stock = stock

@@ -38,6 +38,9 @@ class Subject(Protocol):
     nominal_bits: float
     """Code bits an element, without scales and what stays dense."""
 
+    compressing_s: float
+    """Seconds that compressing the newest reader's prompt took; 0 where that is not known."""
+
     def read(self, prompt: Sequence[int]) -> Reader:
         """A reader of ``prompt``: attention to the prompt is dense, what is kept is not."""
 
@@ -70,7 +73,6 @@ class Ours:
         dense = float(8 * model.shape.dtype.itemsize)
         self.nominal_bits = dense if nominal is None else float(nominal(model.shape))
         self.compressing_s = 0.0
-        """Seconds that compressing the newest reader's prompt took."""
         self.policy.build(model.shape)  # a plan this model cannot take is refused now
 
     def read(self, prompt: Sequence[int]) -> list[LayerCache]:
@@ -164,8 +166,7 @@ def subject_name(policy: CachePolicy, share: float | None) -> str:
 def native_bytes(shape: ModelShape, tokens: int) -> int:
     """Bytes of the keys and values of so many tokens in the model's own precision, in the
     full-attention layers."""
-    full = [x for x in shape.layers if x.window is None]
-    numbers = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in full)
+    numbers = sum(layer.numbers for layer in shape.layers if layer.window is None)
     return tokens * numbers * shape.dtype.itemsize
 
 

@@ -6,7 +6,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from narrows.cache.dense import DensePolicy
-from narrows.contracts import FlatBatch
 from narrows.errors import InputError
 from narrows.model.flat import FlatModel
 
@@ -49,15 +48,11 @@ class Reader:
             )
         wanted = prompt + answer[:-1]
         start = self._keep(wanted, len(prompt) - 1)
-        device = model.shape.device
-        read = torch.tensor(wanted[start:], device=device)
-        batch = FlatBatch([(0, len(read))], [self._caches])
         with torch.inference_mode():
-            places = torch.arange(start, len(wanted), device=device)
-            states = model.hidden(read, places, batch)
+            states = model.read(wanted[start:], self._caches)
             self._read = wanted
             logits = model.logits(states[len(prompt) - 1 - start :])
-            return float(cross_entropy(logits, torch.tensor(answer, device=device)))
+            return float(cross_entropy(logits, torch.tensor(answer, device=states.device)))
 
     def _keep(self, wanted: list[int], most: int) -> int:
         """Take back what was read but is not ``wanted``; returns how many tokens stay, at most

@@ -16,7 +16,7 @@ from narrows.bench.prose import read_prose
 from narrows.bench.report import Row, repeated_row
 from narrows.cache.dense import DensePolicy
 from narrows.compression import make_compressor
-from narrows.contracts import Document, FlatBatch
+from narrows.contracts import Document
 from narrows.model.flat import FlatModel
 from narrows.retrieve.passages import split_passages
 
@@ -68,10 +68,11 @@ def overhead_rows(
             repeated_row("compress", spec, model.name, "time", "s", taken, **where)
             for spec, taken in seconds.items()
         ]
-        rows += [
-            repeated_row("compress", RELEASED, model.name, "kept", "tokens", kept[1:], **where)
-            for _ in kept[:1]
-        ]
+        if released:
+            # The first round is not counted, nor is what it kept.
+            rows.append(
+                repeated_row("compress", RELEASED, model.name, "kept", "tokens", kept[1:], **where)
+            )
         for spec in jobs:
             for other in (FORWARD, ITERATIVE, RELEASED):
                 if other in jobs and spec not in (other, FORWARD):
@@ -108,10 +109,8 @@ def memory_rows(model: FlatModel, data: Path) -> list[Row]:
 def plain_pass(model: FlatModel, ids: list[int]) -> None:
     """Read ``ids`` in one flat pass with dense caches and make every row's logits."""
     device = model.shape.device
-    batch = FlatBatch([(0, len(ids))], [DensePolicy().build(model.shape)])
     with torch.inference_mode():
-        places = torch.arange(len(ids), device=device)
-        model.logits(model.hidden(torch.tensor(ids, device=device), places, batch))
+        model.logits(model.read(ids, DensePolicy().build(model.shape)))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

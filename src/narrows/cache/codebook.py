@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from narrows.contracts import Rotary
-from narrows.model.rotary import turn_back
 from narrows.ops.cover import greedy_cover, likeness_graph
 from narrows.ops.ragged import Codes, rebuild
+from narrows.ops.rotary import turn_back
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,6 @@ class Codebook:
         made._farthest = self._farthest
         return made
 
-    def __bool__(self) -> bool:
-        return True  # even when it stands for nothing yet
-
     def extend(self, x: Tensor, places: Tensor, weights: Tensor | None = None) -> None:
         """Code vectors ``x`` ``[n, dim]`` of tokens at ``places`` int64 ``[n]``, a block at a
         time: each by the entry there is that is most like it, if one is; entries are made of the
@@ -105,9 +102,7 @@ class Codebook:
         ratio[own] = 1.0
         self.entries = entries.contiguous()
         self.index = _joined(self.index, index, len(entries))
-        self.ratio = (
-            ratio.to(x.dtype) if not len(self.ratio) else torch.cat([self.ratio, ratio.to(x.dtype)])
-        )
+        self.ratio = torch.cat([self.ratio.to(x), ratio.to(x.dtype)])
         if self.rotary is not None:
             self.origin = origin
             turns = places - origin[index]

@@ -165,5 +165,5 @@ class DensePolicy:
 
     def estimate(self, shape: ModelShape, tokens: int, prompt: int | None = None) -> int:
         """See CachePolicy. Sliding layers are counted as full ones while a prompt is read."""
-        a_token = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in shape.layers)
+        a_token = sum(layer.numbers for layer in shape.layers)
         return max(capacity(tokens), BLOCK) * a_token * shape.dtype.itemsize

@@ -180,9 +180,6 @@ class EvictLayer(LayerCache):
             options.schedule, keep, options.beta, options.window, tokens, self.layers
         )[self.number]
         window = min(tokens, max(options.window, int(options.recent * count)))
-        if count >= tokens:
-            everything = torch.arange(tokens, device=self.prompt.k.device)
-            return Choice([everything] * self.prompt.shape.kv_heads)
         return choose(
             self._rating(),
             count,
@@ -397,14 +394,14 @@ class EvictPolicy:
         options, full = self.options, sum(x.window is None for x in shape.layers)
         if options.target_bytes:
             return self._estimate_fitted(shape, tokens, prompt)
-        counts = list(_counts(options, prompt, full))
+        counts = iter(_counts(options, prompt, full))
         total = 0
         for layer in shape.layers:
-            size = layer.kv_heads * (layer.key_dim + layer.value_dim) * shape.dtype.itemsize
+            size = layer.numbers * shape.dtype.itemsize
             if layer.window is not None:
                 total += size * max(capacity(tokens), BLOCK)
                 continue
-            most = max(counts.pop(0), min(prompt, options.window + options.sinks))
+            most = max(next(counts), min(prompt, options.window + options.sinks))
             if options.heads == "per_query_head":
                 group = shape.heads // layer.kv_heads
                 most = min(prompt, most * group)
@@ -425,7 +422,7 @@ class EvictPolicy:
                 "always kept"
             )
         dense = DensePolicy().estimate(shape, tokens)
-        a_token = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in shape.layers)
+        a_token = sum(layer.numbers for layer in shape.layers)
         return (
             min(dense, target) + (room(tokens) - prompt + GROWTH) * a_token * shape.dtype.itemsize
         )

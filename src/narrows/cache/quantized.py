@@ -402,7 +402,7 @@ class QuantPolicy:
                 total += layer_bytes(options, plans[place], layer, shape.dtype, tokens, most)
             else:
                 room = max(capacity(tokens), 1)
-                total += layer.kv_heads * (layer.key_dim + layer.value_dim) * room * size
+                total += layer.numbers * room * size
         return total
 
     def nominal_bits(self, shape: ModelShape) -> float:
@@ -411,7 +411,7 @@ class QuantPolicy:
 
     def true_bits(self, shape: ModelShape, tokens: int) -> float:
         """Bits held a number of keys and values, everything counted (7.2)."""
-        many = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in shape.layers) * tokens
+        many = sum(layer.numbers for layer in shape.layers) * tokens
         return 8 * self.nbytes(shape, tokens) / many
 
 

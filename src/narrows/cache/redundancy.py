@@ -18,11 +18,10 @@ from narrows.cache.dense import DenseLayer
 from narrows.cache.evict import EvictLayer
 from narrows.cache.scores import attention
 from narrows.cache.stack import parse_cache
-from narrows.contracts import FlatBatch
 from narrows.errors import ConfigError, InputError, UnsupportedModel
 from narrows.model.flat import FlatModel
-from narrows.model.rotary import turn_back
 from narrows.ops.cover import likeness_graph
+from narrows.ops.rotary import turn_back
 
 CHUNK = 512
 """Tokens read in one forward pass."""
@@ -84,10 +83,7 @@ def measure(
         raise UnsupportedModel(f"{model.name} has sliding-window layers only")
     caches = parse_cache(f"evict:window={WINDOW}").build(model.shape)
     for start in range(0, len(ids), CHUNK):
-        part = ids[start : start + CHUNK]
-        places = torch.arange(start, start + len(part), device=model.shape.device)
-        rows = torch.tensor(part, device=model.shape.device)
-        model.hidden(rows, places, FlatBatch([(0, len(part))], [caches]))
+        model.read(ids[start : start + CHUNK], caches)
     found = tuple(
         _layer(model, number, cache, theta_k, theta_v)
         for number, cache in enumerate(caches)

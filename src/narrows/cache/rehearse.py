@@ -11,10 +11,8 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from narrows.cache.dense import DenseLayer
-from narrows.contracts import FlatBatch, LayerCache
+from narrows.contracts import LayerCache
 
 if TYPE_CHECKING:
     from narrows.model.flat import FlatModel
@@ -33,8 +31,7 @@ LATER = "\n\nWrite the text above again, word for word, and go on from here:"
 def rehearse(model: FlatModel, caches: Sequence[LayerCache], prompt: Sequence[int]) -> None:
     """Show the scorers of ``caches``, which have just read ``prompt``, its repetition. Leaves the
     caches as they were. Costs about one more reading of the prompt, at its full length."""
-    layers = [getattr(c, "prompt", None) or c for c in caches]
-    scorers = [s for c in (*caches, *layers) if (s := getattr(c, "scorer", None)) is not None]
+    scorers = [s for c in caches if (s := getattr(c, "scorer", None)) is not None]
     size = min(CHUNK, model.shape.max_tokens // 2)
     for start in range(0, len(prompt), size):
         part = list(prompt[start : start + size])
@@ -54,10 +51,7 @@ def _read_and_forget(
     # A sliding layer frees what a long rollback would bring back, so it works on a copy.
     sliding = [isinstance(c, DenseLayer) and c.shape.window is not None for c in caches]
     used = [copy.deepcopy(c) if s else c for c, s in zip(caches, sliding, strict=True)]
-    device = model.shape.device
-    places = torch.arange(first, first + len(ids), device=device)
-    batch = FlatBatch([(0, len(ids))], [used])
-    model.hidden(torch.tensor(ids, device=device), places, batch)
+    model.read(ids, used, first)
     for cache, slides in zip(caches, sliding, strict=True):
         if not slides:
             cache.rollback(len(ids))

@@ -15,9 +15,10 @@ from torch.nn import functional
 
 from narrows.cache.dense import DenseLayer
 from narrows.contracts import Rotary, Span
-from narrows.model.rotary import turn, turn_back
+from narrows.ops.attention import visible
 from narrows.ops.blocked import blocked_attention
 from narrows.ops.native import attention_dtype, softmax_mass_
+from narrows.ops.rotary import turn, turn_back
 
 BLOCK = 128
 """Query rows whose attention is held at once."""
@@ -65,7 +66,8 @@ class WindowAttention(Scorer):
 
     def see(self, q: Tensor, dense: DenseLayer, scale: float) -> None:
         """See Scorer: keeps the newest queries."""
-        known = q if self.q is None else torch.cat([self.q, q])
+        newest = q[-self.window :]
+        known = newest if self.q is None else torch.cat([self.q, newest])
         self.q, self.scale = known[-self.window :].clone(), scale
 
     def rate(self, dense: DenseLayer) -> Tensor:
@@ -241,12 +243,11 @@ class Chance(Scorer):
         return drawn.to(dense.k.device)
 
 
-def attention(q: Tensor, k: Tensor, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
+def attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Causal softmax weights, float32 ``[heads, n, tokens]``, of the newest ``n`` tokens' queries
-    ``[n, heads, dim]`` on keys ``[kv_heads, tokens, dim]``; products are made in ``dtype``."""
+    ``[n, heads, dim]`` on keys ``[kv_heads, tokens, dim]``."""
     n, tokens, groups = len(q), k.shape[1], k.shape[0]
-    rows = (q.float() * scale).to(dtype).transpose(0, 1).reshape(groups, -1, q.shape[2])
-    scores = (rows @ k.to(dtype).transpose(1, 2)).float().view(-1, n, tokens)
-    place = torch.arange(tokens, device=q.device)
-    scores.masked_fill_(place > place[tokens - n :, None], -torch.inf)
-    return scores.softmax(-1)
+    rows = (q.float() * scale).transpose(0, 1).reshape(groups, -1, q.shape[2])
+    scores = (rows @ k.float().transpose(1, 2)).view(-1, n, tokens)
+    hidden = ~visible(tokens - n, n, tokens, None, q.device)
+    return scores.masked_fill_(hidden, -torch.inf).softmax(-1)

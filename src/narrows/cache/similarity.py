@@ -21,7 +21,6 @@ from torch import Tensor
 
 from narrows.cache.dense import DensePolicy
 from narrows.cache.quantized import PLANS
-from narrows.contracts import FlatBatch
 from narrows.errors import BudgetError, ConfigError, InputError, NumericalError, UnsupportedModel
 from narrows.model.flat import FlatModel
 from narrows.ops.quant import BITS, key_groups, quantise, value_groups
@@ -195,11 +194,8 @@ def _read(
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Keys and values ``[kv_heads, tokens, dim]`` of the ``layers``."""
     caches = DensePolicy().build(model.shape)
-    device = model.shape.device
-    tokens, places = torch.tensor(ids, device=device), torch.arange(len(ids), device=device)
-    for a in range(0, len(ids), CHUNK):
-        b = min(a + CHUNK, len(ids))
-        model.hidden(tokens[a:b], places[a:b], FlatBatch([(0, b - a)], [caches]))
+    for start in range(0, len(ids), CHUNK):
+        model.read(ids[start : start + CHUNK], caches)
     stored = {}
     for i in layers:
         k, v = (x.transpose(0, 1) for x in caches[i].materialize())

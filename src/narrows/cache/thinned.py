@@ -18,6 +18,7 @@ from narrows.cache.dense import DenseLayer
 from narrows.cache.evict import EvictLayer, EvictPolicy, kept_at_most
 from narrows.cache.plan import LayerPlan, QuantOptions
 from narrows.cache.quantized import QuantLayer, QuantPolicy
+from narrows.cache.scores import Scorer
 from narrows.contracts import CachePolicy, LayerCache, LayerShape, ModelShape
 from narrows.errors import ConfigError
 
@@ -48,6 +49,11 @@ class ThinnedLayer(QuantLayer):
     def length(self) -> int:  # type: ignore[override]
         """See LayerCache: tokens read, those dropped since included."""
         return super().length + self.dropped
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """What looks on while the prompt is read."""
+        return None if self.prompt is None else self.prompt.scorer
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
         """See LayerCache."""

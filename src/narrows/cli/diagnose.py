@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -33,7 +34,7 @@ def similarity(
     plot: Picture = None,
 ) -> None:
     """How alike neighbouring layers' keys and values are, beside chance: what sharing can gain."""
-    from narrows.bench import report, similarity
+    from narrows.bench import similarity
 
     check_places(json_file, plot)
     found = similarity.run(
@@ -47,11 +48,7 @@ def similarity(
         device=device,
         seed=seed,
     )
-    if json_file is not None:
-        report.write_json(json_file, similarity.rows(found))
-    Console().print(similarity.table(found))
-    if plot is not None:
-        similarity.draw(found, plot)
+    _show(similarity, found, json_file, plot)
 
 
 @app.command("redundancy")
@@ -67,7 +64,7 @@ def redundancy(
     plot: Picture = None,
 ) -> None:
     """How alike a layer's vectors are and how concentrated its attention: what spindle can gain."""
-    from narrows.bench import redundancy, report
+    from narrows.bench import redundancy
 
     check_places(json_file, plot)
     found = redundancy.run(
@@ -79,8 +76,15 @@ def redundancy(
         dtype=dtype,
         device=device,
     )
+    _show(redundancy, found, json_file, plot)
+
+
+def _show(bench: Any, found: Any, json_file: Path | None, plot: Path | None) -> None:
+    """What was ``found``, as the module ``bench`` writes, prints and draws it."""
+    from narrows.bench import report
+
     if json_file is not None:
-        report.write_json(json_file, redundancy.rows(found))
-    Console().print(redundancy.table(found))
+        report.write_json(json_file, bench.rows(found))
+    Console().print(bench.table(found))
     if plot is not None:
-        redundancy.draw(found, plot)
+        bench.draw(found, plot)

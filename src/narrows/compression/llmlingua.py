@@ -23,7 +23,7 @@ from narrows.compression.baselines import keep_forced_and_best
 from narrows.compression.score import Scorer, token_surprisal
 from narrows.compression.select import Shares
 from narrows.compression.units import pool, runs, tokens_of
-from narrows.contracts import Document, FlatBatch, LayerCache
+from narrows.contracts import Document, LayerCache
 from narrows.errors import ConfigError
 from narrows.retrieve.passages import split_passages
 
@@ -182,10 +182,7 @@ class _Prefix:
         return found if known else np.append(found.max(initial=0.0), found)
 
     def _read(self, ids: list[int], caches: list[LayerCache]) -> Tensor:
-        device = self.model.shape.device
-        positions = torch.arange(self._length, self._length + len(ids), device=device)
-        batch = FlatBatch([(0, len(ids))], [caches])
-        return self.model.hidden(torch.tensor(ids, device=device), positions, batch)
+        return self.model.read(ids, caches, self._length)
 
 
 def _passage_edges(prepared: Prepared, size: int) -> NDArray[np.int64]:

@@ -24,7 +24,7 @@ from narrows.compression.score import check_finite, token_surprisal
 from narrows.compression.select import Shares
 from narrows.compression.stages import keep_best
 from narrows.compression.units import pool, runs, tokens_of
-from narrows.contracts import FlatBatch, LayerCache
+from narrows.contracts import LayerCache
 from narrows.errors import ConfigError
 from narrows.ops.attention import causal_attention
 from narrows.ops.blocked import blocked_attention
@@ -188,9 +188,7 @@ class _Sweep:
         device = self.model.shape.device
         past = self._layers[0].length
         read = torch.tensor(ids, device=device)
-        positions = torch.arange(self._position, self._position + len(ids), device=device)
-        batch = FlatBatch([(0, len(ids))], [list(self._layers)])
-        states = self.model.hidden(read, positions, batch)
+        states = self.model.read(ids, list(self._layers), self._position)
         self._position += len(ids)
         known = [] if self._last is None else [self._last]
         self._last = states[-1:]

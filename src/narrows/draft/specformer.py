@@ -34,6 +34,7 @@ from narrows.errors import ConfigError, ModelError
 from narrows.files import replacing
 from narrows.model.flat import FlatModel
 from narrows.ops import native
+from narrows.ops.rotary import turn
 
 WEIGHTS, CONFIG = "specformer.safetensors", "config.json"
 
@@ -275,6 +276,4 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         turned = x.contiguous()
         native.norm_rotate_(turned, None, 0.0, cosine, sine)
         return turned
-    a, b = x.chunk(2, -1)
-    turned = torch.cat([-b, a], -1)
-    return x * cosine[..., None, :].to(x.dtype) + turned * sine[..., None, :].to(x.dtype)
+    return turn(x, cosine, sine)

@@ -87,7 +87,7 @@ class Engine:
         RequestRejected if it can never run, ConfigError if it cannot go on from ``saved``."""
         vocabulary = self.model.shape.vocab_size
         if saved is not None:
-            self._check_saved(saved)
+            self.check_saved(saved)
             prompt = [*saved.tokens, *prompt]
             if len(prompt) == len(saved.tokens):
                 raise RequestRejected("a saved cache needs at least one token to go on with")
@@ -128,7 +128,8 @@ class Engine:
         finally:
             self.cancel(sequence)
 
-    def _check_saved(self, saved: SavedCache) -> None:
+    def check_saved(self, saved: SavedCache) -> None:
+        """Raises ConfigError if no request of this engine could go on from ``saved``."""
         if saved.model != self.model.fingerprint:
             raise ConfigError(
                 f"the saved cache is of another model (fingerprint {saved.model}, but "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from narrows.contracts import FlatBatch, ModelShape
+from narrows.contracts import FlatBatch, LayerCache, ModelShape
 from narrows.errors import ConfigError, UnsupportedModel
 from narrows.model import attention, hub
 from narrows.model.adapter import check_supported, model_shape
@@ -83,6 +83,17 @@ class FlatModel:
         if self._fast is not None:
             return self._fast.hidden(ids, positions, batch)
         return self.reference_hidden(ids, positions, batch)
+
+    def read(
+        self, ids: Sequence[int], caches: list[LayerCache], first: int | None = None
+    ) -> Tensor:
+        """``hidden`` of tokens of one sequence, behind what ``caches`` hold. They stand at places
+        ``first`` on; None: at those that follow."""
+        device = self.shape.device
+        first = caches[0].length if first is None else first
+        places = torch.arange(first, first + len(ids), device=device)
+        batch = FlatBatch([(0, len(ids))], [caches])
+        return self.hidden(torch.tensor(ids, device=device), places, batch)
 
     @torch.inference_mode()
     def hidden_and_taps(

@@ -46,19 +46,3 @@ class ModelRotary:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelRotary:
         return self
-
-
-def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate ``x`` ``[n, heads, dim]`` by tables ``[n, dim]`` in the half-split layout."""
-    return x * cosine[:, None] + _swapped(x) * sine[:, None]
-
-
-def turn_back(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """What ``turn`` made ``x`` of, but for rounding; also where the tables are scaled."""
-    unscaled = cosine.square() + sine.square()
-    return (x * cosine[:, None] - _swapped(x) * sine[:, None]) / unscaled[:, None]
-
-
-def _swapped(x: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return torch.cat([-x[..., half:], x[..., :half]], -1)

@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 from torch.nn.functional import silu
 
+from narrows.ops.rotary import turn
+
 SOURCES = tuple(Path(__file__).with_name(x) for x in ("native.c", "packed.c", "fold.c", "cover.c"))
 HEADER = Path(__file__).with_name("vector.h")
 FLAGS = (
@@ -236,8 +238,7 @@ def norm_rotate_(
     if native is None:
         if weight is not None:
             x *= torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-        a, b = x.chunk(2, dim=-1)
-        x.copy_(x * cosine[:, None] + torch.cat([-b, a], -1) * sine[:, None])
+        x.copy_(turn(x, cosine, sine))
         return
     native.norm_rotate(
         *(x.data_ptr(), x.stride(0), heads, dim, _pointer(weight), eps),

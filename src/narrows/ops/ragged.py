@@ -12,6 +12,7 @@ from torch import Tensor
 
 from narrows.ops.attention import causal_attention, visible
 from narrows.ops.native import library
+from narrows.ops.rotary import turn
 
 CHUNK = 256  # as in native.c
 MAX_GROUP = 16
@@ -144,10 +145,9 @@ def rebuild(codes: Codes) -> Tensor:
         return x.to(codes.entries.dtype)
     assert codes.steps is not None
     turns = codes.turns.long()
-    cosine, sine = (table[turns.abs()] for table in codes.steps)
-    sine = sine * turns.sign()[:, None]
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1).to(codes.entries.dtype)
+    cosine, sine = (table[turns.abs()].repeat(1, 2) for table in codes.steps)
+    turned = turn(x[:, None], cosine, sine * turns.sign()[:, None])
+    return turned[:, 0].to(codes.entries.dtype)
 
 
 def seen_weights(q: Tensor, k: Tensor, scale: float, seen: Tensor | None) -> Tensor:

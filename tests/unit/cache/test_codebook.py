@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from narrows.cache.codebook import Codebook, Rule
-from narrows.model.rotary import turn
+from narrows.ops.rotary import turn
 from tiny import pair
 
 ROPES = {

@@ -14,7 +14,7 @@ from narrows.cache.evict import EvictLayer
 from narrows.cache.rehearse import rehearse
 from narrows.cache.stack import parse_cache
 from narrows.contracts import FlatBatch, LayerShape
-from narrows.model.rotary import turn, turn_back
+from narrows.ops.rotary import turn, turn_back
 from tiny import pair
 
 CPU = torch.device("cpu")
