@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from narrows.cache.dense import DenseLayer, DensePolicy
 from narrows.cache.evict import EvictLayer, EvictPolicy
@@ -18,14 +17,11 @@ from narrows.cache.heads import room
 from narrows.cache.hf import hf_cache
 from narrows.cache.rehearse import rehearse
 from narrows.cache.stack import parse_cache
-from narrows.config import EngineConfig, SamplingParams
-from narrows.contracts import FlatBatch, LayerCache, LayerShape, ModelShape
-from narrows.draft.specs import make_drafter
-from narrows.engine.engine import Engine
+from narrows.contracts import LayerShape, ModelShape
 from narrows.errors import BudgetError, ConfigError
-from narrows.model.rotary import ModelRotary
 from oracles.evict_reference import MaskedLayer
 from tiny import FAMILIES, pair, prompts
+from tiny_caches import IDS, assert_bytes_are_storages, held, read, run, sealed
 
 CPU = torch.device("cpu")
 SPECS = [
@@ -43,40 +39,6 @@ SPECS = [
     "evict:keep=0.4,window=4,score=key_difference,heads=mean",
     "evict:keep=0.4,window=4,score=random,heads=mean,sinks=2",
 ]
-IDS = torch.randint(3, 101, (80,), generator=torch.Generator().manual_seed(5)).tolist()
-
-
-def read(flat, caches: list[LayerCache], ids: list[int], chunks: list[int]) -> list[Tensor]:
-    """Read ``ids`` into ``caches`` in chunks; the hidden states of each."""
-    outs = []
-    for n in chunks:
-        start = caches[0].length
-        places = torch.arange(start, start + n)
-        rows = torch.tensor(ids[start : start + n])
-        outs.append(flat.hidden(rows, places, FlatBatch([(0, n)], [caches])))
-    return outs
-
-
-def sealed(spec: str, family: str = "llama", prompt: int = 60, chunks=(60,)):
-    """A tiny model and its caches, sealed behind the first tokens of IDS."""
-    flat, _ = pair(family)
-    policy = parse_cache(spec)
-    caches = policy.build(flat.shape)
-    assert sum(chunks) == prompt
-    read(flat, caches, IDS, list(chunks))
-    if policy.rehearses:
-        rehearse(flat, caches, IDS[:prompt])
-    for cache in caches:
-        cache.seal()
-    return flat, caches
-
-
-def held(caches: list[LayerCache]) -> list[list[Tensor]]:
-    """What evicting layers hold, one entry a layer and KV head."""
-    stores = [c.store for c in caches if isinstance(c, EvictLayer)]
-    return [
-        [x[0, :n] for side in (s.k, s.v) for x, n in zip(side, s.held, strict=True)] for s in stores
-    ]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -170,18 +132,6 @@ def test_a_copy_lives_on_its_own():
     assert before[0].scorer.rotary is flat.rotary  # not a copy of the model
 
 
-def run(spec: str, batch: list[list[int]], family: str = "llama", drafter=None, **limits):
-    limits.setdefault("cache_bytes", 1 << 28)
-    flat = pair(family)[0]
-    machine = Engine(
-        flat, parse_cache(spec), EngineConfig(**limits), drafter and make_drafter(drafter, flat)
-    )
-    requests = [machine.submit(p, SamplingParams(max_tokens=20, ignore_eos=True)) for p in batch]
-    for _ in machine.run():
-        pass
-    return [r.generated for r in requests], requests
-
-
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_alone_in_a_batch_and_drafted_give_the_same_tokens(spec, family):
@@ -201,37 +151,9 @@ def test_a_preempted_sequence_is_thinned_where_it_was_the_first_time():
     assert tight == run(spec, batch)[0]
 
 
-def storages(caches: list[LayerCache], deep: int = 3) -> int:
-    seen: dict[int, int] = {}
-
-    def look(value: object, depth: int = 0) -> None:
-        if isinstance(value, Tensor):
-            seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        elif isinstance(value, list | tuple):
-            for x in value:
-                look(x, depth)
-        elif isinstance(value, ModelRotary):
-            pass  # the model's
-        elif depth < deep and hasattr(value, "__dict__"):
-            for name, x in vars(value).items():
-                if name not in ("_fixed", "_codes"):  # what kernels are told of the rest
-                    look(x, depth + 1)
-
-    for cache in caches:
-        look(cache)
-    return sum(seen.values())
-
-
 @pytest.mark.parametrize("spec", SPECS)
 def test_bytes_are_those_of_distinct_storages_and_within_the_estimate(spec):
-    flat, caches = sealed(spec)
-    policy = parse_cache(spec)
-    for more in (0, 1, 19):
-        if more:
-            read(flat, caches, IDS, [more])
-        total = sum(c.nbytes for c in caches)
-        assert total == storages(caches)
-        assert total <= policy.estimate(flat.shape, caches[0].length, 60)
+    assert_bytes_are_storages(spec, *sealed(spec))
 
 
 def test_dropped_tokens_are_freed():

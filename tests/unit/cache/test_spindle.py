@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_evict import IDS, held, read, run, sealed, storages
 
 from narrows.cache.dense import DensePolicy
 from narrows.cache.evict import EvictLayer
@@ -19,6 +18,7 @@ from narrows.cache.stack import parse_cache
 from narrows.contracts import LayerShape, ModelShape
 from narrows.errors import ConfigError
 from tiny import pair, prompts
+from tiny_caches import IDS, assert_bytes_are_storages, held, read, run, sealed
 
 SMALL = "window=4,tail=4,fold_every=8,pays=1"
 LOOSE = f"theta_k=0.6,theta_v=0.6,{SMALL}"
@@ -148,14 +148,7 @@ def test_alone_in_a_batch_and_drafted_give_the_same_tokens(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_bytes_are_those_of_distinct_storages_and_within_the_estimate(spec):
-    flat, caches = sealed(spec)
-    policy = parse_cache(spec)
-    for more in (0, 1, 19):
-        if more:
-            read(flat, caches, IDS, [more])
-        total = sum(c.nbytes for c in caches)
-        assert total == storages(caches)
-        assert total <= policy.estimate(flat.shape, caches[0].length, 60)
+    assert_bytes_are_storages(spec, *sealed(spec))
 
 
 def test_a_side_that_would_not_shrink_stays_dense():

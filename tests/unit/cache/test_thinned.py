@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
-from test_evict import IDS, read, storages
 
+from narrows.cache.rehearse import rehearse
 from narrows.cache.stack import parse_cache
 from narrows.cache.thinned import ThinnedLayer, ThinnedPolicy
 from narrows.errors import ConfigError
 from tiny import pair, prompts
+from tiny_caches import IDS, assert_bytes_are_storages, read, run
 
 SMALL = "residual=16,group=16,value_group=16"
 SPECS = [
@@ -27,8 +28,6 @@ def model():
 
 
 def sealed(spec: str, prompt: int = 60):
-    from narrows.cache.rehearse import rehearse
-
     flat, policy = model(), parse_cache(spec)
     caches = policy.build(flat.shape)
     read(flat, caches, IDS, [prompt])
@@ -95,31 +94,14 @@ def test_steps_and_rollback(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_bytes_within_the_estimate(spec):
-    flat, caches = sealed(spec)
-    policy = parse_cache(spec)
-    for more in (0, 1, 19):
-        if more:
-            read(flat, caches, IDS, [more])
-        total = sum(c.nbytes for c in caches)
-        assert total == storages(caches, 5)
-        assert total <= policy.estimate(flat.shape, caches[0].length, 60)
+    assert_bytes_are_storages(spec, *sealed(spec))
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_alone_and_in_a_batch_give_the_same_tokens(spec):
-    from narrows.config import EngineConfig, SamplingParams
-    from narrows.engine.engine import Engine
-
-    def run(batch):
-        machine = Engine(model(), parse_cache(spec), EngineConfig(cache_bytes=1 << 28))
-        params = SamplingParams(max_tokens=20, ignore_eos=True)
-        requests = [machine.submit(p, params) for p in batch]
-        for _ in machine.run():
-            pass
-        return [r.generated for r in requests]
-
     batch = prompts(4, seed=3, longest=110)
-    assert run(batch) == [run([p])[0] for p in batch]
+    alone = [run(spec, [p], flat=model())[0][0] for p in batch]
+    assert run(spec, batch, flat=model())[0] == alone
 
 
 @pytest.mark.parametrize("spec", SPECS)
