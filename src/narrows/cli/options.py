@@ -28,6 +28,10 @@ TopP = Annotated[float, typer.Option(help="Nucleus: smallest set with this proba
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
+Text = Annotated[
+    str,
+    typer.Option(help="own (the model writes it), data (the data folder), or a file or folder."),
+]
 Out = Annotated[Path | None, typer.Option("--json", help="Write one object a row here.")]
 Picture = Annotated[Path | None, typer.Option("--plot", help="Draw a PNG here.")]
 Quick = Annotated[bool, typer.Option(help="Tiny sizes, to see that all of it works.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from narrows.cli.options import (
     Data,
     Device,
     Dtype,
+    Text,
     check_places,
     write,
 )
@@ -125,3 +127,81 @@ def specformer(
     specformer.draw(history, out / "curves.png")
     last = history[-1]
     write(f"{out}: {last['kappa']:.2f} tokens a step on held-out answers, teacher-forced\n")
+
+
+@app.command("kv-latent")
+def kv_latent(
+    converted: Annotated[Path, typer.Argument(help="Folder that narrows convert kv-latent wrote.")],
+    out: Annotated[Path, typer.Option(help="New folder for the healed model.")],
+    text: Text = "own",
+    data: Data = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The base model; default: what it was converted from.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Of text to learn from, about.")] = 500_000,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    batch: Annotated[int, typer.Option(help="Windows of an update.")] = 4,
+    layer_steps: Annotated[int, typer.Option(help="Updates layer by layer; 0: none.")] = 100,
+    layer_rate: Annotated[float, typer.Option(help="Their highest learning rate.")] = 5e-4,
+    steps: Annotated[int, typer.Option(help="Updates of the whole; 0: none.")] = 200,
+    rate: Annotated[float, typer.Option(help="Their highest learning rate.")] = 3e-4,
+    loss: Annotated[str, typer.Option(help="Of the whole: kl from the base, or text.")] = "kl",
+    rank: Annotated[int, typer.Option(help="Of LoRA on the MLPs; 0: none. The paper's: 256.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 25,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of checkpoints; default: OUT.work. A run goes on.")
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of text, order and LoRA.")] = 0,
+) -> None:
+    """Heal a converted model: each layer after the base's, then the whole. Runs in several
+    processes if started by `accelerate launch`."""
+    from narrows.bench.progress import Progress
+    from narrows.errors import ConfigError
+    from narrows.latent import checkpoint
+    from narrows.llm import LLM
+    from narrows.train import latent, texts
+    from narrows.train.loop import LoopOptions, processes
+
+    if loss not in ("kl", "text"):
+        raise ConfigError(f"loss {loss!r} is neither kl nor text")
+    checkpoint.check_place(out)
+    crew = processes(device)
+    student = checkpoint.load(converted)
+    told = getattr(student.config, "kv_latent", None)
+    if told is None:
+        raise ConfigError(f"{converted} is not a converted model; see narrows convert kv-latent")
+    llm = LLM(teacher or told["base"], draft="none", dtype=dtype, device=device)
+    student.to(llm.model.shape.device)
+    windows = texts.gather(text, llm, window, max(8, tokens // window), data=data, seed=seed)
+    held = max(2, min(16, len(windows) // 10))
+    stages = []
+    for name, count, highest in (("layers", layer_steps, layer_rate), ("whole", steps, rate)):
+        if count:
+            stages.append((name, LoopOptions(steps=count, rate=highest, save_every=save_every)))
+    with Progress("updates", visible=crew.is_main_process) as progress:
+        progress.expect(sum(options.steps for _, options in stages))
+        history = latent.heal(
+            student,
+            llm.model,
+            windows[:-held],
+            windows[-held:],
+            work or out.with_name(f"{out.name}.work"),
+            data=texts.digest(windows),
+            stages=stages,  # type: ignore[arg-type]
+            loss=loss,  # type: ignore[arg-type]
+            rank=rank,
+            batch=batch,
+            seed=seed,
+            on_step=progress.advance,
+        )
+    if not crew.is_main_process:
+        return
+    checkpoint.write(student, converted, out)
+    latent.draw(history, out / "curves.png")
+    last = history[-1]
+    write(
+        f"{out}: {last['kl']:.4f} nats from the base on held-out text, perplexity "
+        f"{math.exp(last['nll']):.2f} against {math.exp(last['base_nll']):.2f}\n"
+    )

@@ -12,13 +12,19 @@ import torch
 
 from narrows.contracts import LayerShape, ModelShape
 from narrows.errors import UnsupportedModel
+from narrows.model.latent import PREFIX, value_head_dim
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gpt2")
 
 
+def family_of(config: Any) -> str:
+    """The architecture, of a converted model its base's."""
+    return str(getattr(config, "model_type", None)).removeprefix(PREFIX)
+
+
 def check_supported(config: Any) -> None:
     """Raises UnsupportedModel, by name, for an architecture or option we do not run exactly."""
-    family = getattr(config, "model_type", None)
+    family = family_of(config)
     if family not in FAMILIES:
         raise UnsupportedModel(
             f"model type {family!r} is not supported (supported: {', '.join(FAMILIES)})"
@@ -46,8 +52,8 @@ def model_shape(config: Any, dtype: torch.dtype, device: torch.device) -> ModelS
     else:
         windows = [sliding if kind == "sliding_attention" else None for kind in kinds]
     return ModelShape(
-        family=config.model_type,
-        layers=tuple(LayerShape(kv_heads, head_dim, head_dim, w) for w in windows),
+        family=family_of(config),
+        layers=tuple(LayerShape(kv_heads, head_dim, value_head_dim(config), w) for w in windows),
         heads=heads,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,

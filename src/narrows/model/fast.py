@@ -83,11 +83,14 @@ class FastDecoder:
         for number, (layer, facts) in enumerate(zip(self.layers, shape.layers, strict=True)):
             x = add_rms_norm(h, delta, layer.first_norm, self.eps, flow)
             tap(number, h)
-            qkv = linear(x, layer.qkv, layer.qkv_bias).float().view(count, -1, facts.key_dim)
+            qkv = linear(x, layer.qkv, layer.qkv_bias).float()
             rotated = shape.heads + facts.kv_heads
-            q, k, v = qkv[:, : shape.heads], qkv[:, shape.heads : rotated], qkv[:, rotated:]
+            turning, v = qkv.tensor_split((rotated * facts.key_dim,), 1)
+            turning = turning.view(count, rotated, facts.key_dim)
+            q, k = turning[:, : shape.heads], turning[:, shape.heads :]
+            v = v.view(count, facts.kv_heads, facts.value_dim)
             if layer.q_norm is None:
-                norm_rotate_(qkv[:, :rotated], None, self.eps, cosine, sine)
+                norm_rotate_(turning, None, self.eps, cosine, sine)
             else:
                 norm_rotate_(q, layer.q_norm, self.eps, cosine, sine)
                 norm_rotate_(k, layer.k_norm, self.eps, cosine, sine)

@@ -1,0 +1,77 @@
+"""Commands that make another checkpoint of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from narrows.cli.options import Data, Device, Dtype, Text, stderr, write
+
+app = typer.Typer(help="Make a smaller checkpoint of a model.", no_args_is_help=True)
+
+
+@app.callback()
+def convert() -> None:
+    """Make a smaller checkpoint of a model."""
+
+
+@app.command("kv-latent")
+def kv_latent(
+    model: Annotated[str, typer.Argument(help="Known name, hub id, folder or GGUF.")],
+    qk: Annotated[int, typer.Option(help="Numbers of a query or key head.")],
+    vo: Annotated[int, typer.Option(help="Numbers of a value head.")],
+    out: Annotated[Path, typer.Option(help="New folder for the converted model.")],
+    preset: Annotated[
+        str, typer.Option(help="tuned, or paper: the four options below as in the paper.")
+    ] = "tuned",
+    pairs: Annotated[
+        str | None, typer.Option(help="Rotary pairs kept: stride, matched, energy or fit.")
+    ] = None,
+    rope: Annotated[
+        str | None, typer.Option(help="Their frequencies: subset or frequency_aware.")
+    ] = None,
+    values: Annotated[
+        str | None, typer.Option(help="Value space: stride, svd or activations.")
+    ] = None,
+    gain: Annotated[str | None, typer.Option(help="Of queries: none, size, keep or fit.")] = None,
+    text: Text = "own",
+    data: Data = None,
+    windows: Annotated[int, typer.Option(help="Windows of text looked at.")] = 32,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of the text.")] = 0,
+) -> None:
+    """KV-Latent: fewer key and value dimensions. Tells what it costs before any training."""
+    from narrows.bench.latent import compare_models
+    from narrows.errors import ConfigError
+    from narrows.latent import checkpoint
+    from narrows.latent.convert import PRESETS, LatentOptions, check, convert
+    from narrows.latent.statistics import measure
+    from narrows.llm import LLM
+    from narrows.model import hub
+    from narrows.model.flat import FlatModel
+    from narrows.train import texts
+
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+    given = {"pairs": pairs, "rope": rope, "values": values, "gain": gain}
+    changes = {name: value for name, value in given.items() if value is not None}
+    options = LatentOptions(qk=qk, vo=vo, **{**PRESETS[preset], **changes})
+    checkpoint.check_place(out)
+    folder = hub.resolve(model)
+    base = checkpoint.load(folder)
+    check(base.config, options)
+    llm = LLM(model, draft="none", dtype=dtype, device=device)
+    base.to(llm.model.shape.device)
+    some = texts.gather(text, llm, window, windows + max(4, windows // 4), data=data, seed=seed)
+    seen, held = some[:windows], some[windows:] or some
+    made = convert(base, options, measure(base, seen) if options.looks else ())
+    made.config.kv_latent["base"] = model
+    checkpoint.write(made, folder, out)
+    told = compare_models(llm.model, FlatModel.load(str(out), dtype=dtype, device=device), held)
+    write(f"{out}: {told}\\n")
+    if options.looks is False and preset == "paper":
+        stderr.print("[dim]of use only once healed: narrows train kv-latent[/dim]")
