@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from narrows.cli import bench, cache, convert, diagnose, text, train
+from narrows.cli import bench, cache, convert, diagnose, export, text, train
 from narrows.cli.options import stderr
 from narrows.errors import NarrowsError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 for command in (text.ask, text.generate, text.chat, text.compress, text.models):
     app.command()(command)
 app.add_typer(convert.app, name="convert")
+app.add_typer(export.app, name="export")
 app.add_typer(cache.app, name="cache")
 app.add_typer(bench.app, name="bench")
 app.add_typer(train.app, name="train")

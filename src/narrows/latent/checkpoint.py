@@ -11,7 +11,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from narrows.errors import ConfigError, InputError, reason
-from narrows.model import latent
 from narrows.model.folder import TOKENIZERS
 from narrows.model.pretrained import from_folder, quiet, weights_from_folder
 
@@ -23,7 +22,6 @@ BESIDE = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "adde
 def load(folder: Path, *, dtype: torch.dtype | str = "auto") -> Any:
     """The transformers model in ``folder``, converted or not, for work on its weights. Raises
     ModelError."""
-    latent.register()
     config = from_folder(AutoConfig, folder)
     return weights_from_folder(
         AutoModelForCausalLM, folder, config=config, dtype=dtype, attn_implementation="sdpa"

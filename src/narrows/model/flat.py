@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from narrows.contracts import FlatBatch, LayerCache, ModelShape
 from narrows.errors import ConfigError, UnsupportedModel
-from narrows.model import attention, hub, latent
+from narrows.model import attention, hub
 from narrows.model.adapter import check_supported, model_shape
 from narrows.model.fast import FastDecoder
 from narrows.model.pretrained import from_folder, weights_from_folder
@@ -64,7 +64,6 @@ class FlatModel:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder = hub.resolve(name)
         attention.install()
-        latent.register()
         config = from_folder(AutoConfig, folder)
         check_supported(config)
         model = weights_from_folder(

@@ -3,8 +3,8 @@
 After Shi et al., "KV-Latent: Dimensional-level KV Cache Reduction with Frequency-aware Rotary
 Positional Embedding" (arXiv 2507.11273). A converted model is transformers' own, except that its
 value heads have ``value_head_dim`` numbers and its key heads ``head_dim``; where both are equal it
-is transformers' own entirely, under another name. ``register`` makes the names known to the auto
-classes; importing ``narrows`` does so as soon as those are imported.
+is transformers' own entirely, under another name. Importing this module makes the names known to
+the auto classes; importing ``narrows`` does so as soon as transformers is imported.
 """
 
 from __future__ import annotations
@@ -184,9 +184,6 @@ MODELS: dict[str, Any] = {
 """The converted model of each family that can be converted."""
 
 
-def register() -> None:
-    """Make the model types known to transformers' auto classes. Idempotent."""
-    for model in MODELS.values():
-        config = model.config_class
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModelForCausalLM.register(config, model, exist_ok=True)
+for _model in MODELS.values():
+    AutoConfig.register(_model.config_class.model_type, _model.config_class)
+    AutoModelForCausalLM.register(_model.config_class, _model)
