@@ -19,6 +19,7 @@ ORDER = [
     {"model"},
     {"retrieve"},
     {"cache"},
+    {"latent"},
     {"draft"},
     {"compression"},
     {"engine"},
