@@ -27,7 +27,8 @@ from narrows.ops.rotary import turn_back
 @dataclass(frozen=True, slots=True)
 class Rule:
     """When vectors are alike: a cosine above ``threshold``; graphs have at most ``block``
-    vectors; ``covered`` as ``greedy_cover``."""
+    vectors, and as many entries, the newest, are looked at for one that is there already;
+    ``covered`` as ``greedy_cover``."""
 
     threshold: float
     block: int
@@ -68,8 +69,9 @@ class Codebook:
 
     def extend(self, x: Tensor, places: Tensor, weights: Tensor | None = None) -> None:
         """Code vectors ``x`` ``[n, dim]`` of tokens at ``places`` int64 ``[n]``, a block at a
-        time: each by the entry there is that is most like it, if one is; entries are made of the
-        rest. ``weights``: see ``greedy_cover``."""
+        time: each by that of the newest ``block`` entries that is most like it, if one is; entries
+        are made of the rest. A block costs no more however many came before it. ``weights``: see
+        ``greedy_cover``."""
         self._codes = None
         for a in range(0, len(x), self.rule.block):
             part = slice(a, a + self.rule.block)
@@ -79,12 +81,13 @@ class Codebook:
         plain = self._plain(x, places)
         known = 0 if self.entries is None else len(self.entries)
         index = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
-        if known:
-            assert self.entries is not None
-            unit = torch.nn.functional.normalize(self._plain(self.entries, self.origin), dim=-1)
+        if self.entries is not None and known:
+            first = max(0, known - self.rule.block)
+            origin = None if self.origin is None else self.origin[first:]
+            unit = torch.nn.functional.normalize(self._plain(self.entries[first:], origin), dim=-1)
             best = (torch.nn.functional.normalize(plain, dim=-1) @ unit.T).max(-1)
             alike = best.values > self.rule.threshold
-            index[alike] = best.indices[alike]
+            index[alike] = first + best.indices[alike]
         rest = (index < 0).nonzero()[:, 0]
         graph = likeness_graph(plain[rest], self.rule.threshold)
         owner = greedy_cover(graph, None if weights is None else weights[rest], self.rule.covered)
@@ -95,7 +98,7 @@ class Codebook:
         origin = places[fresh].to(torch.int32)
         if self.origin is not None:
             origin = torch.cat([self.origin, origin])
-        length = entries.float().norm(dim=-1)[index]
+        length = entries[index].float().norm(dim=-1)
         ratio = torch.where(length > 0, x.float().norm(dim=-1) / length, 1.0)
         own = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         own[fresh] = index[fresh] == torch.arange(known, known + len(fresh), device=x.device)
