@@ -12,6 +12,7 @@ needs no look into the model.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +142,19 @@ class Codebook:
         bins.index_add_(-1, self.index.long(), scaled)
         mixed: Tensor = bins @ self.entries.float()
         return mixed
+
+    def taken(self, kept: Tensor) -> Codebook:
+        """A book of its own of the vectors ``kept``, int64 ascending, and the entries they use."""
+        assert self.entries is not None
+        made = copy.copy(self)
+        used, index = torch.unique(self.index[kept].long(), return_inverse=True)
+        made.entries, made.index = self.entries[used], index.to(self.index.dtype)
+        made.ratio, made._codes = self.ratio[kept], None
+        if self.rotary is not None:
+            assert self.turns is not None
+            assert self.origin is not None
+            made.turns, made.origin = self.turns[kept], self.origin[used]
+        return made
 
     def cut(self, tokens: int, entries: int) -> None:
         """Forget all but the first ``tokens`` vectors and ``entries`` entries."""

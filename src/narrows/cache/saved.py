@@ -38,7 +38,7 @@ from narrows.contracts import LayerCache, LayerShape, Rotary
 from narrows.errors import ConfigError, InputError, reason
 from narrows.files import replacing
 
-FORMAT, VERSION = "narrows-cache", 1
+FORMAT, VERSION = "narrows-cache", 2
 
 CLASSES: dict[str, type] = {
     kind.__name__: kind

@@ -79,6 +79,9 @@ class ThinnedLayer(QuantLayer):
         super().seal()
 
 
+UNEVEN = "leaves KV heads of a layer with different tokens"
+
+
 @dataclass(frozen=True, slots=True)
 class ThinnedPolicy:
     """``evict`` chooses tokens, ``quant`` stores them. See the module."""
@@ -88,15 +91,15 @@ class ThinnedPolicy:
 
     def __post_init__(self) -> None:
         options = self.evict.options
-        for name, bad in (
-            ("heads=per_query_head", options.heads == "per_query_head"),
-            ("adaptive", options.adaptive),
-            ("target_bytes", options.target_bytes),
+        for name, bad, why in (
+            ("heads=per_query_head", options.heads == "per_query_head", UNEVEN),
+            ("adaptive", options.adaptive, UNEVEN),
+            ("target_bytes", options.target_bytes, "is counted in uncoded bytes"),
+            ("cap", options.cap, "drops single tokens, but codes lie in groups of them"),
         ):
             if bad:
                 raise ConfigError(
-                    f"cache {self.spec!r}: {name} leaves KV heads of a layer with different tokens "
-                    "or is counted in uncoded bytes, so it cannot be combined with codes"
+                    f"cache {self.spec!r}: {name} {why}, so it cannot be combined with codes"
                 )
 
     @property
