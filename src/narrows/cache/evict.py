@@ -476,6 +476,11 @@ class EvictPolicy:
         DensePolicy().holding(tokens)
         if not self.options.settles or tokens <= self.options.hold:
             return self
+        if self.options.cap and tokens > self.options.cap - self.options.thinned_to:
+            raise ConfigError(
+                f"cache {self.spec!r}: drafts of {tokens} tokens can be taken back only if an "
+                f"eighth of cap is as many; use cap={STEP * tokens} or more, or draft nothing"
+            )
         return self._changed(hold=tokens)
 
     def fitted(self, target_bytes: int) -> Self:

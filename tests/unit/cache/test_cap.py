@@ -14,7 +14,7 @@ from narrows.cache.dense import DenseLayer
 from narrows.cache.stack import parse_cache
 from narrows.contracts import LayerShape
 from narrows.errors import ConfigError
-from tiny import pair, prompts
+from tiny import prompts
 from tiny_caches import IDS, assert_bytes_are_storages, held, read, run, sealed
 
 BY_AGE = [
@@ -234,6 +234,5 @@ def test_bad_options_are_refused_when_parsed(spec, message):
 
 def test_drafts_longer_than_what_is_freed_at_once_are_refused():
     assert parse_cache("h2o:cap=64").holding(8).options.hold == 8
-    with pytest.raises(ConfigError, match="an eighth of cap"):
+    with pytest.raises(ConfigError, match="eighth of cap is as many; use cap=72 or more"):
         parse_cache("h2o:cap=64").holding(9)
-    assert pair("llama")[0].shape.layers[0].window is None
