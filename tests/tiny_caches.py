@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -96,6 +98,8 @@ def storages(caches: list[LayerCache]) -> int:
                 look(x, depth)
         elif isinstance(value, ModelRotary):
             pass  # the model's
+        elif dataclasses.is_dataclass(value):
+            look([getattr(value, field.name) for field in dataclasses.fields(value)], depth)
         elif depth < 5 and hasattr(value, "__dict__"):
             for name, x in vars(value).items():
                 if name not in ("_fixed", "_codes"):  # what kernels are told of the rest

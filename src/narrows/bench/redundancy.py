@@ -22,6 +22,8 @@ TITLES = {
     "values": "pairs of values alike",
     "key_entries": "key entries a token",
     "value_entries": "value entries a token",
+    "keys_across": "nearest keys of two heads",
+    "values_across": "nearest values of two heads",
     "attention": "attention on the top tenth",
 }
 """What each measure is called in the table and the picture."""
@@ -57,7 +59,7 @@ def rows(report: RedundancyReport) -> list[Row]:
                     method="dense",
                     model=report.model,
                     metric=measure,
-                    unit="share",
+                    unit="cosine" if measure.endswith("across") else "share",
                     value=value,
                     interval=(value, value),
                     n=1,
@@ -90,8 +92,8 @@ def table(report: RedundancyReport) -> Table:
 def draw(report: RedundancyReport, path: Path) -> None:
     """Draw a PNG: a panel a measure over the layers. Raises ConfigError without matplotlib,
     InputError if it cannot be written."""
-    figure = new_figure(12, 6.5)
-    grid = figure.subplots(2, 3, squeeze=False, sharex=True)
+    figure = new_figure(15, 6.5)
+    grid = figure.subplots(2, 4, squeeze=False, sharex=True)
     at = [layer.layer for layer in report.layers]
     for measure, axes in zip(MEASURES, grid.flat, strict=True):
         axes.plot(at, [getattr(layer, measure) for layer in report.layers], marker=".")

@@ -12,6 +12,7 @@ needs no look into the model.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,8 @@ from narrows.ops.rotary import turn_back
 @dataclass(frozen=True, slots=True)
 class Rule:
     """When vectors are alike: a cosine above ``threshold``; graphs have at most ``block``
-    vectors; ``covered`` as ``greedy_cover``."""
+    vectors, and as many entries, the newest, are looked at for one that is there already;
+    ``covered`` as ``greedy_cover``."""
 
     threshold: float
     block: int
@@ -68,8 +70,9 @@ class Codebook:
 
     def extend(self, x: Tensor, places: Tensor, weights: Tensor | None = None) -> None:
         """Code vectors ``x`` ``[n, dim]`` of tokens at ``places`` int64 ``[n]``, a block at a
-        time: each by the entry there is that is most like it, if one is; entries are made of the
-        rest. ``weights``: see ``greedy_cover``."""
+        time: each by that of the newest ``block`` entries that is most like it, if one is; entries
+        are made of the rest. A block costs no more however many came before it. ``weights``: see
+        ``greedy_cover``."""
         self._codes = None
         for a in range(0, len(x), self.rule.block):
             part = slice(a, a + self.rule.block)
@@ -79,12 +82,13 @@ class Codebook:
         plain = self._plain(x, places)
         known = 0 if self.entries is None else len(self.entries)
         index = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
-        if known:
-            assert self.entries is not None
-            unit = torch.nn.functional.normalize(self._plain(self.entries, self.origin), dim=-1)
+        if self.entries is not None and known:
+            first = max(0, known - self.rule.block)
+            origin = None if self.origin is None else self.origin[first:]
+            unit = torch.nn.functional.normalize(self._plain(self.entries[first:], origin), dim=-1)
             best = (torch.nn.functional.normalize(plain, dim=-1) @ unit.T).max(-1)
             alike = best.values > self.rule.threshold
-            index[alike] = best.indices[alike]
+            index[alike] = first + best.indices[alike]
         rest = (index < 0).nonzero()[:, 0]
         graph = likeness_graph(plain[rest], self.rule.threshold)
         owner = greedy_cover(graph, None if weights is None else weights[rest], self.rule.covered)
@@ -95,7 +99,7 @@ class Codebook:
         origin = places[fresh].to(torch.int32)
         if self.origin is not None:
             origin = torch.cat([self.origin, origin])
-        length = entries.float().norm(dim=-1)[index]
+        length = entries[index].float().norm(dim=-1)
         ratio = torch.where(length > 0, x.float().norm(dim=-1) / length, 1.0)
         own = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         own[fresh] = index[fresh] == torch.arange(known, known + len(fresh), device=x.device)
@@ -138,6 +142,19 @@ class Codebook:
         bins.index_add_(-1, self.index.long(), scaled)
         mixed: Tensor = bins @ self.entries.float()
         return mixed
+
+    def taken(self, kept: Tensor) -> Codebook:
+        """A book of its own of the vectors ``kept``, int64 ascending, and the entries they use."""
+        assert self.entries is not None
+        made = copy.copy(self)
+        used, index = torch.unique(self.index[kept].long(), return_inverse=True)
+        made.entries, made.index = self.entries[used], index.to(self.index.dtype)
+        made.ratio, made._codes = self.ratio[kept], None
+        if self.rotary is not None:
+            assert self.turns is not None
+            assert self.origin is not None
+            made.turns, made.origin = self.turns[kept], self.origin[used]
+        return made
 
     def cut(self, tokens: int, entries: int) -> None:
         """Forget all but the first ``tokens`` vectors and ``entries`` entries."""

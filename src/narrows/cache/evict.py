@@ -4,13 +4,14 @@ StreamingLLM, H2O, SnapKV, PyramidKV, TOVA, Expected Attention, KVzip and Spindl
 (arXiv 2507.06517, section 4 of the sheet) are one policy with different defaults: a scorer
 (``cache.scores``), a schedule over layers and a choice per head (``cache.budget``). Every KV head
 holds its own tokens in a buffer of its own, so what is dropped is really freed. Tokens read later
-are all kept.
+are all kept, or, under a ``cap``, evicted again whenever a head holds so many.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
@@ -34,6 +35,12 @@ MOST_HEADS = 15
 CLOSE = 0.97
 """A byte budget is met if so much of it is used."""
 
+STEP = 8
+"""Evicting again frees one in so many tokens at once, since it copies those that stay."""
+
+SINKS = 4
+"""First tokens that stay, at least, when tokens are evicted again by their age."""
+
 ScorerName = Literal[
     "window",
     "accumulated",
@@ -55,7 +62,9 @@ class EvictOptions(Settings):
     of ``cache.scores``; ``score_norm``, ``pool`` and ``pool_kernel`` are of those that read
     attention. ``target_bytes`` takes the place of ``keep``: what a prompt leaves takes at most so
     many bytes in all full-attention layers. ``schedule`` and ``beta``, ``heads``, ``adaptive`` and
-    ``floor`` are explained in ``cache.budget``. ``seed`` is of the random scorer.
+    ``floor`` are explained in ``cache.budget``. ``seed`` is of the random scorer. ``cap`` is how
+    many tokens a KV head may hold (0: any number), see ``EvictLayer``; ``hold`` tokens can be
+    rolled back over an eviction that it made necessary.
     """
 
     keep: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
@@ -73,6 +82,8 @@ class EvictOptions(Settings):
     adaptive: bool = False
     floor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
     seed: int = 0
+    cap: Annotated[int, Field(ge=0)] = 0
+    hold: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -84,12 +95,35 @@ class EvictOptions(Settings):
             raise ValueError("beta must be below 1 with schedule=pyramid")
         if self.schedule == "pyramidkv" and self.beta < 1:
             raise ValueError("beta must be at least 1 with schedule=pyramidkv")
+        least = max(self.sinks, SINKS) + self.newest
+        if self.cap and self.thinned_to < least:
+            raise ValueError(
+                f"cap must leave room for the {least} first and newest tokens, which always stay, "
+                f"when an eighth of it is freed: at least {-(-least * STEP // (STEP - 1))}"
+            )
+        if self.cap and self.hold > self.cap - self.thinned_to:
+            raise ValueError("hold must not exceed an eighth of cap")
         return self
+
+    @property
+    def newest(self) -> int:
+        """Newest tokens that are never evicted again."""
+        return self.window
+
+    @property
+    def thinned_to(self) -> int:
+        """Tokens of a head that are left of ``cap``."""
+        return self.cap * (STEP - 1) // STEP
+
+    @property
+    def settles(self) -> bool:
+        """Whether tokens read later can change how earlier ones are held."""
+        return self.cap > 0
 
 
 def make_scorer(options: EvictOptions, shape: ModelShape, place: int) -> Scorer:
     """A scorer for layer number ``place``. Raises ConfigError if the model cannot be scored so."""
-    if options.keep == 1 and not options.target_bytes:
+    if options.keep == 1 and not options.target_bytes and not options.cap:
         return scores.Recency()  # nothing will be dropped, so nothing need be looked at
     if options.score == "window":
         return scores.WindowAttention(
@@ -101,15 +135,20 @@ def make_scorer(options: EvictOptions, shape: ModelShape, place: int) -> Scorer:
         if shape.rotary is None:
             raise ConfigError("score=expected needs a loaded model's rotary tables")
         return scores.ExpectedAttention(shape.rotary, options.sinks)
+    return key_scorer(options, place) or scores.Reconstruction()
+
+
+def key_scorer(options: EvictOptions, number: int) -> Scorer | None:
+    """The scorer, if it needs nothing but the tokens to be rated; ``number`` is the layer's."""
     if options.score == "random":
-        return scores.Chance(options.seed * 1009 + place)
+        return scores.Chance(options.seed * 1009 + number)
     plain: dict[str, Callable[[], Scorer]] = {
-        "reconstruction": scores.Reconstruction,
         "key_norm": scores.KeyNorm,
         "key_difference": scores.KeyDifference,
         "recency": scores.Recency,
     }
-    return plain[options.score]()
+    made = plain.get(options.score)
+    return None if made is None else made()
 
 
 class EvictLayer(LayerCache):
@@ -118,6 +157,10 @@ class EvictLayer(LayerCache):
 
     ``number`` counts full-attention layers, of which the model has ``layers``. ``stack`` are all
     of them where they must keep one byte budget together.
+
+    With a ``cap``, when a head that holds so many tokens is to take another, every head is thinned
+    to seven eighths of it: by the scorer if that looks at keys only, else by age, the first tokens
+    excepted, since nothing is noted of attention any more.
     """
 
     def __init__(
@@ -136,7 +179,9 @@ class EvictLayer(LayerCache):
         self.store: HeadStore | None = None
         self.stack: list[EvictLayer] = []
         self._rated: Tensor | None = None
-        self._length = self._sealed_at = 0
+        self._length = self._sealed_at = self._evicted_at = 0
+        self.before: EvictLayer | None = None
+        """This layer as it was when it last evicted again, while that may have to be undone."""
 
     @property
     def length(self) -> int:  # type: ignore[override]
@@ -179,6 +224,7 @@ class EvictLayer(LayerCache):
         count = layer_counts(
             options.schedule, keep, options.beta, options.window, tokens, self.layers
         )[self.number]
+        count = min(count, options.cap or count)
         window = min(tokens, max(options.window, int(options.recent * count)))
         return choose(
             self._rating(),
@@ -201,11 +247,66 @@ class EvictLayer(LayerCache):
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """See LayerCache."""
+        for a, b in self._runs(len(k)):
+            self._add(k[a:b], v[a:b])
+
+    def _add(self, k: Tensor, v: Tensor) -> None:
         if self.prompt is not None:
             self.prompt.append(k, v)
         else:
             self.kept.append(k, v)
             self._length += len(k)
+
+    def _runs(self, n: int) -> Iterator[Span]:
+        """The next ``n`` tokens in runs, before each of which what is due is done: to read a run
+        at once is to read its tokens one by one."""
+        if self.prompt is not None:
+            yield 0, n
+            return
+        start = 0
+        while start < n:
+            self._settle()
+            stop = min(n, start + self._room())
+            yield start, stop
+            start = stop
+
+    def _settle(self) -> None:
+        """Do what is due before another token comes. That is as late as it can be done: until then
+        nobody knows which tokens will stay."""
+        if self._length - self._evicted_at >= self.options.hold:
+            self.before = None
+        while self._room() == 0:
+            self._make_room()
+
+    def _room(self) -> int:
+        """Tokens that can be appended before something is due."""
+        return max(0, self.options.cap - max(self.kept.held)) if self.options.cap else 2**62
+
+    def _make_room(self) -> None:
+        """Evict again."""
+        options, kept = self.options, self.kept
+        scorer, sinks = key_scorer(options, self.number), options.sinks
+        if scorer is None:
+            scorer, sinks = scores.Recency(), max(sinks, SINKS)
+        chosen = []
+        for head in range(len(kept.held)):
+            k, v = (kept.whole(side, head)[:, None] for side in (0, 1))
+            alone = DenseLayer(LayerShape(1, k.shape[2], v.shape[2]), k.dtype, k.device)
+            alone.append(k, v)
+            rated = scorer.rate(alone)
+            best = choose(
+                rated,
+                options.thinned_to,
+                heads="mean",
+                kv_heads=1,
+                sinks=sinks,
+                window=options.newest,
+            )
+            chosen += best.tokens
+        self.before = None
+        if options.hold:
+            self.before = copy.copy(self)
+        self.store, self._evicted_at = kept.thinned(chosen), self._length
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
         """See LayerCache."""
@@ -216,12 +317,18 @@ class EvictLayer(LayerCache):
 
     def advance(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """``append`` and ``attend`` such that to take tokens at once is to take them one by one."""
-        self.append(k, v)
-        return self.attend(q, scale)
+        outs = []
+        for a, b in self._runs(len(k)):
+            self._add(k[a:b], v[a:b])
+            outs.append(self.attend(q[a:b], scale))
+        return torch.cat(outs)
 
     def ready(self, n: int) -> bool:
         """Get ready for ``n`` new tokens; whether the kernel for few can take them at once."""
-        return self.prompt is None and n <= FEW
+        if self.prompt is not None:
+            return False
+        self._settle()
+        return n <= min(FEW, self._room())
 
     @classmethod
     def step(
@@ -249,14 +356,29 @@ class EvictLayer(LayerCache):
         return out
 
     def rollback(self, n: int) -> None:
-        """See LayerCache. What came before ``seal`` cannot be taken back after it: ValueError."""
+        """See LayerCache. What came before ``seal`` cannot be taken back after it, nor more than
+        ``hold`` tokens once something has been done behind them: ValueError."""
         if self.prompt is not None:
             self.prompt.rollback(n)
             return
         if not 0 <= n <= self._length - self._sealed_at:
             raise ValueError(f"cannot roll back {n} tokens: the prompt has been thinned out")
+        n = self._undo(n)
         self.kept.drop(n)
         self._length -= n
+
+    def _undo(self, n: int) -> int:
+        """Undo what was done behind the newest ``n`` tokens; how many of them are still there."""
+        if self._length - n >= self._evicted_at:
+            return n
+        if self.before is None or n > self.options.hold:
+            raise ValueError(
+                f"cannot roll back {n} tokens: others have been evicted behind them; give the "
+                f"cache hold={n}"
+            )
+        n -= self._length - self._evicted_at
+        vars(self).update(vars(self.before))
+        return n
 
     def materialize(self) -> tuple[Tensor, Tensor]:
         """See LayerCache. Raises ConfigError where KV heads hold different numbers of tokens."""
@@ -272,7 +394,9 @@ class EvictLayer(LayerCache):
     @property
     def nbytes(self) -> int:
         """See LayerCache."""
-        return self.kept.nbytes if self.prompt is None else self.prompt.nbytes
+        if self.prompt is not None:
+            return self.prompt.nbytes
+        return self.kept.nbytes + (0 if self.before is None else self.before.nbytes)
 
 
 def _fit(layers: Sequence[EvictLayer], target: int) -> None:
@@ -342,17 +466,29 @@ class EvictPolicy:
     @property
     def rehearses(self) -> bool:
         """See CachePolicy."""
-        drops = self.options.keep < 1 or self.options.target_bytes > 0
-        return self.options.score == "reconstruction" and drops
+        options = self.options
+        drops = options.keep < 1 or options.target_bytes > 0 or options.cap > 0
+        return options.score == "reconstruction" and drops
 
-    def holding(self, tokens: int) -> EvictPolicy:
-        """See CachePolicy: tokens that came after the prompt can always be taken back."""
+    def holding(self, tokens: int) -> Self:
+        """See CachePolicy: tokens that came after the prompt can always be taken back, unless
+        something is done behind them. Raises ConfigError for more than a ``cap`` allows."""
         DensePolicy().holding(tokens)
-        return self
+        if not self.options.settles or tokens <= self.options.hold:
+            return self
+        if self.options.cap and tokens > self.options.cap - self.options.thinned_to:
+            raise ConfigError(
+                f"cache {self.spec!r}: drafts of {tokens} tokens can be taken back only if an "
+                f"eighth of cap is as many; use cap={STEP * tokens} or more, or draft nothing"
+            )
+        return self._changed(hold=tokens)
 
     def fitted(self, target_bytes: int) -> Self:
         """This policy with a byte budget in place of a share."""
-        changed = self.options.model_dump() | {"target_bytes": target_bytes}
+        return self._changed(target_bytes=target_bytes)
+
+    def _changed(self, **options: int) -> Self:
+        changed = self.options.model_dump() | options
         return replace(self, options=type(self.options)(**changed))
 
     def build(self, shape: ModelShape) -> list[LayerCache]:
@@ -402,17 +538,20 @@ class EvictPolicy:
                 total += size * max(capacity(tokens), BLOCK)
                 continue
             most = max(next(counts), min(prompt, options.window + options.sinks))
+            most = min(most, options.cap or most)
+            masks = 0
             if options.heads == "per_query_head":
                 group = shape.heads // layer.kv_heads
                 most = min(prompt, most * group)
-                total += layer.kv_heads * group * most
+                masks = layer.kv_heads * group * most
             if options.adaptive:  # one head may hold all that the others do not
                 most = min(prompt, most * layer.kv_heads)
-            total += size * room(most + tokens - prompt)
+            more = min(tokens - prompt, max(0, options.cap - most) if options.cap else tokens)
+            total += (size * room(most + more) + masks) * copies(options)
         return total
 
     def _estimate_fitted(self, shape: ModelShape, tokens: int, prompt: int) -> int:
-        least = self.options.model_copy(update={"target_bytes": 0, "keep": 1e-9})
+        least = self.options.model_copy(update={"target_bytes": 0, "keep": 1e-9, "hold": 0})
         least_bytes = EvictPolicy("", least, least).estimate(shape, prompt, prompt)
         target = self.options.target_bytes
         if least_bytes > target:
@@ -423,9 +562,15 @@ class EvictPolicy:
             )
         dense = DensePolicy().estimate(shape, tokens)
         a_token = sum(layer.numbers for layer in shape.layers)
-        return (
-            min(dense, target) + (room(tokens) - prompt + GROWTH) * a_token * shape.dtype.itemsize
-        )
+        if self.options.cap:
+            tokens = min(tokens, prompt + self.options.cap)
+        grown = (room(tokens) - prompt + GROWTH) * a_token * shape.dtype.itemsize
+        return (min(dense, target) + grown) * copies(self.options)
+
+
+def copies(options: EvictOptions) -> int:
+    """Stores of a layer at once: what it held before it evicted again may stay beside it."""
+    return 2 if options.cap and options.hold else 1
 
 
 def kept_at_most(options: EvictOptions, prompt: int, shape: ModelShape) -> int:

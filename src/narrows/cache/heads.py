@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,6 +83,22 @@ class HeadStore:
         """Forget the newest ``n`` tokens of every head, which no book stands for."""
         self._spare += n
         self.held = [held - n for held in self.held]
+
+    def thinned(self, kept: Sequence[Tensor]) -> HeadStore:
+        """A store of its own that holds of each head only the tokens ``kept``, int64 ascending."""
+        made = copy.copy(self)
+        made.held = [len(tokens) for tokens in kept]
+        made.k, made.v, made.books = [], [], [[], []]
+        for side, buffers in enumerate((made.k, made.v)):
+            for head, tokens in enumerate(kept):
+                book, coded = self.books[side][head], self.coded(side, head)
+                old = tokens < coded
+                made.books[side].append(None if book is None else book.taken(tokens[old]))
+                buffers.append(_buffer(self.dense(side, head)[0, tokens[~old] - coded]))
+        if self.seen is not None:
+            made.seen = [s[t[t < len(s)]] for s, t in zip(self.seen, kept, strict=True)]
+        made._spare, made._fixed = 0, None
+        return made
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
         """See LayerCache."""

@@ -37,8 +37,10 @@ class LayerRedundancy:
 
     ``keys``, ``keys_rotated`` and ``values`` are the shares of token pairs whose cosine passes the
     threshold; ``key_entries`` and ``value_entries`` what a codebook would store of them, as a
-    share of the tokens; ``attention`` the share of the newest queries' attention that goes to the
-    tenth of the tokens that gets most of it.
+    share of the tokens; ``keys_across`` and ``values_across`` the greatest cosine of vectors of
+    different KV heads (0: none is above it, or there is one head), which says whether heads could
+    share entries; ``attention`` the share of the newest queries' attention that goes to the tenth
+    of the tokens that gets most of it.
     """
 
     layer: int
@@ -47,6 +49,8 @@ class LayerRedundancy:
     values: float
     key_entries: float
     value_entries: float
+    keys_across: float
+    values_across: float
     attention: float
 
 
@@ -112,6 +116,8 @@ def _layer(
         values=_pairs(values, theta_v),
         key_entries=_entries(plain, theta_k),
         value_entries=_entries(values, theta_v),
+        keys_across=_across(plain),
+        values_across=_across(values),
         attention=float(most.mean()),
     )
 
@@ -132,3 +138,14 @@ def _entries(x: Tensor, threshold: float) -> float:
         assert book.entries is not None
         shares.append(len(book.entries) / len(head))
     return sum(shares) / len(shares)
+
+
+def _across(x: Tensor) -> float:
+    """The greatest cosine of vectors of different heads of ``[heads, n, dim]``, not below 0."""
+    unit = torch.nn.functional.normalize(x, dim=-1)
+    most = 0.0
+    for head in range(1, len(unit)):
+        for start in range(0, unit.shape[1], CHUNK):
+            rows = unit[head, start : start + CHUNK]
+            most = max(most, float((rows @ unit[:head].transpose(1, 2)).max()))
+    return min(1.0, most)  # rounding may go beyond

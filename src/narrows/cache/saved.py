@@ -27,6 +27,7 @@ from narrows.cache import (
     codebook,
     codes,
     dense,
+    either,
     evict,
     heads,
     plan,
@@ -38,7 +39,7 @@ from narrows.contracts import LayerCache, LayerShape, Rotary
 from narrows.errors import ConfigError, InputError, reason
 from narrows.files import replacing
 
-FORMAT, VERSION = "narrows-cache", 1
+FORMAT, VERSION = "narrows-cache", 2
 
 CLASSES: dict[str, type] = {
     kind.__name__: kind
@@ -47,7 +48,7 @@ CLASSES: dict[str, type] = {
         *(codebook.Codebook, codebook.Rule, evict.EvictOptions, spindle.SpindleOptions),
         *(quantized.QuantLayer, quantized.Stretch, codes.KeyCodes, codes.ValueCodes),
         *(codes.Plain, codes.SecondLevel, plan.QuantOptions, plan.LayerPlan, plan.Side),
-        *(thinned.ThinnedLayer, budget.Choice, LayerShape),
+        *(thinned.ThinnedLayer, either.EitherLayer, budget.Choice, LayerShape),
     )
 }
 Node = dict[str, Any]

@@ -7,7 +7,7 @@ whose code would not be smaller stays dense. Tokens read later join the books in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from narrows.cache.budget import Choice
 from narrows.cache.codebook import Codebook, Rule
-from narrows.cache.evict import EvictLayer, EvictOptions, EvictPolicy
+from narrows.cache.evict import EvictLayer, EvictOptions, EvictPolicy, copies
 from narrows.cache.heads import HeadStore, room
 from narrows.cache.scores import Scorer
 from narrows.contracts import LayerShape, ModelShape
@@ -33,7 +33,7 @@ class SpindleOptions(EvictOptions):
     since codes are slower to read. Graphs have at most ``block`` vectors. ``cover`` is the paper's
     greedy rule, or greedy set cover (ours). The newest ``tail`` tokens, and the window at the end
     of the prompt, are dense; of later tokens ``fold_every`` are coded at once (0: never). ``hold``
-    tokens can be rolled back over such a step.
+    tokens can be rolled back over such a step, too.
     """
 
     preset: Preset = "fair"
@@ -44,13 +44,22 @@ class SpindleOptions(EvictOptions):
     cover: Literal["paper", "setcover"] = "paper"
     tail: Annotated[int, Field(ge=0)] = 64
     fold_every: Annotated[int, Field(ge=0)] = 64
-    hold: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _check_fold(self) -> Self:
         if self.fold_every and self.hold > min(self.fold_every, max(self.tail, self.window)):
             raise ValueError("hold must not exceed fold_every, nor both tail and window")
         return self
+
+    @property
+    def newest(self) -> int:
+        """See EvictOptions: what is still to be coded stays as well."""
+        return max(self.tail, self.window) + self.fold_every
+
+    @property
+    def settles(self) -> bool:
+        """See EvictOptions."""
+        return super().settles or self.fold_every > 0
 
     def rule(self, side: int) -> Rule:
         """When vectors of side 0, keys, or 1, values, are alike."""
@@ -118,39 +127,24 @@ class SpindleLayer(EvictLayer):
             kept.books[side][head] = book
             kept.put(side, head, rest)
 
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """See LayerCache. Codes, first, a block that is due."""
-        while self.prompt is None and len(k) > (n := self._room()):
-            super().append(k[:n], v[:n])
-            k, v = k[n:], v[n:]
-            self._fold()
-        super().append(k, v)
-
-    def advance(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """See EvictLayer: a piece at a time, up to where the next block is coded."""
-        outs = []
-        while self.prompt is None and len(k) > (n := self._room()):
-            if n:
-                outs.append(super().advance(q[:n], k[:n], v[:n], scale))
-                q, k, v = q[n:], k[n:], v[n:]
-            self._fold()
-        outs.append(super().advance(q, k, v, scale))
-        return torch.cat(outs)
-
-    def ready(self, n: int) -> bool:
-        """See EvictLayer."""
-        if self.prompt is None and self._room() == 0:
-            self._fold()
-        return super().ready(n) and n <= self._room()
-
     def _room(self) -> int:
-        """Tokens that can be appended before the next block must be coded. That is done as late as
-        it can be, when the next token comes: until then nobody knows which tokens will stay."""
+        """See EvictLayer: or before the next block must be coded."""
+        return min(super()._room(), self._uncoded())
+
+    def _make_room(self) -> None:
+        """See EvictLayer: or code a block."""
+        if self._uncoded() == 0:
+            self._fold()
+        else:
+            super()._make_room()
+            self.fold = None  # what is undone over an eviction is undone in ``before``
+
+    def _uncoded(self) -> int:
+        """Tokens that can be appended before the next block must be coded."""
         options = self.options
         if not options.fold_every or not self.coding:
             return 2**62
-        dense = max(options.tail, options.window) + options.fold_every
-        return max(0, self.coded_until + dense - self.length)
+        return max(0, self.coded_until + options.newest - self.length)
 
     def _fold(self) -> None:
         """Code the oldest ``fold_every`` dense tokens of the sides that have a book."""
@@ -169,16 +163,17 @@ class SpindleLayer(EvictLayer):
         self.folded_at = self.length
         self.coded_until += n
 
-    def rollback(self, n: int) -> None:
-        """See LayerCache. At most ``hold`` tokens once a block has been coded behind them."""
-        if self.prompt is None and self.length - n < self.folded_at:
+    def _undo(self, n: int) -> int:
+        """See EvictLayer: or that a block was coded."""
+        n = super()._undo(n)
+        if self.length - n < self.folded_at:
             if self.fold is None or n > self.options.hold:
                 raise ValueError(
                     f"cannot roll back {n} tokens: a block has been coded behind them; give the "
                     f"cache hold={n}"
                 )
             self._unfold(self.fold)
-        super().rollback(n)
+        return n
 
     def _unfold(self, fold: list[Folded]) -> None:
         for part in fold:
@@ -204,14 +199,6 @@ class SpindlePolicy(EvictPolicy):
 
     options: SpindleOptions
 
-    def holding(self, tokens: int) -> SpindlePolicy:
-        """See CachePolicy."""
-        EvictPolicy.holding(self, tokens)
-        if not self.options.fold_every or tokens <= self.options.hold:
-            return self
-        changed = self.options.model_dump() | {"hold": tokens}
-        return replace(self, options=SpindleOptions(**changed))
-
     def _layer(
         self, scorer: Scorer, layer: LayerShape, shape: ModelShape, number: int, layers: int
     ) -> EvictLayer:
@@ -222,12 +209,15 @@ class SpindlePolicy(EvictPolicy):
     def estimate(self, shape: ModelShape, tokens: int, prompt: int | None = None) -> int:
         """See CachePolicy. Codes made while decoding may be larger than what they stand for."""
         bound = EvictPolicy.estimate(self, shape, tokens, prompt)
-        if prompt is None or not self.options.fold_every:
+        options = self.options
+        if prompt is None or not options.settles:
             return bound
         heads = sum(layer.kv_heads for layer in shape.layers)
         width = max(layer.key_dim + layer.value_dim for layer in shape.layers)
-        held = self.options.fold_every * width * shape.dtype.itemsize if self.options.hold else 0
-        return bound + heads * ((tokens - prompt) * OVERHEAD + held)
+        held = options.fold_every * width * shape.dtype.itemsize if options.hold else 0
+        # Of what is evicted again the codes of the prompt, too, may shrink less than they spared.
+        coded = options.cap * copies(options) if options.cap else tokens - prompt
+        return bound + heads * (coded * OVERHEAD + held * copies(options))
 
 
 OVERHEAD = 32

@@ -1,9 +1,9 @@
 """Eviction, then codes: what stays of a prompt is quantised once, when it is sealed.
 
-``spindle:keep=0.5+xquant``, ``snapkv+kivi:bits=4``. The first policy says which tokens stay (its
-codebook, if it has one, has no part: a tensor is coded in one way), the second how they are
-stored. A layer that reads another's codes keeps the same tokens as that one, whose choice holds
-for both.
+``spindle:keep=0.5+xquant``, ``snapkv+kivi:bits=4``. The first policy says which tokens stay, the
+second how they are stored; a layer that neither lends nor borrows codes may hold them in the
+first's codebook instead, if it has one (``cache.either``). A layer that reads another's codes keeps
+the same tokens as that one, whose choice holds for both.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from torch import Tensor
 
 from narrows.cache.budget import Choice
 from narrows.cache.dense import DenseLayer
+from narrows.cache.either import EitherLayer
 from narrows.cache.evict import EvictLayer, EvictPolicy, kept_at_most
+from narrows.cache.heads import GROWTH
 from narrows.cache.plan import LayerPlan, QuantOptions
 from narrows.cache.quantized import QuantLayer, QuantPolicy
 from narrows.cache.scores import Scorer
+from narrows.cache.spindle import SpindleLayer, SpindleOptions
 from narrows.contracts import CachePolicy, LayerCache, LayerShape, ModelShape
 from narrows.errors import ConfigError
 
@@ -79,6 +82,9 @@ class ThinnedLayer(QuantLayer):
         super().seal()
 
 
+UNEVEN = "leaves KV heads of a layer with different tokens"
+
+
 @dataclass(frozen=True, slots=True)
 class ThinnedPolicy:
     """``evict`` chooses tokens, ``quant`` stores them. See the module."""
@@ -88,16 +94,31 @@ class ThinnedPolicy:
 
     def __post_init__(self) -> None:
         options = self.evict.options
-        for name, bad in (
-            ("heads=per_query_head", options.heads == "per_query_head"),
-            ("adaptive", options.adaptive),
-            ("target_bytes", options.target_bytes),
+        for name, bad, why in (
+            ("heads=per_query_head", options.heads == "per_query_head", UNEVEN),
+            ("adaptive", options.adaptive, UNEVEN),
+            ("target_bytes", options.target_bytes, "is counted in uncoded bytes"),
+            ("cap", options.cap, "drops single tokens, but codes lie in groups of them"),
         ):
             if bad:
                 raise ConfigError(
-                    f"cache {self.spec!r}: {name} leaves KV heads of a layer with different tokens "
-                    "or is counted in uncoded bytes, so it cannot be combined with codes"
+                    f"cache {self.spec!r}: {name} {why}, so it cannot be combined with codes"
                 )
+        thetas = [
+            [getattr(x, f"theta_{side}", 1.0) for side in "kv"]
+            for x in (options, self.evict.defaults)
+        ]
+        if self.chooses and thetas[0] != thetas[1]:
+            raise ConfigError(
+                f"cache {self.spec!r}: theta_k and theta_v follow from the error of the codes, so "
+                "they cannot be given (but theta_k=1,theta_v=1, for codes in every layer)"
+            )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether layers may hold a codebook in place of codes."""
+        options = self.evict.options
+        return isinstance(options, SpindleOptions) and max(options.theta_k, options.theta_v) < 1
 
     @property
     def spec(self) -> str:
@@ -110,15 +131,16 @@ class ThinnedPolicy:
         return self.evict.rehearses
 
     def holding(self, tokens: int) -> ThinnedPolicy:
-        """See CachePolicy: codes are what must be taken back."""
-        return replace(self, quant=self.quant.holding(tokens))
+        """See CachePolicy: codes are what must be taken back, or what is in a codebook."""
+        evict = self.evict.holding(tokens) if self.chooses else self.evict
+        return replace(self, evict=evict, quant=self.quant.holding(tokens))
 
     def build(self, shape: ModelShape) -> list[LayerCache]:
         """See CachePolicy."""
         options = self.quant.resolved(shape)
         plans = {plan.place: plan for plan in self.quant.plan(shape)}
         made: dict[int, ThinnedLayer] = {}
-        layers = self.evict.build(shape)  # a spindle's, too, only chooses here
+        layers = self.evict.build(shape)
         for place, layer in enumerate(layers):
             if not isinstance(layer, EvictLayer):
                 continue
@@ -131,14 +153,28 @@ class ThinnedPolicy:
                     owner.lends = True
             facts = shape.layers[place]
             made[place] = ThinnedLayer(plan, options, facts, shape, key_owner, value_owner, layer)
-        return [made.get(place, layer) for place, layer in enumerate(layers)]
+        return [self._either(made.get(place, layer), layer) for place, layer in enumerate(layers)]
+
+    def _either(self, layer: LayerCache, prompt: LayerCache) -> LayerCache:
+        """``layer``, or a choice of it and a codebook if it shares no codes with another."""
+        if not self.chooses or not isinstance(layer, ThinnedLayer) or layer.lends:
+            return layer
+        if layer.owners != (None, None) or not isinstance(prompt, SpindleLayer):
+            return layer
+        return EitherLayer(layer, prompt)
 
     def estimate(self, shape: ModelShape, tokens: int, prompt: int | None = None) -> int:
         """See CachePolicy."""
         if prompt is None:
             return self.evict.estimate(shape, tokens)
         kept = kept_at_most(self.evict.options, prompt, shape)
-        return self.quant.estimate(shape, tokens - prompt + kept, kept)
+        new = tokens - prompt
+        bound = self.quant.estimate(shape, new + kept, kept)
+        if not self.chooses or not new:
+            return bound
+        # A codebook is no larger when it is chosen, but later tokens join it dense, in buffers
+        # that may grow by a sixteenth at once.
+        return bound + self.evict.estimate(shape, new + GROWTH + (kept + new) // GROWTH, 0)
 
     def nominal_bits(self, shape: ModelShape) -> float:
         """Bits of a code, see QuantPolicy."""

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from narrows import cli
 from narrows.bench import redundancy
-from narrows.cache.redundancy import MEASURES, _entries, _pairs, measure
+from narrows.cache.redundancy import MEASURES, _across, _entries, _pairs, measure
 from narrows.errors import ConfigError, InputError, UnsupportedModel
 from tiny import pair
 from tiny_text import chat_model
@@ -34,6 +34,16 @@ def test_the_same_token_has_the_same_key_before_rotation_only():
     assert first.keys_rotated < 0.5
     assert first.values == 1.0
     assert first.key_entries == first.value_entries == pytest.approx(1 / 40)
+
+
+def test_heads_that_share_nothing_and_heads_that_could():
+    one = torch.randn(1, 6, 8)
+    away = torch.zeros(1, 6, 8)
+    away[..., 0] = 1
+    one[..., 0] = 0  # so that it lies across
+    assert _across(one) == 0
+    assert _across(torch.cat([one, away])) == pytest.approx(0, abs=1e-6)
+    assert _across(torch.cat([one, away, 3 * one.flip(1)])) == pytest.approx(1)
 
 
 def test_every_full_layer_is_told():
@@ -61,7 +71,7 @@ def test_rows_table_and_picture(tmp_path):
     assert len(rows) == len(report.layers) * len(MEASURES)
     assert {"layer", "theta_k", "versions", "command"} <= rows[0].keys()
     shown = io.StringIO()
-    Console(file=shown, width=200).print(redundancy.table(report))
+    Console(file=shown, width=300).print(redundancy.table(report))
     assert "attention on the top tenth" in shown.getvalue()
     redundancy.draw(report, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

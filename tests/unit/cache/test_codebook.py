@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from narrows.cache.codebook import Codebook, Rule
 from narrows.ops.rotary import turn
+from oracles.codebook_reference import entries_of
 from tiny import pair
 
 ROPES = {
@@ -131,6 +133,39 @@ def test_blocks_keep_the_bound_and_cost_entries():
         error = (book.rebuild() - x).norm(dim=1) / x.norm(dim=1)
         assert float(error.max()) <= math.sqrt(0.2) + 1e-5
     assert len(parts.entries) >= len(whole.entries)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 99), st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 40))
+def test_a_book_is_the_slow_one_that_looks_at_its_newest_entries(seed, runs, block):
+    x = alike(sum(runs), 0.5, seed)
+    book, parts = Codebook(Rule(0.8, block), None), []
+    for run in x.split(runs):
+        book.extend(run, torch.arange(len(run)))
+        parts += [min(block, len(run) - a) for a in range(0, len(run), block)]
+    owner = entries_of(x, 0.8, parts, reach=block)
+    assert torch.equal(book.entries[book.index.long()], x[owner])
+    if len(book.entries) <= block:  # then looking at all of them was the same
+        assert torch.equal(owner, entries_of(x, 0.8, parts))
+
+
+def test_comparisons_grow_no_faster_than_tokens():
+    """Counted, of vectors of which no two are alike, so that all become entries."""
+    x = torch.randn(320, 64, generator=torch.Generator().manual_seed(0))
+    counts = []
+    for tokens in (80, 160, 320):
+        with FlopCounterMode(display=False) as counter:
+            book = Codebook(Rule(0.99, 40), None)
+            book.extend(x[:tokens], torch.arange(tokens))
+            for later in x[:tokens].flip(0).split(8):
+                book.extend(-later, torch.arange(len(later)))
+        assert len(book.entries) == 2 * tokens
+        counts.append(counter.get_total_flops() // (2 * x.shape[1]))
+    one = 40 * 40  # pairs of a block among themselves, or with the entries it looks at
+    built, folded = 2 * one, 80 * (40 + 8)
+    assert counts[0] == built + one + folded
+    assert counts[1] - counts[0] == 2 * built + folded
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])
 
 
 def test_vectors_of_no_length_and_a_threshold_of_one():

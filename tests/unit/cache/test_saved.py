@@ -24,6 +24,7 @@ SPECS = [
     "xquant:residual=32,group=16,value_group=16,lo_bits=1,key_meta=int8,value_meta=int8,fold=block",
     "snapkv:keep=0.4,window=8",
     "evict:keep=0.3,window=4,heads=per_query_head",
+    "streaming:keep=0.9,cap=80",
     "spindle:keep=0.6,theta_k=0.6,theta_v=0.6,window=8,tail=8,fold_every=8",
 ]
 PROMPT, MORE = prompts(1, longest=90, seed=4)[0] * 2, [5, 9, 17, 33, 21, 8]
@@ -170,7 +171,7 @@ def test_damaged_files_are_refused(file, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h, t: h.update(version=2), "version 2 of the format"),
+        (lambda h, t: h.update(version=1), "version 1 of the format"),
         (lambda h, t: h["nodes"][0].update({"class": "Popen"}), "not a cache this version"),
         (lambda h, t: h["nodes"][0]["fields"].pop("prompt"), "not a cache this version"),
         (lambda h, t: h["layers"].append(9999), "not a cache this version"),

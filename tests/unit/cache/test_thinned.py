@@ -16,7 +16,7 @@ from tiny_caches import IDS, assert_bytes_are_storages, read, run
 
 SMALL = "residual=16,group=16,value_group=16"
 SPECS = [
-    f"spindle:keep=0.5,window=4+xquant:{SMALL}",
+    f"spindle:keep=0.5,window=4,theta_k=1,theta_v=1+xquant:{SMALL}",
     f"snapkv:keep=0.5,window=8+kivi:{SMALL},bits=4",
     f"h2o:keep=0.6+xquant:{SMALL},fold=block,key_meta=int8,value_meta=int8",
     f"kvzip:keep=0.6+asymkv:{SMALL}",
@@ -121,6 +121,7 @@ def test_spec_round_trip(spec):
         ("spindle:preset=paper+xquant", "per_query_head leaves KV heads"),
         ("evict:heads=max,adaptive=true+kivi", "adaptive leaves KV heads"),
         ("evict:target_bytes=99+kivi", "counted in uncoded bytes"),
+        ("spindle:theta_k=0.9+kivi", "follow from the error of the codes"),
         ("snapkv+zip", "unknown cache policy 'zip'"),
     ],
 )
