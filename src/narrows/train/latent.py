@@ -56,8 +56,9 @@ def prepare(student: Any, *, rank: int, alpha: float) -> None:
 
 
 def merge(student: Any) -> None:
-    """Fold LoRA into the weights, so that nothing of it is left."""
+    """Fold LoRA into the weights, so that nothing of it is left, and give all of them one dtype."""
     for layer in student.base_model.layers:
+        layer.self_attn.to(layer.mlp.down_proj.weight.dtype)
         for name in PROJECTIONS:
             if parametrize.is_parametrized(linear := getattr(layer.mlp, name)):
                 parametrize.remove_parametrizations(linear, "weight")
