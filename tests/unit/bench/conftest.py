@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from narrows.bench import prose, tasks
+from narrows.bench import choices, prose, tasks
 
 SENTENCE = "the red fox saw a blue river near Rome and two old men sold three apples for it"
 WORDS = SENTENCE.split()
@@ -136,9 +136,19 @@ def nonsense(seed, sentences):
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
-    """A data folder with prose alone."""
+    """A data folder with prose and multiple choice."""
     place = tmp_path_factory.mktemp("texts")
     for number, source in enumerate(prose.SOURCES):
         rows = [{"text": nonsense(10 * number + i, 60)} for i in range(4)]
         write(place / f"{source}.jsonl", rows)
+    for number, task in enumerate(choices.TASKS):
+        rows = [
+            {
+                "question": nonsense(100 * number + i, 1),
+                "choices": [nonsense(1000 * number + 10 * i + j, 1) for j in range(3)],
+                "answer": i % 3,
+            }
+            for i in range(6)
+        ]
+        write(place / f"commonsense_mc/{task}.jsonl", rows)
     return place
