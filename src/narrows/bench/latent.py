@@ -32,6 +32,7 @@ from narrows.bench.latent_models import (
     Size,
     load_candidate,
     make_candidates,
+    quarters,
     token_bytes,
 )
 from narrows.bench.latent_quality import OnePass, ratio_rows
@@ -118,7 +119,10 @@ def run(
         )
     compared = [Ours(llm.model, spec) for spec in peers]
     candidates = [base, *(load_candidate(f, llm.model, dtype, device) for f in also)]
+    if sizes is None:
+        sizes = quarters(llm.model.shape.layers[0].key_dim)
     with Progress("converted", visible=show_progress) as progress:
+        progress.expect(len(sizes) * len(presets))
         candidates += make_candidates(
             llm,
             sizes,
@@ -174,26 +178,30 @@ class _Bench:
         self.elements = sum(layer.numbers for layer in self.base.model.shape.layers)
 
     def bytes(self, length: int) -> list[Row]:
-        """Of a token by the model's sizes, and held after a prompt; bits are for a number of the
-        base's cache."""
+        """Of a token by the model's sizes; held after a prompt, and with the room that buffers
+        keep. Bits are for a number of the base's cache."""
         rows = []
         for candidate in self.candidates:
-            size = float(token_bytes(candidate.model))
-            rows.append(
-                row(
-                    "latent",
-                    **self.named,
-                    part="bytes",
-                    method=candidate.method,
-                    engine=candidate.engine,
-                    metric="token_bytes",
-                    unit="B/token",
-                    value=size,
-                    interval=(size, size),
-                    spread="exact",
-                    n=1,
+            for metric, unit, size in (
+                ("token_bytes", "B/token", token_bytes(candidate.model)),
+                ("reserved_bytes", "B", candidate.reserved(candidate.fill(length, seed=0))),
+            ):
+                rows.append(
+                    row(
+                        "latent",
+                        **self.named,
+                        part="bytes",
+                        method=candidate.method,
+                        engine=candidate.engine,
+                        length=length,
+                        metric=metric,
+                        unit=unit,
+                        value=float(size),
+                        interval=(float(size), float(size)),
+                        spread="exact",
+                        n=1,
+                    )
                 )
-            )
         return rows + byte_rows(self.subjects, [length], self.elements, **self.named)
 
     def text(self, windows: int, tokens: int) -> list[Row]:

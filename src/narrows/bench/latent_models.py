@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from narrows.bench.cache_subjects import Ours
+from narrows.contracts import LayerCache
 from narrows.errors import ConfigError
 from narrows.latent import checkpoint
-from narrows.latent.convert import PRESETS, LatentOptions, check, convert, head_size
+from narrows.latent.convert import PRESETS, LatentOptions, check, convert
 from narrows.latent.statistics import measure
 from narrows.llm import LLM
 from narrows.model import attention, hub
@@ -26,7 +27,8 @@ Size = tuple[int, int]
 
 class Candidate(Ours):
     """A model with its own dense cache, under a name. Its nominal bits are for a number of the
-    cache of ``base``, so that they can stand beside those of compressed caches of the base.
+    cache of ``base``, so that they can stand beside those of compressed caches of the base, and
+    what it holds is without the room its buffers keep for tokens to come, which those do not.
 
     ``facts`` go to each of its rows: ``qk`` and ``vo``, the ``preset`` it was converted by (None:
     the base, or a folder), the tokens it was trained with since."""
@@ -45,6 +47,14 @@ class Candidate(Ours):
             "preset": preset,
             "trained_tokens": told.get("trained_tokens", 0),
         }
+
+    def held(self, reader: list[LayerCache]) -> int:
+        """Bytes of the keys and values of the tokens read."""
+        return sum(x.numel() * x.itemsize for cache in reader for x in cache.materialize())
+
+    def reserved(self, reader: list[LayerCache]) -> int:
+        """Bytes with that room."""
+        return super().held(reader)
 
 
 def token_bytes(model: FlatModel) -> int:
@@ -73,7 +83,7 @@ def quarters(head: int) -> list[Size]:
 
 def make_candidates(
     llm: LLM,
-    sizes: Sequence[Size] | None,
+    sizes: Sequence[Size],
     presets: Sequence[str],
     *,
     text: str,
@@ -82,13 +92,12 @@ def make_candidates(
     seed: int,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Candidate]:
-    """Conversions of the model of ``llm`` to each of ``sizes`` (None: see ``quarters``) by each
-    of ``presets``, in memory and untrained; ``windows`` of ``text`` are looked at as ``narrows
-    convert`` does. ``advance`` is called after each. Raises as ``convert`` and ``texts.gather``."""
+    """Conversions of the model of ``llm`` to each of ``sizes`` by each of ``presets``, in memory
+    and untrained; ``windows`` of ``text`` are looked at as ``narrows convert`` does. ``advance``
+    is called after each. Raises as ``convert`` and ``texts.gather``."""
     base = llm.model
     stock = checkpoint.load(hub.resolve(base.name), dtype=base.shape.dtype)
     stock.to(base.shape.device)
-    sizes = quarters(head_size(stock.config)) if sizes is None else sizes
     wanted = [
         (preset, LatentOptions(qk=qk, vo=vo, **PRESETS[preset]))
         for preset in presets

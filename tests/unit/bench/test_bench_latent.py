@@ -131,10 +131,12 @@ def test_bytes_follow_from_the_sizes_and_are_held(rows):
         share = (qk + vo) / 64
         method = f"{qk}x{vo} tuned"
         assert one(rows, method=method, metric="token_bytes")["value"] == share * NUMBERS * 4
-        held, dense = (
-            one(rows, part="bytes", method=m, metric="held_bytes")["value"] for m in (method, BASE)
+        held, reserved = (
+            one(rows, method=method, metric=metric)["value"]
+            for metric in ("held_bytes", "reserved_bytes")
         )
-        assert held == share * dense
+        assert held == SIZES["tokens"] * share * NUMBERS * 4
+        assert held <= reserved == share * 384 * NUMBERS * 4
         assert one(rows, method=method, part="bytes", metric="nominal_bits")["value"] == 32 * share
     bits = one(rows, method="16x32 tuned", part="quality", metric="kl")["true_bits"]
     assert bits == one(rows, method=BASE, part="quality", metric="kl")["true_bits"] * 3 / 4
