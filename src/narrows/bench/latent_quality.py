@@ -22,8 +22,8 @@ processor's caches."""
 
 
 class OnePass(Quality):
-    """The same for dense caches, where one pass over a window predicts what reading it token by
-    token does. Windows have no prefix; ``base`` is the yardstick."""
+    """Quality of models with dense caches: one pass over a window predicts what reading it token
+    by token does. Windows have no prefix; ``base`` is the yardstick."""
 
     def __init__(self, subjects: Sequence[Ours], base: Ours) -> None:
         super().__init__(subjects, {base.engine: base})
