@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from narrows.bench import cache_peers
 from narrows.bench.cache_cost import WARM_UP, byte_rows, memory_rows, time_rows
@@ -34,14 +34,11 @@ from narrows.bench.cache_subjects import Ours, Subject, parse_subject, subject_n
 from narrows.bench.progress import Progress
 from narrows.bench.prose import read_prose
 from narrows.bench.provenance import provenance
-from narrows.bench.report import Row, pivot, with_provenance
+from narrows.bench.report import Row, with_provenance
 from narrows.data import locate
 from narrows.errors import ConfigError
 from narrows.model import hub
 from narrows.model.flat import FlatModel
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 QUESTIONS = ("hidden", "visible")
 PARTS = ("bytes", "quality", "retrieval", "time", "memory")
@@ -236,18 +233,6 @@ class _Bench:
                 )
                 progress.advance()
         return rows
-
-
-def tables(rows: Sequence[Row]) -> list[Table]:
-    """A table a part, and of each difference from another cache; retrieval over all depths."""
-    made = []
-    for part in dict.fromkeys(r["part"] for r in rows):
-        inside = [r for r in rows if r["part"] == part and r.get("depth") is None]
-        for other in dict.fromkeys(r.get("versus") for r in inside):
-            chosen = [r for r in inside if r.get("versus") == other]
-            title = part if other is None else f"{part}, versus {other}"
-            made.append(pivot(chosen, title, ("question", "task", "length")))
-    return made
 
 
 def points(rows: Sequence[Row]) -> list[Row]:

@@ -1,7 +1,8 @@
-"""What a cache costs: bytes held, time of a decoding step, memory beyond what is held.
+"""What a cache costs: bytes held, time of a prompt and of a decoding step, memory beyond what is
+held.
 
-Bytes and time do not depend on what the keys and values are, so random ones stand for a prompt;
-peak memory is that of a real one.
+Bytes and time of a step do not depend on what the keys and values are, so random ones stand for a
+prompt; what reading a prompt costs is that of a real one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from narrows.bench.cache_subjects import Reader, Subject
 from narrows.bench.limits import added_memory
+from narrows.bench.overhead import interleave, timed
 from narrows.bench.report import Row, repeated_row, row
 
 WARM_UP = 4
@@ -103,13 +105,55 @@ def time_rows(
             repeated_row("cache", name, model, "decode_step", "ms", means[name], **where),
             repeated_row("cache", name, model, "slowest_step", "ms", [slowest], **where),
         ]
-        for other in versus:
-            if other != name:
-                ratio = [y / x for x, y in zip(means[name], means[other], strict=True)]
-                where["versus"] = other
-                rows.append(
-                    repeated_row("cache", name, model, "decode_step_advantage", "1", ratio, **where)
-                )
+        rows += _advantages("decode_step", means, name, versus, model=model, **where)
+    return rows
+
+
+def prefill_rows(
+    subjects: Sequence[Subject],
+    prompt: Sequence[int],
+    versus: Sequence[str],
+    *,
+    rounds: int,
+    model: str,
+    **named: Any,
+) -> list[Row]:
+    """Rows of the time to read and compress ``prompt`` and to make the logits behind one more
+    token: median over rounds in which the subjects take turns; and how many times faster than
+    each of ``versus`` within a round."""
+    seconds = interleave({s.method: timed(partial(_begin, s, prompt)) for s in subjects}, rounds)
+    taken = {name: [1e3 * each for each in many] for name, many in seconds.items()}
+    rows = []
+    for subject in subjects:
+        name = subject.method
+        where = {**named, "part": "time", "engine": subject.engine, "length": len(prompt)}
+        rows.append(repeated_row("cache", name, model, "prefill", "ms", taken[name], **where))
+        rows += _advantages("prefill", taken, name, versus, model=model, **where)
+    return rows
+
+
+def _begin(subject: Subject, prompt: Sequence[int]) -> None:
+    _time_steps(subject, subject.read(prompt), 1)
+
+
+def _advantages(
+    metric: str,
+    taken: dict[str, list[float]],
+    name: str,
+    versus: Sequence[str],
+    *,
+    model: str,
+    **where: Any,
+) -> list[Row]:
+    """Rows of how many times faster ``name`` was than each of ``versus``, round by round."""
+    rows = []
+    for other in versus:
+        if other != name:
+            ratio = [y / x for x, y in zip(taken[name], taken[other], strict=True)]
+            told = {**where, "versus": other}
+            rows.append(
+                repeated_row("cache", name, model, f"{metric}_advantage", "1", ratio, **told)
+            )
     return rows
 
 

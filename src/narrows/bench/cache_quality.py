@@ -132,7 +132,9 @@ def compare(dense: Tensor, given: Tensor, truth: Tensor) -> tuple[Tensor, Tensor
     return kl, agrees, -q.gather(-1, truth[:, None])[:, 0]
 
 
-def quality_rows(quality: Quality, elements: int, *, seed: int, **named: Any) -> list[Row]:
+def quality_rows(
+    quality: Quality, elements: int, *, seed: int, part: str = "quality", **named: Any
+) -> list[Row]:
     """Rows of every subject: means with intervals that draw whole windows.
 
     ``elements`` are the numbers one token's keys and values have in all layers; ``named`` goes to
@@ -146,7 +148,7 @@ def quality_rows(quality: Quality, elements: int, *, seed: int, **named: Any) ->
         bits = (8 * grid / (lengths * elements)).mean()
         where = {
             **named,
-            "part": "quality",
+            "part": part,
             "method": subject.method,
             "engine": subject.engine,
             "nominal_bits": subject.nominal_bits,
@@ -178,7 +180,12 @@ DIFFERENCES = {"kl": "nats", "nll": "nats/token", "agrees": "share"}
 
 
 def difference_rows(
-    quality: Quality, versus: Sequence[str], *, seed: int, **named: Any
+    quality: Quality,
+    versus: Sequence[str],
+    *,
+    seed: int,
+    part: str = "quality",
+    **named: Any,
 ) -> list[Row]:
     """Rows of the mean difference of each subject from each of ``versus``, token by token over
     the same windows, with intervals that draw whole windows."""
@@ -196,7 +203,7 @@ def difference_rows(
                     row(
                         "cache",
                         **named,
-                        part="quality",
+                        part=part,
                         method=subject.method,
                         engine=subject.engine,
                         versus=other,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from narrows.compression.units import TokenizedText, tokenize
@@ -31,14 +32,19 @@ SOURCES = ("state_union/speeches", "wikitext2/articles")
 
 
 def read_windows(
-    data: Path, model: FlatModel, count: int, tokens: int, seed: int = 0
+    data: Path,
+    model: FlatModel,
+    count: int,
+    tokens: int,
+    seed: int = 0,
+    sources: Sequence[str] = SOURCES,
 ) -> list[list[int]]:
-    """``count`` runs of ``tokens`` token ids, each from another document, taken from SOURCES in
-    turn and starting at a random place. Raises InputError if there are too few documents that
+    """``count`` runs of ``tokens`` token ids, each from another document, taken from ``sources``
+    in turn and starting at a random place. Raises InputError if there are too few documents that
     are long enough."""
     chance = random.Random(seed)
     found: list[list[list[int]]] = []
-    for source in SOURCES:
+    for source in sources:
         texts = [row["text"] for row in read_rows(find(data, source))]
         chance.shuffle(texts)
         runs: list[list[int]] = []

@@ -137,6 +137,23 @@ def pivot(rows: Sequence[Row], title: str, where: Sequence[str]) -> Table:
     return result
 
 
+PLACES = ("source", "question", "task", "length")
+"""Fields that tell measurements of one part apart in ``tables``."""
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """A table (see ``pivot``) a part, and one of each difference from another method; retrieval
+    over all depths."""
+    made = []
+    for part in dict.fromkeys(r["part"] for r in rows):
+        inside = [r for r in rows if r["part"] == part and r.get("depth") is None]
+        for other in dict.fromkeys(r.get("versus") for r in inside):
+            chosen = [r for r in inside if r.get("versus") == other]
+            title = part if other is None else f"{part}, versus {other}"
+            made.append(pivot(chosen, title, PLACES))
+    return made
+
+
 def draw(rows: Sequence[Row], path: Path, *, x: str, panel: str, series: str = "method") -> None:
     """Draw the rows as a PNG: a panel for each value of ``panel``, in it a line for each value
     of ``series`` over ``x``, bars showing the intervals.
@@ -165,14 +182,19 @@ def draw(rows: Sequence[Row], path: Path, *, x: str, panel: str, series: str = "
 
 
 def draw_points(rows: Sequence[Row], path: Path, *, x: str, label: str = "method") -> None:
-    """Draw the rows as one panel of a PNG: a point each, over its number ``x``; points of one
-    ``label`` are joined and named together in the legend. Values are on a logarithmic scale, bars
-    show the intervals, and a grey line goes through the points that no other beats in both. Less
-    is better. Raises as ``draw``."""
+    """Draw the rows as one panel of a PNG, see ``plot_points``. Raises as ``draw``."""
     if not rows:
         raise ConfigError(f"there are no rows to draw in {path}")
     figure = new_figure(8, 6.5)
-    axes = figure.subplots()
+    plot_points(figure.subplots(), rows, x=x, label=label)
+    figure.legend(loc="outside lower center", fontsize="small", ncols=2)
+    save_figure(figure, path)
+
+
+def plot_points(axes: Any, rows: Sequence[Row], *, x: str, label: str) -> None:
+    """Put a point for each row over its number ``x``; points of one ``label`` are joined and
+    named together for a legend. Values are on a logarithmic scale, bars show the intervals, and a
+    grey line goes through the points that no other beats in both. Less is better."""
     ordered = sorted(rows, key=lambda r: (r[x], r["value"]))
     best = [r for i, r in enumerate(ordered) if all(r["value"] < o["value"] for o in ordered[:i])]
     axes.plot([r[x] for r in best], [r["value"] for r in best], color="0.8", lw=4, zorder=0)
@@ -190,8 +212,6 @@ def draw_points(rows: Sequence[Row], path: Path, *, x: str, label: str = "method
         for place, value in zip(at, values, strict=True):
             axes.annotate(str(number), (place, value), textcoords="offset points", xytext=(5, 3))
     axes.set(yscale="log", xlabel=x, ylabel=f"{rows[0]['metric']} ({rows[0]['unit']})")
-    figure.legend(loc="outside lower center", fontsize="small", ncols=2)
-    save_figure(figure, path)
 
 
 def _finite(value: Any) -> Any:

@@ -19,7 +19,9 @@ from narrows.cli.options import (
     Picture,
     Quick,
     Rounds,
+    Text,
     check_places,
+    numbers,
     report_rows,
 )
 
@@ -261,7 +263,88 @@ def cache(
     )
     if json_file is not None:
         report.write_json(json_file, rows)
-    for table in bench.tables(rows):
+    for table in report.tables(rows):
         Console().print(table)
     if plot is not None:
         report.draw_points(bench.points(rows), plot, x="true_bits", label="series")
+
+
+@app.command("latent")
+def latent(
+    model: Model = DEFAULT_MODEL,
+    data: Data = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="Key and value sizes, 32x32,48x16; default: pairs of quarters."),
+    ] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="tuned or paper. Repeatable; default tuned.")
+    ] = None,
+    also: Annotated[
+        list[Path] | None, typer.Option(help="Converted folder, healed or not. Repeatable.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Cache policy spec of the base, an evicting one with @ and the share of bytes "
+            "kept, or none. Repeatable."
+        ),
+    ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="bytes, text, choices, quality, retrieval, time. Repeatable; default all."
+        ),
+    ] = None,
+    text: Text = "own",
+    windows: Annotated[int, typer.Option(help="Of text, each from another document.")] = 32,
+    window_tokens: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    decoded: Annotated[int, typer.Option(help="Of them fed one by one beside caches.")] = 64,
+    choices: Annotated[int, typer.Option(help="Items a multiple-choice task.")] = 200,
+    needle_lengths: Annotated[
+        str, typer.Option(help="Context tokens around a fact.")
+    ] = "512,1024,2048",
+    probes: Annotated[int, typer.Option(help="Facts a task, length and depth.")] = 2,
+    time_context: Annotated[str, typer.Option(help="Contexts and prompts timed.")] = "4096,8000",
+    rounds: Rounds = 4,
+    steps: Annotated[int, typer.Option(help="Decoding steps a round.")] = 16,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of text, facts and bootstrap.")] = 0,
+    quick: Quick = False,
+    json_file: Out = None,
+    plot: Picture = None,
+) -> None:
+    """KV-Latent conversions beside their base: bytes, text, choices, retrieval, time."""
+    from narrows.bench import latent as bench
+    from narrows.bench import latent_figure, report
+    from narrows.bench.latent_models import parse_sizes
+
+    check_places(json_file, plot)
+    chosen = {"presets": preset, "also": also, "peers": peer, "parts": part}
+    rows = bench.run(
+        model=model,
+        data=data,
+        sizes=None if sizes is None else parse_sizes(sizes),
+        text=text,
+        windows=windows,
+        tokens=window_tokens,
+        decoded=decoded,
+        choices=choices,
+        needles=numbers("needle-lengths", needle_lengths),
+        probes=probes,
+        lengths=numbers("time-context", time_context),
+        rounds=rounds,
+        steps=steps,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        quick=quick,
+        **{name: value for name, value in chosen.items() if value},  # type: ignore[arg-type]
+    )
+    if json_file is not None:
+        report.write_json(json_file, rows)
+    for table in report.tables(rows):
+        Console().print(table)
+    if plot is not None:
+        latent_figure.draw(rows, plot)

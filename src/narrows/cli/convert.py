@@ -45,7 +45,7 @@ def kv_latent(
     seed: Annotated[int, typer.Option(help="Of the text.")] = 0,
 ) -> None:
     """KV-Latent: fewer key and value dimensions. Tells what it costs before any training."""
-    from narrows.bench.latent import compare_models
+    from narrows.bench.latent_quality import compare_models
     from narrows.errors import ConfigError
     from narrows.latent import checkpoint
     from narrows.latent.convert import PRESETS, LatentOptions, check, convert

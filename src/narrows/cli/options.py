@@ -52,6 +52,14 @@ def check_places(*files: Path | None) -> None:
             raise ConfigError(f"cannot write {file}: its folder is missing or not writable")
 
 
+def numbers(name: str, text: str) -> list[int]:
+    """``512,1024`` as numbers. Raises ConfigError with the option's ``name``."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ConfigError(f"{name}: {text!r} is not a list of whole numbers such as 512,1024")
+    return [int(part) for part in parts]
+
+
 def report_rows(rows: list[Any], shown: list[Any], columns: Any, json_file: Path | None) -> None:
     """Write the rows and print a table of those shown."""
     from narrows.bench import report

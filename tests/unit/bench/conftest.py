@@ -1,14 +1,17 @@
-"""A tiny random model with a tokenizer, in a folder, and a tiny data folder."""
+"""Tiny random models with a tokenizer, in folders, and tiny data folders."""
 
 import gzip
+import itertools
 import json
+import random
+import shutil
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from narrows.bench import tasks
+from narrows.bench import choices, prose, tasks
 
 SENTENCE = "the red fox saw a blue river near Rome and two old men sold three apples for it"
 WORDS = SENTENCE.split()
@@ -98,3 +101,54 @@ def tiny(tmp_path_factory):
     )
     LlamaForCausalLM(config).save_pretrained(place)
     return str(place)
+
+
+@pytest.fixture(scope="session")
+def wide(tiny, tmp_path_factory):
+    """The tiny model's tokenizer with a model whose heads can be quantised."""
+    place = tmp_path_factory.mktemp("wide") / "model"
+    shutil.copytree(tiny, place)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        eos_token_id=0,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(place)
+    return str(place)
+
+
+NONSENSE = ["".join(letters) for letters in itertools.product("bdfk", "aeio", "lmnt", "aeo")]
+
+
+def nonsense(seed, sentences):
+    chance = random.Random(seed)
+    return " ".join(" ".join(chance.choices(NONSENSE, k=6)) + "." for _ in range(sentences))
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """A data folder with prose and multiple choice."""
+    place = tmp_path_factory.mktemp("texts")
+    for number, source in enumerate(prose.SOURCES):
+        rows = [{"text": nonsense(10 * number + i, 60)} for i in range(4)]
+        write(place / f"{source}.jsonl", rows)
+    for number, task in enumerate(choices.TASKS):
+        rows = [
+            {
+                "question": nonsense(100 * number + i, 1),
+                "choices": [nonsense(1000 * number + 10 * i + j, 1) for j in range(3)],
+                "answer": i % 3,
+            }
+            for i in range(6)
+        ]
+        write(place / f"commonsense_mc/{task}.jsonl", rows)
+    return place

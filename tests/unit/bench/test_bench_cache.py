@@ -1,12 +1,8 @@
-import itertools
 import json
-import random
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from narrows import cli
 from narrows.bench import cache, cache_quality, cache_retrieval, metrics, prose, report
@@ -39,48 +35,6 @@ def pick(rows, **where):
 def one(rows, **where):
     (found,) = pick(rows, **where)
     return found
-
-
-@pytest.fixture(scope="session")
-def wide(tiny, tmp_path_factory):
-    """The tiny model's tokenizer with a model whose heads can be quantised."""
-    place = tmp_path_factory.mktemp("wide") / "model"
-    shutil.copytree(tiny, place)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        eos_token_id=0,
-        bos_token_id=None,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(place)
-    return str(place)
-
-
-WORDS = ["".join(letters) for letters in itertools.product("bdfk", "aeio", "lmnt", "aeo")]
-
-
-def speech(seed, sentences):
-    chance = random.Random(seed)
-    return " ".join(" ".join(chance.choices(WORDS, k=6)) + "." for _ in range(sentences))
-
-
-@pytest.fixture(scope="session")
-def texts(tmp_path_factory):
-    place = tmp_path_factory.mktemp("texts")
-    for number, source in enumerate(prose.SOURCES):
-        lines = [json.dumps({"text": speech(10 * number + i, 60)}) for i in range(4)]
-        path = place / f"{source}.jsonl"
-        path.parent.mkdir()
-        path.write_text("\n".join(lines))
-    return place
 
 
 @pytest.fixture(scope="session")
@@ -429,7 +383,7 @@ def test_the_command_writes_rows_and_a_picture(wide, texts, tmp_path, capsys):
 
 
 def test_tables_have_a_line_a_method_and_a_column_a_measure(rows):
-    tables = {t.title: t for t in cache.tables(rows)}
+    tables = {t.title: t for t in report.tables(rows)}
     assert {*cache.PARTS, f"quality, versus {CACHES[0]}", "time, versus dense"} <= set(tables)
     names = [c.header for c in tables["bytes"].columns]
     assert names[0] == "method"
