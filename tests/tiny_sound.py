@@ -74,11 +74,9 @@ def encode(
     return path
 
 
-def speak(path: Path, text: str, *options: str) -> Path:
-    """``text`` spoken by espeak-ng into a WAV, or a skip with the reason."""
-    if shutil.which("espeak-ng") is None:
-        pytest.skip("no espeak-ng to speak with (Debian package espeak-ng)")
-    subprocess.run(
-        ["espeak-ng", "-v", "en-us", "-s", "150", *options, text, "-w", str(path)], check=True
-    )
+def speak(path: Path, text: str) -> Path:
+    """``text`` spoken by flite into a WAV, or a skip with the reason."""
+    if shutil.which("flite") is None:
+        pytest.skip("no flite to speak with (Debian package flite)")
+    subprocess.run(["flite", "-voice", "slt", "-t", text, "-o", str(path)], check=True)
     return path
