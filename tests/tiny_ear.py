@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
+from narrows import listen
 from narrows.retrieve.audio import RATE, Wave
-from narrows.retrieve.hearing import Heard
-from tiny_sound import tone
+from narrows.retrieve.hearing import BACKENDS, Heard
+from tiny_sound import loud, tone
 
 WORDS = {300: "harbour", 450: "bridge", 600: "bread", 750: "penguin"}
 """What tones of so many hertz mean."""
@@ -51,3 +54,17 @@ def word_of(wave: Wave) -> str:
     strength = np.abs(np.fft.rfft(wave))
     hertz = float(np.argmax(strength)) * RATE / len(wave)
     return WORDS[min(WORDS, key=lambda known: abs(known - hertz))]
+
+
+def instead_of_models(monkeypatch: pytest.MonkeyPatch, cache: Path) -> list[Ear]:
+    """Put an Ear and a detector of loudness where models would be; the ears that get made."""
+    made: list[Ear] = []
+
+    def ear(**options: str) -> Ear:
+        made.append(Ear(**options))
+        return made[-1]
+
+    monkeypatch.setenv("NARROWS_CACHE", str(cache))
+    monkeypatch.setitem(BACKENDS._targets, "transcript", ear)
+    monkeypatch.setattr(listen, "Silero", lambda: loud)
+    return made

@@ -12,11 +12,10 @@ from narrows import listen
 from narrows.errors import ConfigError, InputError
 from narrows.retrieve.audio import RATE, Wave
 from narrows.retrieve.clips import PAUSE_S
-from narrows.retrieve.hearing import BACKENDS
 from narrows.retrieve.speech_index import SpeechIndex
 from narrows.retrieve.transcribe import Segment, Transcriber, Transcript
-from tiny_ear import Ear, talk, word_of
-from tiny_sound import loud, speak, write_wav
+from tiny_ear import Ear, instead_of_models, talk, word_of
+from tiny_sound import speak, write_wav
 
 
 @pytest.fixture(autouse=True)
@@ -24,17 +23,9 @@ def ears(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> list[Ear]:
     """The ears that were made, for tests without the real model."""
-    made: list[Ear] = []
-
-    def ear(**options: str) -> Ear:
-        made.append(Ear(**options))
-        return made[-1]
-
-    if request.node.get_closest_marker("model") is None:
-        monkeypatch.setenv("NARROWS_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setitem(BACKENDS._targets, "transcript", ear)
-        monkeypatch.setattr(listen, "Silero", lambda: loud)
-    return made
+    if request.node.get_closest_marker("model"):
+        return []
+    return instead_of_models(monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture
