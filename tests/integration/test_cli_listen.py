@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from narrows.retrieve.audio import RATE
-from tiny_ear import instead_of_models, talk
+from narrows.retrieve.audio import RATE, read_audio
+from tiny_ear import instead_of_models, talk, word_of
 from tiny_sound import write_wav
 
 Run = Callable[..., tuple[int, str, str]]
@@ -50,6 +50,9 @@ def test_index_then_search(run: Run, talk_file: str, silent_file: str, tmp_path:
     assert row["hits"][0]["text"] == "the bridge"
     assert row["hits"][0]["name"] == talk_file
     assert row["hits"][0]["start"] == pytest.approx(73.5, abs=0.3)
+    best = tmp_path / "best.wav"
+    run("listen", "search", out, "Where is the bridge?", "--play", str(best))
+    assert word_of(np.concatenate(list(read_audio(best)))) == "bridge"
     code, said, told = run("listen", "search", out, "zebra", "--mode", "words")
     assert (code, said) == (0, "")
     assert "nothing found" in told
@@ -92,6 +95,7 @@ def test_ask_takes_recordings_and_documents_together(
         (["listen", "search", "OUT", "why"], "there is no speech index"),
         (["listen", "search", "INDEX", " "], "question is empty"),
         (["listen", "search", "INDEX", "why", "-k", "0"], "at least 1"),
+        (["listen", "search", "INDEX", "why", "--play", "no/folder/a.wav"], "cannot write"),
         (["listen", "search", "INDEX", "why", "--mode", "x"], "known: fused"),
         (["ask", "why", "--audio", "missing.wav"], "missing.wav"),
         (["ask", "why", "--audio", "TEXT"], "is no sound"),

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from narrows.cli.options import AsJson, stderr, write
+from narrows.cli.options import AsJson, check_places, stderr, write
 
 app = typer.Typer(help="Hear recordings once, ask what was said in them.", no_args_is_help=True)
 
@@ -58,13 +58,21 @@ def search(
     question: Annotated[str, typer.Argument(help="What to find.")],
     k: Annotated[int, typer.Option("-k", help="Most clips to show.")] = 5,
     mode: Annotated[str, typer.Option(help="fused, vectors or words.")] = "fused",
+    play: Annotated[
+        Path | None, typer.Option(help="Write the sound of the best clip here, as WAV.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show where in the recordings a question is answered, the best clip first."""
     from narrows.listen import at
     from narrows.listen import search as find
+    from narrows.retrieve.audio import read_spans, write_wav
 
+    check_places(play)
     hits = find(index, question, k, mode=mode)
+    if play is not None and hits:
+        best = hits[0]
+        write_wav(play, read_spans(best.name, [(best.start, best.end)])[0])
     if as_json:
         rows = [asdict(hit) for hit in hits]
         write(json.dumps({"question": question, "hits": rows}, ensure_ascii=False) + "\n")

@@ -6,6 +6,7 @@ decided by its bytes and never by its name, and only files of sound are opened.
 
 from __future__ import annotations
 
+import wave as wave_file
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from narrows.errors import ConfigError, InputError
+from narrows.files import replacing
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -89,6 +91,17 @@ def read_spans(path: str | Path, spans: Sequence[tuple[float, float]]) -> list[W
         if position >= last:
             break
     return [np.concatenate(part) for part in parts]
+
+
+def write_wav(path: Path, wave: Wave) -> None:
+    """Write a WAV of 16-bit samples, louder ones than that holds cut off. Raises InputError if the
+    disk refuses."""
+    samples = np.round(np.clip(wave, -1, 1) * 32_767).astype("<i2")
+    with replacing(path) as beside, wave_file.open(str(beside), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(samples.tobytes())
 
 
 @contextmanager

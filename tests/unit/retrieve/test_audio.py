@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import tracemalloc
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from narrows.errors import InputError
 from narrows.retrieve.audio import RATE, read_audio, read_spans, seconds_of
+from narrows.retrieve.audio import write_wav as write_sound
 from tiny_sound import CODECS, encode, tone, write_float_wav, write_wav
 
 
@@ -161,6 +164,24 @@ def test_without_the_package_it_says_what_to_install(tmp_path: Path) -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout == "ConfigError reading sound needs av: pip install 'narrows[listen]'\n"
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    write_sound(path, 3 * tone(1))
+    np.testing.assert_allclose(whole(path), np.clip(3 * tone(1), -1, 1), atol=1e-4)
+
+
+@pytest.mark.data
+def test_digits_said_over_the_telephone(data_folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(data_folder / "fsdd" / "recordings.tar.gz") as archive:
+        members = [m for m in archive.getmembers() if m.name.endswith(".wav")][:5]
+        archive.extractall(tmp_path, members, filter="data")
+    for member in members:
+        with wave.open(str(tmp_path / member.name)) as file:
+            seconds = file.getnframes() / file.getframerate()
+            assert file.getframerate() == 8_000
+        assert len(whole(tmp_path / member.name)) / RATE == pytest.approx(seconds, abs=0.01)
 
 
 @pytest.mark.data
