@@ -176,5 +176,7 @@ def _hear(
 
 def _written(file: Path, hits: Sequence[Hit]) -> list[str]:
     """What the recogniser that writes best makes of the clips."""
+    if not hits:
+        return []
     waves = read_spans(file, [(hit.start, hit.end) for hit in hits])
-    return [transcript.text for transcript in Transcriber.load()(waves)] if hits else []
+    return [transcript.text for transcript in Transcriber.load()(waves)]
