@@ -90,7 +90,7 @@ def test_ask_takes_recordings_and_documents_together(
         (["listen", "index", "missing.wav", "-o", "OUT"], "missing.wav cannot be read"),
         (["listen", "index", "TEXT", "-o", "OUT"], "is no sound"),
         (["listen", "index", "TALK", "-o", "TEXT"], "cannot make the index"),
-        (["listen", "index", "TALK", "-o", "OUT", "--backend", "x"], "known: transcript"),
+        (["listen", "index", "TALK", "-o", "OUT", "--backend", "x"], "unknown listening backend"),
         (["listen", "index", "TALK", "-o", "OUT", "--window", "99"], "a window must be"),
         (["listen", "search", "OUT", "why"], "there is no speech index"),
         (["listen", "search", "INDEX", " "], "question is empty"),
