@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -64,38 +65,69 @@ def index(
     for file in files:
         seconds_of(file)  # what cannot be opened is told before anything is heard
     folder = Path(out)
-    found = SpeechIndex.open(folder) if (folder / HEADER).exists() else None
-    spec = backend or (found.origin.backend if found else DEFAULT_BACKEND)
-    ear = build(BACKENDS, spec)
-    made = found or SpeechIndex.create(folder, Origin(spec, ear.hears, ear.encodes))
-    made.check(ear.hears, ear.encodes)
-    for file in files:
-        digest = sha256(Path(file))
-        if digest not in made:
-            made.add(_hear(Path(file), digest, ear, window, on_heard))
-        elif on_heard:
-            on_heard(next(e.seconds for e in made.entries if e.digest == digest))
-    return made
+    spec = backend or DEFAULT_BACKEND
+    if backend is None and (folder / HEADER).exists():
+        spec = SpeechIndex.open(folder).origin.backend
+    return _grown(folder, files, spec, build(BACKENDS, spec), window, on_heard)
 
 
 class Listener:
     """Finds the clips of ``recordings`` that answer questions; ``backend`` has heard them."""
 
     def __init__(self, recordings: Sequence[Recording], backend: Backend) -> None:
+        self._recordings = recordings
         self._clips = SpeechSearch(recordings)
         self._backend = backend
 
     @classmethod
     def open(cls, index: str | Path) -> Listener:
-        """Of all that an index holds. Raises as ``search``."""
+        """To all that an index holds. Raises as ``search``."""
         found = SpeechIndex.open(Path(index))
         backend = build(BACKENDS, found.origin.backend)
         found.check(None, backend.encodes)
         return cls(list(found.recordings()), backend)
 
+    @classmethod
+    def hear(
+        cls,
+        files: Sequence[str | Path],
+        *,
+        backend: str = DEFAULT_BACKEND,
+        on_heard: Callable[[float], None] | None = None,
+    ) -> Listener:
+        """To recordings, each heard once: its index stays in the cache. See ``index`` for the
+        arguments and what is raised."""
+        for file in files:
+            seconds_of(file)
+        ear = build(BACKENDS, backend)
+        made_by = hashlib.sha256(f"{ear.hears} {ear.encodes}".encode()).hexdigest()[:16]
+        recordings = []
+        for file in files:
+            place = cache_dir() / "listen" / f"{sha256(Path(file))[:16]}-{made_by}"
+            (heard,) = _grown(place, [file], backend, ear, None, on_heard).recordings()
+            recordings.append(replace(heard, name=os.path.abspath(file)))  # it may have moved
+        return cls(recordings, ear)
+
     def search(self, question: str, k: int = 5, *, mode: str = "fused") -> list[Hit]:
         """See ``SpeechSearch.search``."""
         return self._clips.search(question, self._backend.embed(question), k, mode=mode)
+
+    def passages(self, question: str, k: int = PASSAGES) -> list[tuple[Document, float]]:
+        """The ``k`` best clips, in the order they were said, as documents called
+        ``NAME START-END``, each with its score. Raises as ``search``, and as ``read_audio`` where
+        the backend's text is not fit to be read and the recordings are needed again."""
+        hits = self.search(question, k)
+        documents: list[tuple[Document, float]] = []
+        for recording in self._recordings:
+            file = Path(recording.name)
+            chosen = sorted((h for h in hits if h.name == recording.name), key=lambda h: h.clip)
+            texts = [h.text for h in chosen] if self._backend.verbatim else _written(file, chosen)
+            documents += [
+                (Document(f"{file.name} {at(hit.start)}-{at(hit.end)}", text), hit.score)
+                for hit, text in zip(chosen, texts, strict=True)
+                if text
+            ]
+        return documents
 
 
 def search(index: str | Path, question: str, k: int = 5, *, mode: str = "fused") -> list[Hit]:
@@ -108,42 +140,34 @@ def search(index: str | Path, question: str, k: int = 5, *, mode: str = "fused")
     return Listener.open(index).search(question, k, mode=mode)
 
 
-def passages(
-    question: str,
-    files: Sequence[str | Path],
-    *,
-    k: int = PASSAGES,
-    backend: str = DEFAULT_BACKEND,
-) -> list[tuple[Document, float]]:
-    """What is said about a question in recordings: the ``k`` best clips, in the order they were
-    said, as documents called ``NAME START-END``, each with its score. Each recording is heard
-    once; its index stays in the cache. Raises as ``index`` and ``search``.
-    """
-    ear = build(BACKENDS, backend)
-    made_by = hashlib.sha256(f"{ear.hears} {ear.encodes}".encode()).hexdigest()[:16]
-    heard: dict[Path, Recording] = {}
-    for file in map(Path, files):
-        seconds_of(file)  # what cannot be opened is told before it is read
-        place = cache_dir() / "listen" / f"{sha256(file)[:16]}-{made_by}"
-        heard[file] = next(index([file], place, backend=backend).recordings())
-    hits = Listener(list(heard.values()), ear).search(question, k)
-    documents: list[tuple[Document, float]] = []
-    for file, recording in heard.items():
-        chosen = sorted((h for h in hits if h.digest == recording.digest), key=lambda h: h.clip)
-        texts = [h.text for h in chosen] if ear.verbatim else _written(file, chosen)
-        documents += [
-            (Document(f"{file.name} {at(hit.start)}-{at(hit.end)}", text), hit.score)
-            for hit, text in zip(chosen, texts, strict=True)
-            if text
-        ]
-    return documents
-
-
 def at(seconds: float) -> str:
     """A time in a recording: ``12:31``, or ``1:12:31``."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _grown(
+    folder: Path,
+    files: Sequence[str | Path],
+    spec: str,
+    ear: Backend,
+    window: float | None,
+    on_heard: Callable[[float], None] | None,
+) -> SpeechIndex:
+    """The index in ``folder``, made if there is none, with those recordings in it."""
+    if (folder / HEADER).exists():
+        made = SpeechIndex.open(folder)
+        made.check(ear.hears, ear.encodes)
+    else:
+        made = SpeechIndex.create(folder, Origin(spec, ear.hears, ear.encodes))
+    for file in files:
+        digest = sha256(Path(file))
+        if digest not in made:
+            made.add(_hear(Path(file), digest, ear, window, on_heard))
+        elif on_heard:
+            on_heard(next(e.seconds for e in made.entries if e.digest == digest))
+    return made
 
 
 def _hear(

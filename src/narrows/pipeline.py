@@ -18,7 +18,7 @@ from narrows.compression import METHODS, make_compressor
 from narrows.config import SamplingParams
 from narrows.contracts import Completion, Document, Span
 from narrows.errors import BudgetError, ConfigError, InputError
-from narrows.listen import passages
+from narrows.listen import Listener
 from narrows.retrieve.documents import read_documents
 from narrows.retrieve.passages import Passage, split_passages
 from narrows.retrieve.rank import RANKERS, Ranker
@@ -102,6 +102,7 @@ def ask(
     *,
     documents: Sequence[Document] = (),
     audio: Sequence[str] = (),
+    listener: Listener | None = None,
     budget: int | None = None,
     method: str = "rank",
     ranker: str = "bm25",
@@ -118,6 +119,7 @@ def ask(
         documents: texts already read.
         audio: recordings. What is said there about the question is read like documents whose
             names are the recording's and the time, such as ``"talk.mp3 12:31-12:58"``.
+        listener: recordings already heard, instead of ``audio``.
         budget: most tokens of document text the model is given; None for what its window takes.
         method: how a text beyond the budget is cut down: ``"rank"`` (best passages),
             a compression method over everything (``"dac"``), both (``"rank+dac"``), or ``"none"``.
@@ -136,11 +138,11 @@ def ask(
     savings = Savings()
     clock = _Clock(savings.seconds)
     heard: dict[str, float] = {}
-    if audio:
+    if audio or listener:
         with clock("listen"):
-            said = passages(question, audio)
+            said = (listener or Listener.hear(audio)).passages(question)
         if not (said or docs or documents):
-            raise InputError(f"no speech found in {', '.join(audio)}")
+            raise InputError("no speech found in the recordings; give others, or documents")
         heard = {document.name: score for document, score in said}
         documents = [*documents, *(document for document, _ in said)]
     with clock("read"):

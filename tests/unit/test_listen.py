@@ -116,7 +116,7 @@ def test_silence_is_in_the_index_and_never_found(tmp_path: Path) -> None:
     made = listen.index([path], tmp_path / "talks")
     assert [entry.clips for entry in made.entries] == [0]
     assert listen.search(tmp_path / "talks", "bread") == []
-    assert listen.passages("bread", [path]) == []
+    assert listen.Listener.hear([path]).passages("bread") == []
 
 
 def test_an_index_keeps_to_what_made_it(talks: list[str], tmp_path: Path, ears: list[Ear]) -> None:
@@ -150,7 +150,7 @@ def test_times_are_read_by_people(seconds: float, told: str) -> None:
 def test_passages_are_clips_in_the_order_they_were_said(
     talks: list[str], tmp_path: Path, ears: list[Ear]
 ) -> None:
-    given = listen.passages("Bridge or penguin?", talks, k=3)
+    given = listen.Listener.hear(talks).passages("Bridge or penguin?", 3)
     assert [document.name for document, _ in given] == [
         "a.wav 0:03-0:04",
         "b.wav 0:00-0:01",
@@ -159,7 +159,7 @@ def test_passages_are_clips_in_the_order_they_were_said(
     assert [document.text for document, _ in given] == ["the bridge", "the penguin", "the bridge"]
     assert all(score > 0 for _, score in given)
     assert sum(ear.clips for ear in ears) == 5
-    assert listen.passages("Bridge or penguin?", talks, k=3) == given
+    assert listen.Listener.hear(talks).passages("Bridge or penguin?", 3) == given
     assert sum(ear.clips for ear in ears) == 5  # heard once
 
 
@@ -176,7 +176,7 @@ def test_hits_of_a_backend_that_spells_badly_are_transcribed(
         return write
 
     monkeypatch.setattr(Transcriber, "load", load)
-    given = listen.passages("bridge", talks, k=2, backend="transcript:verbatim=no")
+    given = listen.Listener.hear(talks, backend="transcript:verbatim=no").passages("bridge", 2)
     assert [document.text for document, _ in given] == ["The bridge!"] * 2
     assert len(asked) == 2
     assert max(asked) < 1.5 * RATE

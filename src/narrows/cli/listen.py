@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +24,19 @@ Backend = Annotated[
 ]
 
 
+@contextmanager
+def hearing(files: Sequence[str]) -> Iterator[Callable[[float], None]]:
+    """A bar on a terminal, to be told of the seconds of the files that were heard. Raises
+    InputError for a file that cannot be opened."""
+    from narrows.bench.progress import Progress
+    from narrows.retrieve.audio import seconds_of
+
+    lengths = [seconds_of(file) or 0.0 for file in files]
+    with Progress("hearing", visible=sys.stderr.isatty()) as bar:
+        bar.expect(sum(lengths))
+        yield bar.advance
+
+
 @app.command("index")
 def index(
     files: Annotated[list[str], typer.Argument(help="WAV, FLAC, MP3, Ogg, M4A and the like.")],
@@ -32,15 +47,11 @@ def index(
     ] = None,
 ) -> None:
     """Hear recordings and put them into an index. What it holds is not heard again."""
-    from narrows.bench.progress import Progress
     from narrows.listen import at
     from narrows.listen import index as hear
-    from narrows.retrieve.audio import seconds_of
 
-    lengths = [seconds_of(file) or 0.0 for file in files]
-    with Progress("hearing", visible=sys.stderr.isatty()) as bar:
-        bar.expect(sum(lengths))
-        made = hear(files, out, backend=backend, window=window, on_heard=bar.advance)
+    with hearing(files) as on_heard:
+        made = hear(files, out, backend=backend, window=window, on_heard=on_heard)
     for entry in made.entries:
         if not entry.clips:
             stderr.print(f"[dim]no speech found in {escape(entry.name)}[/dim]")

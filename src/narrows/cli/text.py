@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from narrows.cli.listen import hearing
 from narrows.cli.options import (
     DEFAULT_MODEL,
     AsJson,
@@ -32,6 +33,7 @@ CITED = 3
 """Sources named behind an answer from recordings, best first; --json has them all."""
 
 if TYPE_CHECKING:
+    from narrows.listen import Listener
     from narrows.llm import LLM
     from narrows.pipeline import Answer
 
@@ -77,21 +79,19 @@ def ask(
 ) -> None:
     """Answer a question from documents and recordings of any length, and say what was saved."""
     from narrows.pipeline import ask as answer_question
-    from narrows.retrieve.audio import seconds_of
     from narrows.retrieve.documents import read_documents
 
     params = _params(max_tokens, temperature, top_p, seed)
     if not question.strip():
         raise InputError("the question is empty; say what to answer")
     documents = read_documents(doc or [])  # before the model is loaded, which takes longer
-    for recording in audio or ():
-        seconds_of(recording)  # so is what cannot be opened
+    listener = _listener(audio) if audio else None
     llm = _load(model, cache, draft, dtype, device)
     answer = answer_question(
         llm,
         question,
         documents=documents,
-        audio=audio or [],
+        listener=listener,
         budget=budget,
         method=method,
         ranker=ranker,
@@ -106,6 +106,13 @@ def ask(
         best = sorted(answer.sources, key=lambda source: -(source.score or 0.0))[:CITED]
         stderr.print(escape(f"\nfrom {', '.join(source.document for source in best)}"))
     _print_savings(answer)
+
+
+def _listener(audio: list[str]) -> Listener:
+    from narrows.listen import Listener
+
+    with hearing(audio) as on_heard:
+        return Listener.hear(audio, on_heard=on_heard)
 
 
 def _print_savings(answer: Answer) -> None:
