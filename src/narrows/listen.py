@@ -34,8 +34,8 @@ DEFAULT_BACKEND = "transcript"
 BATCH = 8
 """Clips that are held and heard together."""
 
-PASSAGES = 8
-"""Clips an answer is given from, a minute or two of speech."""
+PASSAGES = 3
+"""Clips an answer is given from, up to a minute and a half of speech."""
 
 
 def index(
