@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from narrows.cli.listen import hearing
 from narrows.cli.options import (
     DEFAULT_MODEL,
     AsJson,
@@ -27,7 +29,11 @@ from narrows.cli.options import (
 )
 from narrows.errors import InputError
 
+CITED = 3
+"""Sources named behind an answer from recordings, best first; --json has them all."""
+
 if TYPE_CHECKING:
+    from narrows.listen import Listener
     from narrows.llm import LLM
     from narrows.pipeline import Answer
 
@@ -50,6 +56,9 @@ def ask(
         list[str] | None,
         typer.Option("--doc", "-d", help="Text, Markdown, HTML or PDF; - for standard input."),
     ] = None,
+    audio: Annotated[
+        list[str] | None, typer.Option("--audio", "-a", help="A recording. Repeatable.")
+    ] = None,
     budget: Annotated[
         int | None, typer.Option(help="Most document tokens given to the model.")
     ] = None,
@@ -68,7 +77,7 @@ def ask(
     seed: Seed = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a question from documents of any length, and say what was saved."""
+    """Answer a question from documents and recordings of any length, and say what was saved."""
     from narrows.pipeline import ask as answer_question
     from narrows.retrieve.documents import read_documents
 
@@ -76,11 +85,13 @@ def ask(
     if not question.strip():
         raise InputError("the question is empty; say what to answer")
     documents = read_documents(doc or [])  # before the model is loaded, which takes longer
+    listener = _listener(audio) if audio else None
     llm = _load(model, cache, draft, dtype, device)
     answer = answer_question(
         llm,
         question,
         documents=documents,
+        listener=listener,
         budget=budget,
         method=method,
         ranker=ranker,
@@ -91,7 +102,17 @@ def ask(
         write(json.dumps(answer.to_dict(), ensure_ascii=False) + "\n")
         return
     write("\n")
+    if audio:
+        best = sorted(answer.sources, key=lambda source: -(source.score or 0.0))[:CITED]
+        stderr.print(escape(f"\nfrom {', '.join(source.document for source in best)}"))
     _print_savings(answer)
+
+
+def _listener(audio: list[str]) -> Listener:
+    from narrows.listen import Listener
+
+    with hearing(audio) as on_heard:
+        return Listener.hear(audio, on_heard=on_heard)
 
 
 def _print_savings(answer: Answer) -> None:

@@ -1,0 +1,206 @@
+"""Asking recordings: what is said in them is heard once, and then found by questions.
+
+>>> from narrows import listen
+>>> listen.index(["lecture.mp3"], "lectures")
+>>> for hit in listen.search("lectures", "When was the bridge opened?"):
+...     print(hit.name, listen.at(hit.start), hit.text)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from narrows.contracts import Document
+from narrows.model.fetch import sha256
+from narrows.model.hub import cache_dir
+from narrows.registry import build
+from narrows.retrieve.audio import RATE, Wave, read_audio, read_spans, seconds_of
+from narrows.retrieve.clips import cut
+from narrows.retrieve.hearing import BACKENDS, Backend, Heard
+from narrows.retrieve.speech_index import HEADER, Origin, Recording, SpeechIndex
+from narrows.retrieve.speech_search import Hit, SpeechSearch
+from narrows.retrieve.transcribe import Transcriber
+from narrows.retrieve.voice import Silero
+
+DEFAULT_BACKEND = "transcript"
+
+BATCH = 8
+"""Clips that are held and heard together."""
+
+PASSAGES = 3
+"""Clips an answer is given from, up to a minute and a half of speech."""
+
+
+def index(
+    files: Sequence[str | Path],
+    out: str | Path,
+    *,
+    backend: str | None = None,
+    window: float | None = None,
+    on_heard: Callable[[float], None] | None = None,
+) -> SpeechIndex:
+    """Hear recordings and put them into the index in folder ``out``.
+
+    An index that is there grows: a recording it holds, by the sha256 of its file, is not heard
+    again; one whose file has changed takes the place of what it was. Each is in the index once it
+    has been heard to its end, so that an interrupted run can be started again.
+
+    Args:
+        files: recordings of any length; see ``narrows.retrieve.audio``.
+        out: the index's folder.
+        backend: a spec of BACKENDS; None for the index's own, or DEFAULT_BACKEND for a new one.
+        window: cut clips of so many seconds; None cuts at pauses.
+        on_heard: called with seconds of sound as they are read.
+
+    Raises InputError for a file or index that cannot be used, ConfigError for an option that
+    cannot be, or an index that another backend made, ModelError.
+    """
+    for file in files:
+        seconds_of(file)  # what cannot be opened is told before anything is heard
+    folder = Path(out)
+    spec = backend or DEFAULT_BACKEND
+    if backend is None and (folder / HEADER).exists():
+        spec = SpeechIndex.open(folder).origin.backend
+    return _grown(folder, files, spec, build(BACKENDS, spec), window, on_heard)
+
+
+class Listener:
+    """Finds the clips of ``recordings`` that answer questions; ``backend`` has heard them."""
+
+    def __init__(self, recordings: Sequence[Recording], backend: Backend) -> None:
+        self._recordings = recordings
+        self._clips = SpeechSearch(recordings)
+        self._backend = backend
+
+    @classmethod
+    def open(cls, index: str | Path) -> Listener:
+        """To all that an index holds. Raises as ``search``."""
+        found = SpeechIndex.open(Path(index))
+        backend = build(BACKENDS, found.origin.backend)
+        found.check(None, backend.encodes)
+        return cls(list(found.recordings()), backend)
+
+    @classmethod
+    def hear(
+        cls,
+        files: Sequence[str | Path],
+        *,
+        backend: str = DEFAULT_BACKEND,
+        on_heard: Callable[[float], None] | None = None,
+    ) -> Listener:
+        """To recordings, each heard once: its index stays in the cache. See ``index`` for the
+        arguments and what is raised."""
+        for file in files:
+            seconds_of(file)
+        ear = build(BACKENDS, backend)
+        made_by = hashlib.sha256(f"{ear.hears} {ear.encodes}".encode()).hexdigest()[:16]
+        recordings = []
+        for file in files:
+            place = cache_dir() / "listen" / f"{sha256(Path(file))[:16]}-{made_by}"
+            (heard,) = _grown(place, [file], backend, ear, None, on_heard).recordings()
+            recordings.append(replace(heard, name=os.path.abspath(file)))  # it may have moved
+        return cls(recordings, ear)
+
+    def search(self, question: str, k: int = 5, *, mode: str = "fused") -> list[Hit]:
+        """See ``SpeechSearch.search``."""
+        return self._clips.search(question, self._backend.embed(question), k, mode=mode)
+
+    def passages(self, question: str, k: int = PASSAGES) -> list[tuple[Document, float]]:
+        """The ``k`` best clips, in the order they were said, as documents called
+        ``NAME START-END``, each with its score. Raises as ``search``, and as ``read_audio`` where
+        the backend's text is not fit to be read and the recordings are needed again."""
+        hits = self.search(question, k)
+        documents: list[tuple[Document, float]] = []
+        for recording in self._recordings:
+            file = Path(recording.name)
+            chosen = sorted((h for h in hits if h.name == recording.name), key=lambda h: h.clip)
+            texts = [h.text for h in chosen] if self._backend.verbatim else _written(file, chosen)
+            documents += [
+                (Document(f"{file.name} {at(hit.start)}-{at(hit.end)}", text), hit.score)
+                for hit, text in zip(chosen, texts, strict=True)
+                if text
+            ]
+        return documents
+
+
+def search(index: str | Path, question: str, k: int = 5, *, mode: str = "fused") -> list[Hit]:
+    """The ``k`` best clips of an index, best first; see ``SpeechSearch.search`` for ``mode``. For
+    many questions, keep a Listener.
+
+    Raises InputError for an empty question or an index that cannot be read, ConfigError for an
+    option that cannot be or an index of another encoder, ModelError.
+    """
+    return Listener.open(index).search(question, k, mode=mode)
+
+
+def at(seconds: float) -> str:
+    """A time in a recording: ``12:31``, or ``1:12:31``."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _grown(
+    folder: Path,
+    files: Sequence[str | Path],
+    spec: str,
+    ear: Backend,
+    window: float | None,
+    on_heard: Callable[[float], None] | None,
+) -> SpeechIndex:
+    """The index in ``folder``, made if there is none, with those recordings in it."""
+    if (folder / HEADER).exists():
+        made = SpeechIndex.open(folder)
+        made.check(ear.hears, ear.encodes)
+    else:
+        made = SpeechIndex.create(folder, Origin(spec, ear.hears, ear.encodes))
+    for file in files:
+        digest = sha256(Path(file))
+        if digest not in made:
+            made.add(_hear(Path(file), digest, ear, window, on_heard))
+        elif on_heard:
+            on_heard(next(e.seconds for e in made.entries if e.digest == digest))
+    return made
+
+
+def _hear(
+    file: Path,
+    digest: str,
+    ear: Backend,
+    window: float | None,
+    on_heard: Callable[[float], None] | None,
+) -> Recording:
+    """All clips of a recording, heard a few at a time."""
+    samples = 0
+
+    def blocks() -> Iterator[Wave]:
+        nonlocal samples
+        for block in read_audio(file):
+            samples += len(block)
+            if on_heard:
+                on_heard(len(block) / RATE)
+            yield block
+
+    clips = cut(blocks(), Silero(), window=window)
+    times: list[tuple[float, float]] = []
+    heard: list[Heard] = []
+    while batch := list(islice(clips, BATCH)):
+        heard += ear.hear([clip.wave for clip in batch])
+        times += [(clip.start, clip.end) for clip in batch]
+    array = np.array(times).reshape(-1, 2)
+    return Recording(digest, os.path.abspath(file), samples / RATE, array, heard)
+
+
+def _written(file: Path, hits: Sequence[Hit]) -> list[str]:
+    """What the recogniser that writes best makes of the clips."""
+    if not hits:
+        return []
+    waves = read_spans(file, [(hit.start, hit.end) for hit in hits])
+    return [transcript.text for transcript in Transcriber.load()(waves)]
