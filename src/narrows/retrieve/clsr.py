@@ -318,13 +318,23 @@ class Clsr:
         return self.recogniser.recognise([self.speech.encode(wave) for wave in waves])
 
     def written(self, heard: Heard) -> str:
-        """Its pieces as words, in lower case and without punctuation."""
-        pieces = self.text.tokenizer.convert_ids_to_tokens(heard.ids)
-        return " ".join(pieces).replace(" ##", "")
+        """See ``written``."""
+        return written(heard.ids, self.text)
 
     def embed(self, heard: Sequence[Heard]) -> NDArray[np.float32]:
-        """Unit vectors ``[len(heard), width]``: what the text encoder makes of the same words. A
-        clip in which nothing was said has the vector 0."""
-        vectors = self.text.embed_pieces([one.ids for one in heard])
-        vectors[[not one.ids for one in heard]] = 0.0
-        return vectors
+        """See ``embedded``."""
+        return embedded([one.ids for one in heard], self.text)
+
+
+def written(ids: Sequence[int], text: Embedder) -> str:
+    """Word pieces of ``text`` as words, in lower case and without punctuation."""
+    pieces = text.tokenizer.convert_ids_to_tokens(list(ids))
+    return " ".join(pieces).replace(" ##", "")
+
+
+def embedded(clips: Sequence[Sequence[int]], text: Embedder) -> NDArray[np.float32]:
+    """Unit vectors ``[len(clips), width]`` of word pieces: what ``text`` makes of the same words. A
+    clip in which nothing was said has the vector 0."""
+    vectors = text.embed_pieces(clips)
+    vectors[[not ids for ids in clips]] = 0.0
+    return vectors
