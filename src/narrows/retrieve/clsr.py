@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import dropout, scaled_dot_product_attention
+from torch.nn.functional import dropout, linear, scaled_dot_product_attention
 
 from narrows.config import Settings
 from narrows.errors import ConfigError, ModelError
@@ -114,12 +114,10 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.width, config.inner)
         self.norm = nn.LayerNorm(config.inner)
         self.down = nn.Linear(config.inner, config.width, bias=False)
-        self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., width]`` -> ``[..., width]``."""
-        inner = dropout(self.up(x).relu(), self.dropout, self.training)
-        return self.down(self.norm(inner))  # type: ignore[no-any-return]
+        return self.down(self.norm(self.up(x).relu()))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -228,7 +226,7 @@ class Recogniser(nn.Module):
 
     def scores(self, x: Tensor) -> Tensor:
         """Float32 scores of all pieces, special ones too, ``[R, vocab]``."""
-        return (x @ self.table.T.to(x.dtype)).float() * self.scale + self.bias
+        return linear(x * self.scale, self.table, self.bias).float()
 
     @torch.inference_mode()
     def recognise(self, states: Sequence[Tensor]) -> list[Heard]:
