@@ -8,6 +8,7 @@ what it was made from and which files it consists of.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -88,6 +89,15 @@ def known_models() -> list[ModelInfo]:
         )
         for entry in CATALOG.values()
     ]
+
+
+def revision(folder: Path) -> str:
+    """Sixteen hexadecimal digits of what the files in a model's folder hold."""
+    told = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != MARKER:
+            told.update(f"{path.name} {fetch.sha256(path)} ".encode())
+    return told.hexdigest()[:16]
 
 
 def cache_dir() -> Path:

@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, NamedTuple, Self
 
@@ -31,10 +32,15 @@ from torch.nn.functional import dropout, linear, scaled_dot_product_attention
 
 from narrows.config import Settings
 from narrows.errors import ConfigError, ModelError
+from narrows.model import hub
 from narrows.model.saved import load_config, load_module, save_module
+from narrows.retrieve.audio import RATE, Wave
 from narrows.retrieve.cif import Fired, Tail, fire, spans
-from narrows.retrieve.rank import Embedder
+from narrows.retrieve.clips import LEAST_S
+from narrows.retrieve.hearing import Heard
+from narrows.retrieve.rank import ENCODER, Embedder, checked_question
 from narrows.retrieve.speech_encoder import STATE_SECONDS, SpeechEncoder
+from narrows.retrieve.transcribe import RECOGNISER
 
 WEIGHTS, NAME = "clsr.safetensors", "recogniser"
 STRIDE = 2
@@ -63,8 +69,8 @@ class ClsrConfig(Settings):
     kernel: Annotated[int, Field(ge=1)] = 11
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     tail: Tail = "zero_frame"
-    speech_encoder: str = "whisper-base"
-    text_encoder: str = "all-minilm-l6-v2"
+    speech_encoder: str = RECOGNISER
+    text_encoder: str = ENCODER
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -79,7 +85,8 @@ class ClsrConfig(Settings):
 class Pieces:
     """The word pieces of a text encoder: ``table`` float32 ``[vocab, width]`` embeds them,
     ``special`` bool ``[vocab]`` marks those that are never spoken (``[PAD]``, ``[unused1]``, ...),
-    ``digest`` tells vocabularies apart, id for id."""
+    ``digest`` tells vocabularies apart, id for id, and tables: a recogniser writes by the one it
+    was trained with, though what it wrote can be embedded by any encoder of the same pieces."""
 
     table: Tensor
     special: Tensor
@@ -90,11 +97,12 @@ class Pieces:
         """The encoder's own."""
         ids = encoder.tokenizer.get_vocab()
         named = sorted(ids, key=lambda piece: ids[piece])
-        digest = hashlib.sha256("\n".join(f"{ids[p]} {p}" for p in named).encode()).hexdigest()
         table = encoder.model.embeddings.word_embeddings.weight.detach().float()
+        digest = hashlib.sha256("\n".join(f"{ids[p]} {p}" for p in named).encode())
+        digest.update(table.cpu().numpy().tobytes())
         special = torch.ones(len(table), dtype=torch.bool)
         special[[ids[p] for p in named if not re.fullmatch(r"\[.+\]", p)]] = False
-        return cls(table, special.to(table.device), digest[:16])
+        return cls(table, special.to(table.device), digest.hexdigest()[:16])
 
 
 class Memory(NamedTuple):
@@ -170,7 +178,7 @@ class Recogniser(nn.Module):
         ):
             raise ConfigError(
                 "this recogniser writes the word pieces of another text encoder; take the one of "
-                f"its config ({config.text_encoder}) or one of the same vocabulary and width"
+                f"its config, {config.text_encoder}"
             )
         self.config = config
         self.register_buffer("table", pieces.table, persistent=False)
@@ -229,24 +237,24 @@ class Recogniser(nn.Module):
         return linear(x * self.scale, self.table, self.bias).float()
 
     @torch.inference_mode()
-    def recognise(self, states: Sequence[Tensor]) -> list[Heard]:
+    def recognise(self, states: Sequence[Tensor]) -> list[Written]:
         """What is said in clips of states ``[T, state_size]``, all word pieces of a clip at once,
         as many as its own weights fire. A clip's result does not depend on its neighbours beyond
         rounding."""
         assert not self.training
         order = sorted(range(len(states)), key=lambda i: len(states[i]))
-        found: dict[int, Heard] = {}
+        found: dict[int, Written] = {}
         for first in range(0, len(order), BATCH):
             chosen = order[first : first + BATCH]
             found |= zip(chosen, self._recognise([states[i] for i in chosen]), strict=True)
         return [found[i] for i in range(len(states))]
 
-    def _recognise(self, states: list[Tensor]) -> list[Heard]:
+    def _recognise(self, states: list[Tensor]) -> list[Written]:
         frames, real = self.frames(*padded(states, self.table.device))
         embeds, fired = self.fired(frames, real)
         counts: list[int] = fired.counts.tolist()
         if not any(counts):
-            return [Heard([], [], []) for _ in states]
+            return [Written([], [], []) for _ in states]
         x = self.decode(embeds, fired.counts, self.remember(frames, real))
         scores = self.scores(x).masked_fill_(self.special, -math.inf)
         ids = scores.argmax(1)
@@ -256,7 +264,7 @@ class Recogniser(nn.Module):
         parts = torch.split(ids, counts), torch.split(sure, counts), seconds.tolist()
         for own, chances, spanned in zip(*parts, strict=True):
             times = [(start, stop) for start, stop in spanned[: len(own)]]
-            heard.append(Heard(own.tolist(), times, chances.tolist()))
+            heard.append(Written(own.tolist(), times, chances.tolist()))
         return heard
 
     def save(self, folder: Path) -> None:
@@ -277,7 +285,7 @@ class Recogniser(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class Written:
     """What was recognised in a clip: ``ids`` of word pieces, and for each its ``times``, first and
     last second within the clip, and its probability ``sure``. All empty where nothing was said."""
 
@@ -296,35 +304,78 @@ def padded(
     return batch, torch.arange(batch.shape[1], device=device) < lengths[:, None]
 
 
-class Clsr:
-    """All three parts, as a speech index uses them: from the wave of a clip to its text, the ids
-    of its word pieces and its vector, beside those of questions."""
+class ClsrBackend:
+    """Searches what a recogniser reads into the pieces of its text encoder. See
+    ``hearing.Backend``.
 
-    def __init__(self, speech: SpeechEncoder, recogniser: Recogniser, text: Embedder) -> None:
-        self.speech, self.recogniser, self.text = speech, recogniser, text
+    Args:
+        folder: the recogniser's, loaded at first use with the encoders its config names.
 
-    @classmethod
-    def load(cls, folder: Path, *, threads: int = 0) -> Clsr:
-        """The recogniser in ``folder`` with the encoders its config names. Raises ModelError."""
-        config = load_config(folder, ClsrConfig, NAME)
-        text = Embedder.load(config.text_encoder, device="cpu")
-        recogniser = Recogniser.load(folder, Pieces.of(text))
-        return cls(SpeechEncoder.load(config.speech_encoder, threads=threads), recogniser, text)
+    Raises ModelError or ConfigError, when it is used.
+    """
 
-    def hear(self, waves: Sequence[NDArray[np.float32]]) -> list[Heard]:
-        """What is said in clips, see ``SpeechEncoder.encode`` for what they are."""
-        return self.recogniser.recognise([self.speech.encode(wave) for wave in waves])
+    verbatim = False
 
-    def written(self, heard: Heard) -> str:
-        """See ``written``."""
-        return written(heard.ids, self.text)
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
 
-    def embed(self, heard: Sequence[Heard]) -> NDArray[np.float32]:
-        """See ``embedded``."""
-        return embedded([one.ids for one in heard], self.text)
+    @cached_property
+    def config(self) -> ClsrConfig:
+        """The recogniser's."""
+        return load_config(self._folder, ClsrConfig, NAME)
+
+    @cached_property
+    def speech(self) -> SpeechEncoder:
+        """The speech encoder."""
+        return SpeechEncoder.load(self.config.speech_encoder)
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The text encoder."""
+        return Embedder.load(self.config.text_encoder)
+
+    @cached_property
+    def recogniser(self) -> Recogniser:
+        """What stands between the two."""
+        module = Recogniser.load(self._folder, Pieces.of(self.embedder))
+        return module.to(module.table.device)
+
+    @cached_property
+    def hears(self) -> str:
+        """See ``hearing.Backend``."""
+        encoder = self.config.speech_encoder
+        return f"{encoder} {hub.revision(hub.resolve(encoder))} {hub.revision(self._folder)}"
+
+    @cached_property
+    def encodes(self) -> str:
+        """See ``hearing.Backend``."""
+        encoder = self.config.text_encoder
+        return f"{encoder} {hub.revision(hub.resolve(encoder))}"
+
+    def write(self, waves: Sequence[Wave]) -> list[Written]:
+        """The pieces said in each clip, with their times. In a clip shorter than LEAST_S nothing
+        is said."""
+        long = [i for i, wave in enumerate(waves) if len(wave) >= LEAST_S * RATE]
+        made = self.recogniser.recognise([self.speech.encode(waves[i]) for i in long])
+        found = dict(zip(long, made, strict=True))
+        return [found.get(i, Written([], [], [])) for i in range(len(waves))]
+
+    def hear(self, waves: Sequence[Wave]) -> list[Heard]:
+        """See ``hearing.Backend``."""
+        pieces = [one.ids for one in self.write(waves)]
+        vectors = embedded(pieces, self.embedder)
+        return [
+            Heard(in_words(ids, self.embedder), np.array(ids, np.int32), vector)
+            for ids, vector in zip(pieces, vectors, strict=True)
+        ]
+
+    def embed(self, question: str) -> NDArray[np.float32]:
+        """See ``hearing.Backend``."""
+        vector: NDArray[np.float32] = self.embedder.embed([checked_question(question)])[0]
+        return vector
 
 
-def written(ids: Sequence[int], text: Embedder) -> str:
+def in_words(ids: Sequence[int], text: Embedder) -> str:
     """Word pieces of ``text`` as words, in lower case and without punctuation."""
     pieces = text.tokenizer.convert_ids_to_tokens(list(ids))
     return " ".join(pieces).replace(" ##", "")

@@ -18,6 +18,8 @@ from narrows.model import hub
 from narrows.model.pretrained import from_folder, weights_from_folder
 from narrows.registry import Registry
 
+ENCODER = "all-minilm-l6-v2"
+
 _WORD = regex.compile(
     r"(?V1)[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]"
     r"|[\w--[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]]+"
@@ -47,15 +49,23 @@ class BM25:
     def score(self, question: str, texts: Sequence[str]) -> NDArray[np.float64]:
         """See Ranker. The word statistics are those of ``texts``; a text that shares no word
         with the question scores 0."""
-        asked = words(_checked(question))
+        return self.over(texts)(question)
+
+    def over(self, texts: Sequence[str]) -> Callable[[str], NDArray[np.float64]]:
+        """``score`` for one question after the other about the same texts."""
         found = [words(text) for text in texts]
         known = {word for text in found for word in text}
-        asked = [word for word in asked if word in known]
-        if not asked:
-            return np.zeros(len(texts))
         index = bm25s.BM25(k1=self.k1, b=self.b, method="lucene")
-        index.index(found, show_progress=False)
-        return np.asarray(index.get_scores(asked), dtype=np.float64)
+        if known:
+            index.index(found, show_progress=False)
+
+        def score(question: str) -> NDArray[np.float64]:
+            asked = [word for word in words(checked_question(question)) if word in known]
+            if not asked:
+                return np.zeros(len(texts))
+            return np.asarray(index.get_scores(asked), dtype=np.float64)
+
+        return score
 
 
 class Embedder:
@@ -77,7 +87,7 @@ class Embedder:
         self.max_tokens = max_tokens
 
     @classmethod
-    def load(cls, name: str = "all-minilm-l6-v2", *, device: str | None = None) -> Embedder:
+    def load(cls, name: str = ENCODER, *, device: str | None = None) -> Embedder:
         """Load an encoder by name (see ``narrows.model.hub.resolve``); ``device`` None takes
         CUDA where there is one. Raises ModelError."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,7 +141,7 @@ class Embedder:
 
     def score(self, question: str, texts: Sequence[str]) -> NDArray[np.float64]:
         """See Ranker. Cosines, between -1 and 1."""
-        asked, *found = self.embed([_checked(question), *texts])
+        asked, *found = self.embed([checked_question(question), *texts])
         return np.array([vector @ asked for vector in found], dtype=np.float64)
 
 
@@ -142,7 +152,8 @@ RANKERS.add("bm25", BM25)
 RANKERS.add("minilm", Embedder.load)
 
 
-def _checked(question: str) -> str:
+def checked_question(question: str) -> str:
+    """The question. Raises InputError if there is none."""
     if not question.strip():
         raise InputError("the question is empty: say what to look for")
     return question

@@ -11,17 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from narrows.errors import ConfigError, InputError, ModelError, reason
 from narrows.model import hub
+from narrows.retrieve.audio import RATE, Wave
+from narrows.retrieve.clips import LONGEST_S
+from narrows.retrieve.transcribe import RECOGNISER
 
-RATE = 16_000
-"""Samples a second of the waves read."""
 STATE_SECONDS = 0.02
-LONGEST = 30.0
-"""Seconds of a clip; the encoder knows no later positions."""
 
 
 class SpeechEncoder:
@@ -39,14 +37,14 @@ class SpeechEncoder:
         self.features = FeatureExtractor(feature_size=model.n_mels, sampling_rate=RATE)
 
     @classmethod
-    def load(cls, name: str = "whisper-base", *, threads: int = 0) -> SpeechEncoder:
+    def load(cls, name: str = RECOGNISER, *, threads: int = 0) -> SpeechEncoder:
         """Load an encoder by name (see ``narrows.model.hub.resolve``), to run in ``threads``
         threads, 0 leaving that to CTranslate2. Raises ModelError, and ConfigError where the
         packages for it are not installed."""
         try:
             import ctranslate2
         except ImportError:
-            raise ConfigError("reading speech needs: pip install narrows[listen]") from None
+            raise ConfigError("reading speech needs: pip install 'narrows[listen]'") from None
         folder = hub.resolve(name)
         try:
             model = ctranslate2.models.Whisper(
@@ -58,19 +56,19 @@ class SpeechEncoder:
             ) from None
         return cls(model, name)
 
-    def encode(self, wave: NDArray[np.float32]) -> Tensor:
-        """States float32 ``[T, size]`` of a clip of samples ``[n]`` at ``RATE``, mono, within
-        -1 and 1. Raises InputError if it is empty, too long or not finite."""
+    def encode(self, wave: Wave) -> Tensor:
+        """States float32 ``[T, size]`` of a clip. Raises InputError if it is empty, longer than
+        the encoder knows positions for, or not finite."""
         import ctranslate2
 
-        if not 0 < len(wave) <= LONGEST * RATE:
+        if not 0 < len(wave) <= LONGEST_S * RATE:
             raise InputError(
                 f"a clip of {len(wave) / RATE:.2f} s cannot be encoded; give more than none and "
-                f"at most {LONGEST:.0f} s"
+                f"at most {LONGEST_S:g} s"
             )
         if not np.isfinite(wave).all():
             raise InputError("a clip holds samples that are not finite numbers; it is damaged")
-        mel = self.features(wave, padding=RATE // 100)[:, : round(LONGEST / 0.01)]
+        mel = self.features(wave, padding=RATE // 100)[:, : round(LONGEST_S / 0.01)]
         batch = np.ascontiguousarray(mel[None], dtype=np.float32)
         states = self.model.encode(ctranslate2.StorageView.from_array(batch), to_cpu=True)
         return torch.from_numpy(np.array(states)[0])

@@ -28,8 +28,8 @@ from narrows.retrieve.clsr import (
     Pieces,
     Recogniser,
     embedded,
+    in_words,
     padded,
-    written,
 )
 from narrows.retrieve.rank import Embedder
 from narrows.train.loop import LoopOptions, processes, train
@@ -304,7 +304,7 @@ class HeldOut:
         self.places = {clip.question: i for i, clip in enumerate(held.clips) if clip.question}
         self.questions = text.embed(list(self.places))
         self.pieces = [piece_ids(clip.words, text) for clip in held.clips]
-        self.words = [written(ids, text).split() for ids in self.pieces]
+        self.words = [in_words(ids, text).split() for ids in self.pieces]
 
     def measure(self) -> dict[str, float]:
         """Errors a word piece and a word, tokens fired a token said, and the share of questions
@@ -312,7 +312,7 @@ class HeldOut:
         self.module.eval()
         count = len(self.held.clips)
         heard = [h.ids for h in self.module.recognise([self.held.states(i) for i in range(count)])]
-        words = [written(ids, self.text).split() for ids in heard]
+        words = [in_words(ids, self.text).split() for ids in heard]
         told = {
             "piece_error": error_rate(heard, self.pieces),
             "word_error": error_rate(words, self.words),

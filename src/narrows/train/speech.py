@@ -22,17 +22,16 @@ import numpy as np
 import soundfile
 import soxr
 import torch
-from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from narrows.errors import ConfigError, InputError, ModelError
 from narrows.files import replacing
-from narrows.retrieve.speech_encoder import LONGEST, RATE, SpeechEncoder
+from narrows.retrieve.audio import RATE, Wave
+from narrows.retrieve.clips import LONGEST_S
+from narrows.retrieve.speech_encoder import SpeechEncoder
 from narrows.train.spoken_text import Stretch, words_of
-
-Wave = NDArray[np.float32]
 
 PART = 64
 """Clips kept in one file."""
@@ -191,7 +190,7 @@ def _write(path: Path, some: Sequence[Stretch], encoder: SpeechEncoder, origin: 
         chance = random.Random(f"{origin} {number}")
         voice = chance.choice(HELD_VOICES if one.held else VOICES)
         wave = speak(one.text, voice, chance.uniform(*SPEEDS))
-        if len(wave) > LONGEST * RATE:
+        if len(wave) > LONGEST_S * RATE:
             continue
         states.append(encoder.encode(worn(wave, chance)).half())
         clips.append(Clip(words_of(one.text), " ".join(voice), one.article, one.question, one.held))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,25 @@ import torch
 import tiny_speech
 from narrows.errors import ConfigError, InputError, ModelError
 from narrows.model.saved import CONFIG
-from narrows.retrieve.clsr import WEIGHTS, Clsr, ClsrConfig, Heard, Pieces, Recogniser, padded
+from narrows.registry import build
+from narrows.retrieve.audio import RATE
+from narrows.retrieve.clips import LEAST_S
+from narrows.retrieve.clsr import (
+    WEIGHTS,
+    ClsrBackend,
+    ClsrConfig,
+    Pieces,
+    Recogniser,
+    Written,
+    embedded,
+    in_words,
+    padded,
+)
+from narrows.retrieve.hearing import BACKENDS
 from tiny_speech import LETTERS, SPECIAL, STATE, WORDS, clips, embedder, recogniser, text_encoder
 
 LENGTHS = [40, 7, 23, 1, 90, 8]
-TEXTS = ["the cat left", "a dog walked home at dawn", "the captain", "ice"]
+TEXTS = ["the cat left", "a dog walked home at dawn", "the captain", "home"]
 
 
 def ids_of(text):
@@ -69,7 +84,7 @@ def test_silence_is_nothing_heard():
     made = recogniser()
     with torch.no_grad():
         made.weigh.bias.fill_(-100.0)
-    assert made.recognise(clips([30, 12])) == [Heard([], [], [])] * 2
+    assert made.recognise(clips([30, 12])) == [Written([], [], [])] * 2
     assert made.recognise([]) == []
 
 
@@ -98,8 +113,8 @@ def test_another_vocabulary_is_refused(tmp_path):
     listed[7], listed[8] = listed[8], listed[7]
     with pytest.raises(ModelError, match="word pieces of another text encoder"):
         Recogniser.load(tmp_path, Pieces.of(embedder(pieces=tuple(listed))))
-    # Other weights behind the same pieces are welcome.
-    Recogniser.load(tmp_path, Pieces.of(embedder(seed=5)))
+    with pytest.raises(ModelError, match="of another text encoder"):  # its table is the output
+        Recogniser.load(tmp_path, Pieces.of(embedder(seed=5)))
 
 
 def test_damaged_folders(tmp_path):
@@ -129,32 +144,59 @@ def test_configs_that_cannot_be(changes):
 # ------------------------------------------------------------------------- identity with text
 
 
-def clsr():
-    return Clsr(None, recogniser(), text_encoder())
-
-
 def test_the_same_words_have_the_same_vector_heard_or_read():
-    heard = [Heard(ids_of(text), [], []) for text in TEXTS]
-    assert np.array_equal(clsr().embed(heard), text_encoder().embed(TEXTS))
-    for text, one in zip(TEXTS, heard, strict=True):
-        assert np.array_equal(clsr().embed([one]), text_encoder().embed([text]))
-        assert clsr().written(one) == text
+    heard = [ids_of(text) for text in TEXTS]
+    assert np.array_equal(embedded(heard, text_encoder()), text_encoder().embed(TEXTS))
+    for text, ids in zip(TEXTS, heard, strict=True):
+        assert np.array_equal(embedded([ids], text_encoder()), text_encoder().embed([text]))
+        assert in_words(ids, text_encoder()) == text
 
 
-def test_stored_ids_embed_again_and_by_another_encoder():
-    made = clsr()
-    heard = made.recogniser.recognise(clips(LENGTHS))
-    stored = [list(one.ids) for one in heard]
-    assert np.array_equal(made.embed(heard), made.embed([Heard(ids, [], []) for ids in stored]))
+def backend(folder):
+    """One whose speech encoder takes four samples for a state."""
+    recogniser().save(folder)
+    made = ClsrBackend(str(folder))
+    made.__dict__["embedder"] = text_encoder()
+    made.__dict__["speech"] = SimpleNamespace(encode=lambda w: torch.from_numpy(w).view(-1, STATE))
+    return made
+
+
+def waves():
+    least = round(LEAST_S * RATE)
+    return [clip.flatten().numpy() for clip in clips([least // STATE + n for n in (0, 9, 30)])]
+
+
+def test_a_backend_stores_what_makes_its_vectors_again(tmp_path):
+    made = backend(tmp_path)
+    heard = made.hear(waves())
+    stored = [one.tokens.tolist() for one in heard]
+    assert all(stored)
+    assert stored == [one.ids for one in made.write(waves())]
+    assert np.array_equal(np.stack([h.vector for h in heard]), embedded(stored, text_encoder()))
+    assert [one.text for one in heard] == [in_words(ids, text_encoder()) for ids in stored]
+    assert heard[0].tokens.dtype == np.int32
+    # Another encoder of the same pieces needs no sound.
     other = embedder(seed=9)
-    swapped = Clsr(None, made.recogniser, other)
-    fresh = swapped.embed(swapped.recogniser.recognise(clips(LENGTHS)))
-    assert np.array_equal(fresh, swapped.embed(heard))
-    assert not np.allclose(fresh, made.embed(heard))
+    read = other.embed([one.text for one in heard])
+    assert np.array_equal(embedded([ids_of(one.text) for one in heard], other), read)
+    question = made.embed("the cat left")
+    assert np.array_equal(question, text_encoder().embed(["the cat left"])[0])
+    with pytest.raises(InputError, match="question is empty"):
+        made.embed(" ")
+
+
+def test_a_backend_is_known_by_name_and_hears_nothing_in_next_to_nothing(tmp_path):
+    made = build(BACKENDS, f"clsr:folder={tmp_path}")
+    with pytest.raises(ModelError, match="cannot read a recogniser"):
+        made.hear(waves())
+    (empty,) = backend(tmp_path).hear([np.zeros(5, np.float32)])
+    assert empty.text == ""
+    assert len(empty.tokens) == 0
+    assert not empty.vector.any()
 
 
 def test_nothing_heard_is_no_direction():
-    vectors = clsr().embed([Heard([], [], []), Heard(ids_of("ice"), [], [])])
+    vectors = embedded([[], ids_of("home")], text_encoder())
     assert not vectors[0].any()
     assert np.linalg.norm(vectors[1]) == pytest.approx(1.0)
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from narrows.errors import InputError, ModelError
-from narrows.retrieve.speech_encoder import RATE, SpeechEncoder
+from narrows.retrieve.audio import RATE
+from narrows.retrieve.speech_encoder import SpeechEncoder
 
 
 @pytest.fixture(scope="module")

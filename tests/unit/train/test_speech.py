@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from narrows.errors import ConfigError, InputError, ModelError
-from narrows.retrieve.speech_encoder import RATE
+from narrows.retrieve.audio import RATE
 from narrows.train import speech
 from narrows.train.speech import (
     ESPEAK,

@@ -1,0 +1,106 @@
+"""Finding the clips that answer a question: by vectors, by words, or by both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from narrows.errors import ConfigError
+from narrows.retrieve.rank import BM25
+from narrows.retrieve.speech_index import Recording
+
+MODES = ("fused", "vectors", "words")
+
+FUSION = 60
+"""Added to the ranks that are fused (Cormack, Clarke and Büttcher 2009), so that the first few
+places of one list do not outweigh all of the other."""
+
+EQUAL = 6
+"""Decimals of a cosine that count; the same vector elsewhere in a matrix may differ behind them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """Clip number ``clip`` of the recording ``name``, with ``digest``, from ``start`` to ``end`` in
+    seconds. ``score`` is a cosine, BM25's, or a sum of reciprocal ranks; higher is better."""
+
+    name: str
+    digest: str
+    clip: int
+    start: float
+    end: float
+    score: float
+    text: str
+
+
+class SpeechSearch:
+    """Searches the clips of ``recordings`` in which something was said."""
+
+    def __init__(self, recordings: Sequence[Recording]) -> None:
+        self._clips = [
+            (recording, i)
+            for recording in recordings
+            for i, heard in enumerate(recording.heard)
+            if heard.text.strip() or heard.vector.any()
+        ]
+        vectors = [recording.heard[i].vector for recording, i in self._clips]
+        self._vectors = np.array(vectors, np.float32)
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def search(
+        self, question: str, vector: NDArray[np.float32], k: int = 5, *, mode: str = "fused"
+    ) -> list[Hit]:
+        """The ``k`` best clips, best first; of equal ones, the one that was there first.
+
+        Args:
+            question: what is asked.
+            vector: the same as a unit vector ``[d]`` of the clips' encoder.
+            k: most hits.
+            mode: ``"vectors"`` scores by cosine, in one matrix product over all clips;
+                ``"words"`` by BM25, and leaves out clips that share no word with the question;
+                ``"fused"`` by the sum of 1 / (FUSION + rank) over the two lists.
+
+        Raises ConfigError for another mode or a ``k`` below 1, InputError for an empty question.
+        """
+        if mode not in MODES:
+            raise ConfigError(f"unknown search mode {mode!r} (known: {', '.join(MODES)})")
+        if k < 1:
+            raise ConfigError(f"k must be at least 1 (given: {k})")
+        if not self._clips:
+            return []
+        if mode == "vectors":
+            scores = self._cosines(vector)
+        elif mode == "words":
+            scores = self._words(question)
+        else:
+            words = self._words(question)
+            scores = _reciprocal(self._cosines(vector)) + _reciprocal(words) * (words > 0)
+        order = np.argsort(-scores, kind="stable")[:k]
+        return [self._hit(i, scores[i]) for i in order if mode != "words" or scores[i] > 0]
+
+    def _cosines(self, vector: NDArray[np.float32]) -> NDArray[np.float64]:
+        cosines: NDArray[np.float64] = (self._vectors @ vector).astype(np.float64)
+        return np.round(cosines, EQUAL)
+
+    @cached_property
+    def _words(self) -> Callable[[str], NDArray[np.float64]]:
+        return BM25().over([recording.heard[i].text for recording, i in self._clips])
+
+    def _hit(self, number: int, score: float) -> Hit:
+        recording, i = self._clips[number]
+        start, end = recording.times[i].tolist()
+        text = recording.heard[i].text
+        return Hit(recording.name, recording.digest, i, start, end, float(score), text)
+
+
+def _reciprocal(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 / (FUSION + rank), ranks from 1."""
+    ranks = np.empty(len(scores))
+    ranks[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
+    return 1 / (FUSION + ranks)

@@ -1,0 +1,188 @@
+"""Transcribing clips by Whisper, and the backend that searches what Whisper wrote."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from narrows.errors import ConfigError, InputError, ModelError, reason
+from narrows.model import ctranslate2, hub
+from narrows.retrieve.audio import RATE, Wave
+from narrows.retrieve.clips import LEAST_S, LONGEST_S
+from narrows.retrieve.hearing import Heard
+from narrows.retrieve.rank import ENCODER, Embedder, checked_question
+
+RECOGNISER = "whisper-base"
+
+MAX_TOKENS = 224
+"""Written for one clip at most, half of what Whisper could: what goes on longer goes in circles."""
+
+NO_SPEECH, UNSURE = 0.6, -1.0
+"""A clip is taken for silence above this probability of it, where the mean log-probability of what
+was written is below the other: Whisper's own rule."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A phrase of a clip, ``start`` and ``end`` in seconds of the clip."""
+
+    start: float
+    end: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What is said in a clip, phrase by phrase; nothing if nobody speaks."""
+
+    segments: tuple[Segment, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return " ".join(segment.text for segment in self.segments)
+
+
+class Transcriber:
+    """Whisper in CTranslate2's form, greedy, several clips at once.
+
+    Args:
+        model: faster-whisper's ``WhisperModel``.
+        language: its code, such as ``"en"``; None listens to the first 30 s of every batch.
+        batch: clips that are read together.
+    """
+
+    def __init__(self, model: Any, *, language: str | None = None, batch: int = 8) -> None:
+        from faster_whisper import BatchedInferencePipeline
+
+        if language is not None and language not in model.supported_languages:
+            raise ConfigError(f"the recogniser knows no language {language!r}; give a code like en")
+        self.language = language
+        self.batch = batch
+        self._pipeline = BatchedInferencePipeline(model)
+
+    @classmethod
+    def load(cls, name: str = RECOGNISER, *, language: str | None = None) -> Self:
+        """Load by name or folder (see ``narrows.model.hub.resolve``), onto CUDA where there is
+        one; in 8 bits on a CPU. Raises ModelError or ConfigError."""
+        try:
+            from faster_whisper import WhisperModel
+        except ImportError:
+            raise ConfigError(
+                "transcribing needs faster-whisper: pip install 'narrows[listen]'"
+            ) from None
+        folder = hub.resolve(name)
+        if not ctranslate2.is_model(folder / ctranslate2.WEIGHTS):
+            raise ModelError(f"{name} is no Whisper in CTranslate2's form; try {RECOGNISER}")
+        try:
+            model = WhisperModel(str(folder), compute_type="auto", local_files_only=True)
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(f"cannot read the recogniser in {folder}: {reason(error)}") from error
+        return cls(model, language=language)
+
+    def __call__(self, waves: Sequence[Wave]) -> list[Transcript]:
+        """What is said in each clip. Raises InputError for one longer than LONGEST_S."""
+        if any(len(wave) > LONGEST_S * RATE for wave in waves):
+            raise InputError(f"a clip is longer than {LONGEST_S:g} s; cut it into shorter ones")
+        made = [Transcript() for _ in waves]
+        spoken = [i for i, wave in enumerate(waves) if len(wave) >= LEAST_S * RATE]
+        for start in range(0, len(spoken), self.batch):
+            chosen = spoken[start : start + self.batch]
+            for i, found in zip(chosen, self._batch([waves[i] for i in chosen]), strict=True):
+                made[i] = found
+        return made
+
+    def _batch(self, waves: Sequence[Wave]) -> list[Transcript]:
+        """The clips go in end to end, with the places of each, and so come out."""
+        ends = np.cumsum([len(wave) for wave in waves]) / RATE
+        starts = [0.0, *ends[:-1].tolist()]
+        places = [{"start": a, "end": b} for a, b in zip(starts, ends.tolist(), strict=True)]
+        written, _ = self._pipeline.transcribe(
+            np.concatenate(waves),
+            language=self.language,
+            clip_timestamps=places,
+            batch_size=len(waves),
+            beam_size=1,
+            temperature=0.0,
+            without_timestamps=False,
+            max_new_tokens=MAX_TOKENS,
+        )
+        found: list[list[Segment]] = [[] for _ in waves]
+        for segment in written:
+            silent = segment.no_speech_prob > NO_SPEECH and segment.avg_logprob < UNSURE
+            text = segment.text.strip()
+            if silent or not text:
+                continue
+            # Times may be wrong, but the hundredth of a second where its clip begins is known.
+            i = bisect.bisect(starts, segment.seek / 100 + 0.01) - 1
+            length = len(waves[i]) / RATE
+            start, end = (
+                min(max(0.0, t - starts[i]), length) for t in (segment.start, segment.end)
+            )
+            found[i].append(Segment(start, end, text))
+        return [Transcript(tuple(segments)) for segments in found]
+
+
+class TranscriptBackend:
+    """Searches what a recogniser writes, by a sentence encoder. See ``hearing.Backend``.
+
+    Args:
+        recogniser, encoder: their names or folders, loaded at first use.
+        language: see Transcriber.
+
+    Raises ModelError or ConfigError, when they are used.
+    """
+
+    verbatim = True
+
+    def __init__(
+        self, recogniser: str = RECOGNISER, encoder: str = ENCODER, language: str | None = None
+    ) -> None:
+        self._recogniser = recogniser
+        self._encoder = encoder
+        self._language = language
+
+    @cached_property
+    def transcriber(self) -> Transcriber:
+        """The recogniser."""
+        return Transcriber.load(self._recogniser, language=self._language)
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The sentence encoder."""
+        return Embedder.load(self._encoder)
+
+    @cached_property
+    def hears(self) -> str:
+        """See ``hearing.Backend``."""
+        return f"{self._recogniser} {hub.revision(hub.resolve(self._recogniser))}"
+
+    @cached_property
+    def encodes(self) -> str:
+        """See ``hearing.Backend``."""
+        return f"{self._encoder} {hub.revision(hub.resolve(self._encoder))}"
+
+    def hear(self, waves: Sequence[Wave]) -> list[Heard]:
+        """See ``hearing.Backend``. What the encoder cannot read of a long text has no part in its
+        vector."""
+        texts = [transcript.text for transcript in self.transcriber(waves)]
+        vectors = self.embedder.embed(texts)
+        return [
+            Heard(text, self._tokens(text), vector if text else np.zeros_like(vector))
+            for text, vector in zip(texts, vectors, strict=True)
+        ]
+
+    def embed(self, question: str) -> NDArray[np.float32]:
+        """See ``hearing.Backend``."""
+        vector: NDArray[np.float32] = self.embedder.embed([checked_question(question)])[0]
+        return vector
+
+    def _tokens(self, text: str) -> NDArray[np.int32]:
+        ids = self.embedder.tokenizer.encode(text, add_special_tokens=False)
+        return np.array(ids, np.int32)

@@ -1,0 +1,126 @@
+"""Whisper on clips: the right words in the right clip, and none where nobody speaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from narrows.data import read_rows
+from narrows.errors import ConfigError, InputError, ModelError
+from narrows.registry import build
+from narrows.retrieve.audio import RATE, Wave, read_audio
+from narrows.retrieve.hearing import BACKENDS
+from narrows.retrieve.rank import words
+from narrows.retrieve.transcribe import Segment, Transcriber
+from tiny_sound import speak, tone
+
+
+class FakePipeline:
+    """Writes, for each clip, what the test says; remembers what it was asked."""
+
+    def __init__(self, said: list[list[tuple[float, float, str, float, float]]]) -> None:
+        self.said = said
+        self.asked: list[dict[str, Any]] = []
+
+    def transcribe(self, wave: Wave, **options: Any) -> tuple[list[SimpleNamespace], None]:
+        self.asked.append(options)
+        written = []
+        for place in options["clip_timestamps"]:
+            offset = int(place["start"] * RATE) / RATE
+            for start, end, text, silent, sure in self.said.pop(0):
+                written.append(
+                    SimpleNamespace(
+                        start=offset + start,
+                        end=offset + end,
+                        seek=int(offset * 100),
+                        text=text,
+                        no_speech_prob=silent,
+                        avg_logprob=sure,
+                    )
+                )
+        return written, None
+
+
+def transcriber(said: list[Any], **options: Any) -> tuple[Transcriber, FakePipeline]:
+    made = Transcriber(SimpleNamespace(supported_languages=["en", "de"]), **options)
+    made._pipeline = FakePipeline(said)
+    return made, made._pipeline
+
+
+def test_each_clip_gets_its_own_text_whatever_the_lengths() -> None:
+    rng = np.random.default_rng(0)
+    waves = [np.zeros(n, np.float32) for n in rng.integers(0.1 * RATE, 12 * RATE, 40)]
+    said = [[(0.0, 0.05, f" text {i}", 0.0, -0.1), (0.05, 40.0, " more", 0, 0)] for i in range(40)]
+    made, fake = transcriber(said, batch=6)
+    transcripts = made(waves)
+    assert [t.text for t in transcripts] == [f"text {i} more" for i in range(40)]
+    assert [len(asked["clip_timestamps"]) for asked in fake.asked] == [6] * 6 + [4]
+    for wave, found in zip(waves, transcripts, strict=True):
+        assert found.segments[0].start == pytest.approx(0.0, abs=1e-3)
+        assert found.segments[1].end == pytest.approx(len(wave) / RATE)
+
+
+def test_silence_is_empty_and_empty_clips_are_not_asked_about() -> None:
+    silent, unsure = (0.0, 1.0, " you", 0.74, -1.1), (0.0, 1.0, " Hm.", 0.74, -0.3)
+    made, fake = transcriber([[silent], [unsure], [(0.0, 1.0, "  ", 0.0, 0.0)]])
+    clip, nothing = np.zeros(RATE, np.float32), np.zeros(0, np.float32)
+    assert [t.text for t in made([clip, nothing, clip, nothing, clip])] == ["", "", "Hm.", "", ""]
+    assert len(fake.asked) == 1
+    assert made([]) == []
+    assert made([nothing])[0].segments == ()
+    assert len(fake.asked) == 1
+
+
+def test_what_cannot_be_asked() -> None:
+    made, _ = transcriber([])
+    with pytest.raises(InputError, match="longer than 30 s"):
+        made([np.zeros(31 * RATE, np.float32)])
+    with pytest.raises(ConfigError, match="no language 'xx'"):
+        transcriber([], language="xx")
+    with pytest.raises(ConfigError, match="has no option among: speed"):
+        build(BACKENDS, "transcript:speed=2")
+
+
+# ------------------------------------------------------------------------------------- the model
+
+
+@pytest.fixture(scope="module")
+def whisper() -> Transcriber:
+    try:
+        return Transcriber.load(language="en")
+    except ModelError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.model
+def test_another_model_is_no_recogniser() -> None:
+    with pytest.raises(ModelError, match="is no Whisper"):
+        Transcriber.load("all-minilm-l6-v2")
+
+
+@pytest.mark.model
+def test_synthetic_speech_and_silence(whisper: Transcriber, tmp_path: Path) -> None:
+    path = speak(tmp_path / "a.wav", "The harbour was rebuilt after the great earthquake.")
+    spoken = np.concatenate(list(read_audio(path)))
+    silence = np.zeros(2 * RATE, np.float32)
+    heard, nothing, hum = whisper([spoken, silence, tone(2)])
+    assert {"rebuilt", "great", "earthquake"} <= set(words(heard.text))
+    assert all(0 <= s.start <= s.end <= len(spoken) / RATE for s in heard.segments)
+    assert isinstance(heard.segments[0], Segment)
+    assert nothing.text == ""
+    assert len(words(hum.text)) < 4
+
+
+@pytest.mark.model
+@pytest.mark.data
+def test_people_are_understood(whisper: Transcriber, data_folder: Path) -> None:
+    folder = data_folder / "ljspeech"
+    rows = [row for _, row in zip(range(3), read_rows(folder / "transcripts.jsonl"), strict=False)]
+    waves = [np.concatenate(list(read_audio(folder / f"{row['id']}.flac"))) for row in rows]
+    for row, found in zip(rows, whisper(waves), strict=True):
+        true = set(words(row["normalized"]))
+        assert len(true & set(words(found.text))) > 0.7 * len(true)
