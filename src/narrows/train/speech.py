@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
-import soxr
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -28,7 +26,7 @@ from torch import Tensor
 
 from narrows.errors import ConfigError, InputError, ModelError
 from narrows.files import replacing
-from narrows.retrieve.audio import RATE, Wave
+from narrows.retrieve.audio import RATE, Wave, read_audio
 from narrows.retrieve.clips import LONGEST_S
 from narrows.retrieve.speech_encoder import SpeechEncoder
 from narrows.train.spoken_text import Stretch, words_of
@@ -149,8 +147,7 @@ def speak(text: str, voice: tuple[str, str], speed: float = 1.0) -> Wave:
         run = subprocess.run([program, *options], capture_output=True, text=True)
         if run.returncode or not made.exists():
             raise InputError(f"{program} cannot speak {text[:40]!r}: {run.stderr.strip()[:200]}")
-        wave, rate = soundfile.read(made, dtype="float32")
-    return np.asarray(soxr.resample(wave, rate, RATE), dtype=np.float32)
+        return np.concatenate([*read_audio(made)])
 
 
 def worn(wave: Wave, chance: random.Random) -> Wave:

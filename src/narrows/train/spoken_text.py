@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from num2words import num2words
-
 from narrows.data import find, read_rows
+from narrows.errors import ConfigError
 
 LEAST, MOST = 5, 36
 """Words of a stretch; 36 are about 15 seconds."""
@@ -137,6 +136,10 @@ def _titled(title: str) -> str:
 
 
 def _in_words(match: re.Match[str]) -> str:
+    try:
+        from num2words import num2words
+    except ImportError:
+        raise ConfigError("saying numbers needs num2words: pip install 'narrows[listen]'") from None
     money, digits, ending, percent = match.groups()
     plain = digits.replace(",", "").rstrip(".")
     whole = plain.isdigit()
