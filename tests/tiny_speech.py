@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -82,3 +85,30 @@ def clips(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:
     """Random states."""
     maker = torch.Generator().manual_seed(seed)
     return [torch.randn(n, STATE, generator=maker) for n in lengths]
+
+
+def spoken_data(folder: Path) -> Path:
+    """A data folder with what ``narrows.train.spoken_text`` reads of it, filled."""
+
+    def put(name: str, rows: list[dict[str, Any]]) -> None:
+        path = folder / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    titles = [f"Place_{n}" for n in range(12)]
+    passages, questions = [], []
+    for n, title in enumerate(titles):
+        text = f"the harbour of place {n} is very old. its tower fell in the year {1900 + n} alas."
+        text += " many other things could be said about it and the people who live there today."
+        passages.append({"pid": str(n), "title": title, "asr_wer23": text})
+        questions.append({"pid": str(n), "question": f"q{n}", "answers": [f"{1900 + n}"]})
+    put("spoken_squad/passages", passages)
+    put("spoken_squad/questions", questions)
+    put("xquad_en/xquad_en", [])
+    put("lost_in_the_middle/nq_open_oracle", [])
+    wiki = [
+        {"title": t.replace("_", " "), "text": f"On {t} one more text is here."} for t in titles
+    ]
+    put("wiki_passages/passages", wiki)
+    put("state_union/speeches", [{"id": "1", "text": "We are here today, my friends. No."}])
+    return folder

@@ -104,16 +104,18 @@ def run(
         batch: clips of an update.
         changes: of the recogniser's config.
 
-    Raises as ``train`` does, and InputError where no clip has a question.
+    Raises as ``train`` does, and InputError where there is nothing to learn from or to measure on.
     """
     pieces = Pieces.of(text)
     torch.manual_seed(seed)
     sizes = {"vocab_size": len(pieces.table), "width": pieces.table.shape[1]}
-    module = Recogniser(ClsrConfig(vocabulary=pieces.digest, **{**sizes, **changes}), pieces)
-    module.to(pieces.table.device)
+    config = ClsrConfig(vocabulary=pieces.digest, **{**sizes, **changes})
+    module = Recogniser(config, pieces).to(pieces.table.device)
+    if not held.clips:
+        raise InputError("there are no held-out clips to measure on; give more")
     check = HeldOut(module, text, held)
     history: list[dict[str, Any]] = []
-    before = ""
+    before = config.model_dump_json()
     for name, goal, options in stages:
         objective = ClsrObjective(module, text, speech, goal, batch=batch, seed=seed)
         before = f"{before} {objective.digest} {goal.model_dump_json()} {batch} {seed}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 
@@ -27,6 +26,7 @@ from narrows.train.speech import (
     worn,
 )
 from narrows.train.spoken_text import LEAST, MOST, Stretch, cut, stretches, verbalised, words_of
+from tiny_speech import spoken_data
 
 
 @pytest.mark.parametrize(
@@ -59,33 +59,8 @@ def test_cut_keeps_every_word_and_sentences_whole():
     assert pieces[0].endswith("three.")
 
 
-def data(folder):
-    def put(name, rows):
-        path = folder / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    titles = [f"Place_{n}" for n in range(12)]
-    passages, questions = [], []
-    for n, title in enumerate(titles):
-        text = f"the harbour of place {n} is very old. its tower fell in the year {1900 + n} alas."
-        text += " many other things could be said about it and the people who live there today."
-        passages.append({"pid": str(n), "title": title, "asr_wer23": text})
-        questions.append({"pid": str(n), "question": f"q{n}", "answers": [f"{1900 + n}"]})
-    put("spoken_squad/passages", passages)
-    put("spoken_squad/questions", questions)
-    put("xquad_en/xquad_en", [])
-    put("lost_in_the_middle/nq_open_oracle", [])
-    wiki = [
-        {"title": t.replace("_", " "), "text": f"On {t} one more text is here."} for t in titles
-    ]
-    put("wiki_passages/passages", wiki)
-    put("state_union/speeches", [{"id": "1", "text": "We are here today, my friends. No."}])
-    return folder
-
-
 def test_stretches_of_the_data_hold_out_whole_articles(tmp_path):
-    found = stretches(data(tmp_path))
+    found = stretches(spoken_data(tmp_path))
     assert found == stretches(tmp_path)
     assert found != stretches(tmp_path, seed=1)
     held = {one.article for one in found if one.held}
