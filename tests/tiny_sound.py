@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from narrows.retrieve.voice import FRAME
+
 CODECS = {
     "wav": "pcm_s16le",
     "flac": "flac",
@@ -27,6 +29,11 @@ def tone(seconds: float, hertz: float = 440.0, rate: int = 16_000) -> NDArray[np
     """Half as loud as can be."""
     times = np.arange(round(seconds * rate)) / rate
     return (0.5 * np.sin(2 * np.pi * hertz * times)).astype(np.float32)
+
+
+def loud(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A detector for tests: speech is what is loud, and each frame says how loud it is."""
+    return np.abs(wave).reshape(-1, FRAME).max(1)
 
 
 def write_wav(path: Path, samples: NDArray[np.float32], rate: int = 16_000, width: int = 2) -> Path:

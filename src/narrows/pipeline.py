@@ -1,6 +1,6 @@
-"""The main job: answer a question from documents of any length.
+"""The main job: answer a question from documents and recordings of any length.
 
-read -> choose passages -> compress -> prefill -> answer, each stage timed, each optional:
+listen, read -> choose passages -> compress -> prefill -> answer, each stage timed, each optional:
 text that fits the budget goes to the model unchanged.
 """
 
@@ -18,6 +18,7 @@ from narrows.compression import METHODS, make_compressor
 from narrows.config import SamplingParams
 from narrows.contracts import Completion, Document, Span
 from narrows.errors import BudgetError, ConfigError, InputError
+from narrows.listen import passages
 from narrows.retrieve.documents import read_documents
 from narrows.retrieve.passages import Passage, split_passages
 from narrows.retrieve.rank import RANKERS, Ranker
@@ -45,7 +46,8 @@ RESERVED = 512
 @dataclass(frozen=True, slots=True)
 class Source:
     """A stretch of a document the answer was given to read; ``span`` in characters of the
-    document, ``score`` from the ranker (None where nothing was ranked)."""
+    document, ``score`` from the ranker, or from the search in a recording (None where nothing was
+    ranked)."""
 
     document: str
     span: Span
@@ -99,19 +101,23 @@ def ask(
     docs: Sequence[str] = (),
     *,
     documents: Sequence[Document] = (),
+    audio: Sequence[str] = (),
     budget: int | None = None,
     method: str = "rank",
     ranker: str = "bm25",
     params: SamplingParams | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Answer:
-    """Answer ``question`` from ``docs`` (paths, ``"-"`` for standard input) and ``documents``.
+    """Answer ``question`` from ``docs`` (paths, ``"-"`` for standard input), ``documents`` and
+    ``audio``.
 
     Args:
         llm: the loaded model.
         question: what to answer.
         docs: files to read: text, Markdown, HTML or PDF.
         documents: texts already read.
+        audio: recordings. What is said there about the question is read like documents whose
+            names are the recording's and the time, such as ``"talk.mp3 12:31-12:58"``.
         budget: most tokens of document text the model is given; None for what its window takes.
         method: how a text beyond the budget is cut down: ``"rank"`` (best passages),
             a compression method over everything (``"dac"``), both (``"rank+dac"``), or ``"none"``.
@@ -129,6 +135,14 @@ def ask(
     params = params or SamplingParams(max_tokens=128)
     savings = Savings()
     clock = _Clock(savings.seconds)
+    heard: dict[str, float] = {}
+    if audio:
+        with clock("listen"):
+            said = passages(question, audio)
+        if not (said or docs or documents):
+            raise InputError(f"no speech found in {', '.join(audio)}")
+        heard = {document.name: score for document, score in said}
+        documents = [*documents, *(document for document, _ in said)]
     with clock("read"):
         texts = _texts(docs, documents)
         pieces = [Passage(d.name, (0, len(d.text)), d.text) for d in texts]
@@ -137,7 +151,7 @@ def ask(
     if compressor is not None:
         room -= room // SPLICE_SHARE
     limit = room if budget is None else min(budget, room)
-    scores: list[float | None] = [None] * len(pieces)
+    scores = [heard.get(p.document) for p in pieces]
     fits = savings.document_tokens + 2 * len(pieces) <= limit
     if not fits and not ranked and compressor is None:
         raise InputError(

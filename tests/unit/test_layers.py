@@ -18,6 +18,7 @@ ORDER = [
     {"ops"},
     {"model"},
     {"retrieve"},
+    {"listen"},
     {"cache"},
     {"draft"},
     {"compression"},

@@ -20,7 +20,7 @@ class Progress:
             disable=not visible,
         )
         self._task = self._bar.add_task(what, total=0)
-        self._total = 0
+        self._total = 0.0
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -34,11 +34,11 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def expect(self, count: int) -> None:
+    def expect(self, count: float) -> None:
         """There will be ``count`` more."""
         self._total += count
         self._bar.update(self._task, total=self._total)
 
-    def advance(self, count: int = 1) -> None:
+    def advance(self, count: float = 1) -> None:
         """``count`` are done."""
         self._bar.advance(self._task, count)

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from narrows.cli import bench, cache, diagnose, text, train
+from narrows.cli import bench, cache, diagnose, listen, text, train
 from narrows.cli.options import stderr
 from narrows.errors import NarrowsError
 
@@ -27,6 +27,7 @@ app.add_typer(cache.app, name="cache")
 app.add_typer(bench.app, name="bench")
 app.add_typer(train.app, name="train")
 app.add_typer(diagnose.app, name="diagnose")
+app.add_typer(listen.app, name="listen")
 
 
 def main() -> None:

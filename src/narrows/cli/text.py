@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from narrows.cli.options import (
@@ -26,6 +27,9 @@ from narrows.cli.options import (
     write,
 )
 from narrows.errors import InputError
+
+CITED = 3
+"""Sources named behind an answer from recordings, best first; --json has them all."""
 
 if TYPE_CHECKING:
     from narrows.llm import LLM
@@ -50,6 +54,9 @@ def ask(
         list[str] | None,
         typer.Option("--doc", "-d", help="Text, Markdown, HTML or PDF; - for standard input."),
     ] = None,
+    audio: Annotated[
+        list[str] | None, typer.Option("--audio", "-a", help="A recording. Repeatable.")
+    ] = None,
     budget: Annotated[
         int | None, typer.Option(help="Most document tokens given to the model.")
     ] = None,
@@ -68,19 +75,23 @@ def ask(
     seed: Seed = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a question from documents of any length, and say what was saved."""
+    """Answer a question from documents and recordings of any length, and say what was saved."""
     from narrows.pipeline import ask as answer_question
+    from narrows.retrieve.audio import seconds_of
     from narrows.retrieve.documents import read_documents
 
     params = _params(max_tokens, temperature, top_p, seed)
     if not question.strip():
         raise InputError("the question is empty; say what to answer")
     documents = read_documents(doc or [])  # before the model is loaded, which takes longer
+    for recording in audio or ():
+        seconds_of(recording)  # so is what cannot be opened
     llm = _load(model, cache, draft, dtype, device)
     answer = answer_question(
         llm,
         question,
         documents=documents,
+        audio=audio or [],
         budget=budget,
         method=method,
         ranker=ranker,
@@ -91,6 +102,9 @@ def ask(
         write(json.dumps(answer.to_dict(), ensure_ascii=False) + "\n")
         return
     write("\n")
+    if audio:
+        best = sorted(answer.sources, key=lambda source: -(source.score or 0.0))[:CITED]
+        stderr.print(escape(f"\nfrom {', '.join(source.document for source in best)}"))
     _print_savings(answer)
 
 

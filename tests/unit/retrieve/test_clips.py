@@ -16,14 +16,9 @@ from narrows.errors import ConfigError
 from narrows.retrieve.audio import RATE, Wave, read_audio
 from narrows.retrieve.clips import LEAST_S, LONGEST_S, PAUSE_S, WANTED_S, Clip, cut
 from narrows.retrieve.voice import FRAME, Silero
-from tiny_sound import speak, tone
+from tiny_sound import loud, speak, tone
 
 FRAME_S = FRAME / RATE
-
-
-def loud(wave: Wave) -> np.ndarray:
-    """A detector for tests: speech is what is loud, and each frame says how loud it is."""
-    return np.abs(wave).reshape(-1, FRAME).max(1)
 
 
 def sound(*pieces: tuple[float, float]) -> Wave:
