@@ -32,7 +32,7 @@ from torch.nn.functional import dropout, linear, scaled_dot_product_attention
 
 from narrows.config import Settings
 from narrows.errors import ConfigError, ModelError
-from narrows.model import hub
+from narrows.model import fetch, hub
 from narrows.model.saved import load_config, load_module, save_module
 from narrows.retrieve.audio import RATE, Wave
 from narrows.retrieve.cif import Fired, Tail, fire, spans
@@ -344,7 +344,8 @@ class ClsrBackend:
     def hears(self) -> str:
         """See ``hearing.Backend``."""
         encoder = self.config.speech_encoder
-        return f"{encoder} {hub.revision(hub.resolve(encoder))} {hub.revision(self._folder)}"
+        own = fetch.sha256(self._folder / WEIGHTS)[:16]
+        return f"{encoder} {hub.revision(hub.resolve(encoder))} clsr {own}"
 
     @cached_property
     def encodes(self) -> str:
