@@ -17,20 +17,7 @@ from narrows.retrieve.speech_encoder import SpeechEncoder
 from narrows.train.speech import ESPEAK, FLITE, speak
 from tiny_speech import spoken_data
 
-SMALL = [
-    "--clips",
-    "6",
-    "--held",
-    "3",
-    "--batch",
-    "2",
-    "--blocks",
-    "1",
-    "--save-every",
-    "2",
-    "--device",
-    "cpu",
-]
+SMALL = ["--clips=6", "--held=3", "--batch=2", "--blocks=1", "--save-every=2", "--device=cpu"]
 
 
 def train(monkeypatch, *arguments):

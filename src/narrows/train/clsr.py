@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self
@@ -32,7 +31,7 @@ from narrows.retrieve.clsr import (
     padded,
 )
 from narrows.retrieve.rank import Embedder
-from narrows.train.loop import LoopOptions, processes, train
+from narrows.train.loop import LoopOptions, chosen, processes, train
 from narrows.train.speech import Clip
 from narrows.train.textlike import Adaptor, Reading, read_as_text, text_like
 
@@ -180,14 +179,8 @@ class ClsrObjective:
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def chosen(self, step: int) -> list[int]:
-        """The clips of a step: all usable ones in a new random order, again and again."""
-        found, count = [], len(self.usable)
-        for place in range(step * self.batch, (step + 1) * self.batch):
-            epoch, at = divmod(place, count)
-            order = list(self.usable)
-            random.Random(self.seed * 1_000_003 + epoch).shuffle(order)
-            found.append(order[at])
-        return found
+        """The clips of a step."""
+        return [self.usable[i] for i in chosen(step, len(self.usable), self.batch, self.seed)]
 
     def gradients(self, step: int) -> dict[str, float]:
         """Add the gradients of a step's clips; the parts of the loss, unweighted, and the share of
@@ -198,12 +191,12 @@ class ClsrObjective:
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": float(loss.detach()), **told}
 
-    def loss(self, chosen: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, picked: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
         """The loss of clips, with gradients, and its parts."""
         module, goal = self.module, self.goal
         device = module.table.device
-        states, mask = padded([self.speech.states(i) for i in chosen], device)
-        own = [self.targets[i] for i in chosen]
+        states, mask = padded([self.speech.states(i) for i in picked], device)
+        own = [self.targets[i] for i in picked]
         counts = torch.tensor([len(ids) for ids in own], device=device)
         wanted = torch.cat(own).to(device)
         with torch.autocast(device.type, torch.bfloat16):
@@ -220,11 +213,11 @@ class ClsrObjective:
         told = {"recognition": recognition, "quantity": quantity, "wrong": wrong.float().mean()}
         loss = (1 - goal.quantity - goal.contrast) * recognition + goal.quantity * quantity
         if goal.contrast:
-            told["contrast"] = self.contrast(scores, counts, chosen)
+            told["contrast"] = self.contrast(scores, counts, picked)
             loss = loss + goal.contrast * told["contrast"]
         return loss, {name: float(part.detach()) for name, part in told.items()}
 
-    def contrast(self, scores: Tensor, counts: Tensor, chosen: Sequence[int]) -> Tensor:
+    def contrast(self, scores: Tensor, counts: Tensor, picked: Sequence[int]) -> Tensor:
         """The contrastive loss of clips recognised with ``scores`` ``[R, vocab]``."""
         module, goal = self.module, self.goal
         embeds = text_like(
@@ -237,7 +230,7 @@ class ClsrObjective:
         )
         with torch.autocast(scores.device.type, torch.bfloat16):
             clips = read_as_text(embeds, counts.tolist(), self.text)
-        asked = torch.tensor([self.places[self.speech.clips[i].question] for i in chosen])
+        asked = torch.tensor([self.places[self.speech.clips[i].question] for i in picked])
         asked = asked.to(scores.device)
         others = None
         if goal.negatives == "all":
