@@ -384,7 +384,8 @@ def in_words(ids: Sequence[int], text: Embedder) -> str:
 
 def embedded(clips: Sequence[Sequence[int]], text: Embedder) -> NDArray[np.float32]:
     """Unit vectors ``[len(clips), width]`` of word pieces: what ``text`` makes of the same words. A
-    clip in which nothing was said has the vector 0."""
-    vectors = text.embed_pieces(clips)
+    clip in which nothing was said has the vector 0; what the encoder cannot read of a long one has
+    no part in its vector."""
+    vectors = text.embed_pieces([ids[: text.max_tokens - 2] for ids in clips])
     vectors[[not ids for ids in clips]] = 0.0
     return vectors
