@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -296,14 +295,15 @@ class HeldOut:
 
     def __init__(self, module: Recogniser, text: Embedder, held: Speech) -> None:
         self.module, self.text, self.held = module, text, held
-        self.places = {clip.question: i for i, clip in enumerate(held.clips) if clip.question}
-        self.questions = text.embed(list(self.places))
+        self.asked = sorted({clip.question for clip in held.clips if clip.question})
+        self.questions = text.embed(self.asked)
         self.pieces = [piece_ids(clip.words, text) for clip in held.clips]
         self.words = [in_words(ids, text).split() for ids in self.pieces]
 
     def measure(self) -> dict[str, float]:
-        """Errors a word piece and a word, tokens fired a token said, and the share of questions
-        whose clip is the nearest of all, ``found``, if clips are held that have a question."""
+        """Errors a word piece and a word, tokens fired a token said, and, if clips are held that
+        have a question, ``found``: the share of questions to which the nearest of all clips is
+        theirs, or one of theirs."""
         self.module.eval()
         count = len(self.held.clips)
         heard = [h.ids for h in self.module.recognise([self.held.states(i) for i in range(count)])]
@@ -313,9 +313,11 @@ class HeldOut:
             "word_error": error_rate(words, self.words),
             "fired": sum(map(len, heard)) / sum(map(len, self.pieces)),
         }
-        if self.places:
+        if self.asked:
             cosines = self.questions @ embedded(heard, self.text).T
-            told["found"] = float(np.mean(cosines.argmax(1) == list(self.places.values())))
+            nearest = [self.held.clips[i].question for i in cosines.argmax(1)]
+            right = sum(a == b for a, b in zip(nearest, self.asked, strict=True))
+            told["found"] = right / len(self.asked)
         return told
 
 
