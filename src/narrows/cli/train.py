@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -204,4 +204,96 @@ def kv_latent(
     write(
         f"{out}: {last['kl']:.4f} nats from the base on held-out text, perplexity "
         f"{math.exp(last['nll']):.2f} against {math.exp(last['base_nll']):.2f}\n"
+    )
+
+
+@app.command("clsr")
+def clsr(
+    out: Annotated[Path, typer.Option(help="Folder for the recogniser; a run there goes on.")],
+    data: Data = None,
+    clips: Annotated[
+        int, typer.Option(help="Stretches of the data folder's texts spoken to learn from.")
+    ] = 6000,
+    held: Annotated[
+        int, typer.Option(help="Stretches with a question, of other articles, spoken to measure.")
+    ] = 256,
+    steps: Annotated[int, typer.Option(help="Updates for recognition.")] = 4000,
+    joint_steps: Annotated[
+        int, typer.Option(help="Updates with the contrastive loss after that; 0 for none.")
+    ] = 500,
+    batch: Annotated[int, typer.Option(help="Clips of an update.")] = 32,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    joint_rate: Annotated[float, typer.Option(help="That of the updates after it.")] = 1e-4,
+    sampling: Annotated[
+        float, typer.Option(help="Share of the first pass's errors told before the second.")
+    ] = 0.75,
+    adaptor: Annotated[
+        str, typer.Option(help="quantised, or soft, the ablation without a choice of pieces.")
+    ] = "quantised",
+    temperature: Annotated[float, typer.Option(help="Of the contrastive loss.")] = 0.02,
+    negatives: Annotated[
+        str, typer.Option(help="batch, or all: an extension, every training question.")
+    ] = "all",
+    blocks: Annotated[int, typer.Option(help="Of the decoder.")] = 3,
+    save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 100,
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of weights, voices and order.")] = 0,
+) -> None:
+    """A recogniser that reads speech into the vocabulary of a text encoder, for `narrows listen`.
+    It learns from synthetic voices, which need flite and espeak-ng; what they say and what the
+    speech encoder makes of it is kept in the folder."""
+    from narrows.bench.progress import Progress
+    from narrows.data import locate
+    from narrows.retrieve.rank import Embedder
+    from narrows.retrieve.speech_encoder import SpeechEncoder
+    from narrows.train import clsr
+    from narrows.train.loop import LoopOptions, processes
+    from narrows.train.speech import speak_all
+    from narrows.train.spoken_text import stretches
+
+    goal = clsr.Goal(sampling=sampling)
+    stages = [("recognition", goal, LoopOptions(steps=steps, rate=rate, save_every=save_every))]
+    if joint_steps:
+        told: dict[str, Any] = {
+            "adaptor": adaptor,
+            "temperature": temperature,
+            "negatives": negatives,
+        }
+        joint = clsr.Goal(contrast=1 / 3, sampling=sampling, **told)
+        options = LoopOptions(steps=joint_steps, rate=joint_rate, save_every=save_every)
+        stages.append(("joint", joint, options))
+    check_places(out)
+    texts = stretches(locate(data), seed)
+    learnt = [one for one in texts if not one.held][:clips]
+    measured = [one for one in texts if one.held and one.question][:held]
+    crew = processes(device)
+    first = crew.is_main_process
+    encoder = SpeechEncoder.load()
+    with Progress("speech, then updates", visible=first) as progress:
+        progress.expect(len(learnt) + len(measured) + steps + joint_steps)
+        with crew.main_process_first():
+            spoken = speak_all(
+                learnt, encoder, out / "work" / "train", seed=seed, on_done=progress.advance
+            )
+            kept = speak_all(
+                measured, encoder, out / "work" / "held", seed=seed, on_done=progress.advance
+            )
+        history = clsr.run(
+            Embedder.load(device=device),
+            spoken,
+            kept,
+            out,
+            stages,
+            batch=batch,
+            seed=seed,
+            on_step=lambda step, told: progress.advance(),
+            blocks=blocks,
+        )
+    if not first:
+        return
+    clsr.draw(history, out / "curves.png")
+    last = history[-1]
+    write(
+        f"{out}: on held-out articles and voices {last['word_error']:.1%} of words wrong, "
+        f"{last['found']:.1%} of questions find their clip among {len(measured)}\n"
     )

@@ -18,25 +18,22 @@ The target is never changed. ``narrows.draft.specformer_drafter`` runs the modul
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from narrows.config import Settings
-from narrows.errors import ConfigError, ModelError
-from narrows.files import replacing
 from narrows.model.flat import FlatModel
+from narrows.model.saved import load_module, save_module
 from narrows.ops import native
 from narrows.ops.rotary import turn
 
-WEIGHTS, CONFIG = "specformer.safetensors", "config.json"
+WEIGHTS = "specformer.safetensors"
 
 
 class SpecFormerConfig(Settings):
@@ -230,35 +227,13 @@ class SpecFormer(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the weights as bfloat16 and the config, each beside and then renamed."""
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            k: (v.bfloat16() if v.is_floating_point() else v).contiguous()
-            for k, v in self.state_dict().items()
-        }
-        with replacing(folder / WEIGHTS) as beside:
-            save_file(weights, beside)
-        with replacing(folder / CONFIG) as beside:
-            beside.write_text(self.config.model_dump_json(indent=1) + "\n")
+        save_module(self, self.config, folder, WEIGHTS)
 
     @classmethod
     def load(cls, folder: Path) -> SpecFormer:
         """What ``save`` wrote, in float32. Raises ModelError if it is not there, not whole or not
         of its config."""
-        try:
-            config = SpecFormerConfig(**json.loads((folder / CONFIG).read_text()))
-            weights = load_file(folder / WEIGHTS)
-        except ConfigError as error:
-            raise ModelError(f"{folder / CONFIG} is not a SpecFormer's: {error}") from None
-        except Exception as error:
-            raise ModelError(f"cannot read a SpecFormer from {folder}: {error}") from None
-        with torch.device("meta"):
-            module = cls(config)
-        expected = {k: v.shape for k, v in module.state_dict().items()}
-        if {k: v.shape for k, v in weights.items()} != expected:
-            raise ModelError(f"the weights in {folder} do not belong to its {CONFIG}")
-        wide = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
-        module.load_state_dict(wide, assign=True)
-        return module
+        return load_module(cls, SpecFormerConfig, folder, WEIGHTS, "SpecFormer")
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:

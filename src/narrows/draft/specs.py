@@ -9,10 +9,11 @@ from pathlib import Path
 
 from narrows.contracts import Drafter
 from narrows.draft.combined import Combined
-from narrows.draft.specformer import CONFIG, SpecFormer
+from narrows.draft.specformer import SpecFormer
 from narrows.draft.specformer_drafter import SpecFormerDrafter
 from narrows.errors import ConfigError
 from narrows.model.flat import FlatModel
+from narrows.model.saved import CONFIG
 from narrows.registry import Registry, build
 
 DRAFTERS: Registry[Callable[..., Drafter]] = Registry("drafter")

@@ -52,3 +52,4 @@ BACKENDS: Registry[Callable[..., Backend]] = Registry("listening backend")
 models are loaded when they are first used."""
 
 BACKENDS.add("transcript", "narrows.retrieve.transcribe:TranscriptBackend")
+BACKENDS.add("clsr", "narrows.retrieve.clsr:ClsrBackend")

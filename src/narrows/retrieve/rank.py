@@ -103,10 +103,27 @@ class Embedder:
         Texts run in batches of like length; a text's vector does not depend on its neighbours
         beyond rounding.
         """
-        ids = [
-            self.tokenizer.encode(text, truncation=True, max_length=self.max_tokens)
-            for text in texts
-        ]
+        return self._embed(
+            [
+                self.tokenizer.encode(text, truncation=True, max_length=self.max_tokens)
+                for text in texts
+            ]
+        )
+
+    @torch.inference_mode()
+    def embed_pieces(self, pieces: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """``embed`` of texts given as ids of their word pieces, without special tokens: the very
+        same vectors. Raises InputError for a text of more pieces than are read."""
+        first, last = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        ids = [[first, *own, last] for own in pieces]
+        if (longest := max(map(len, ids), default=0)) > self.max_tokens:
+            raise InputError(
+                f"a text of {longest - 2} word pieces is longer than the {self.max_tokens - 2} "
+                "that the encoder reads; cut it into shorter ones"
+            )
+        return self._embed(ids)
+
+    def _embed(self, ids: list[list[int]]) -> NDArray[np.float32]:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         vectors = np.zeros((len(ids), self.model.config.hidden_size), np.float32)
         for start in range(0, len(order), self.batch):

@@ -6,8 +6,10 @@ of a batch of its own, and all go on with their mean.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +51,23 @@ def rate_at(options: LoopOptions, step: int) -> float:
     done = (step - rising) / max(1, options.steps - rising)
     low = options.rate * options.final
     return low + (options.rate - low) * (1 + math.cos(math.pi * done)) / 2
+
+
+def chosen(step: int, count: int, batch: int, seed: int) -> list[int]:
+    """The examples of update ``step``, out of ``count``: all of them in a new random order, again
+    and again."""
+    found = []
+    for place in range(step * batch, (step + 1) * batch):
+        epoch, at = divmod(place, count)
+        found.append(_order(count, seed * 1_000_003 + epoch)[at])
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int, seed: int) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def processes(device: torch.device | str | None) -> PartialState:

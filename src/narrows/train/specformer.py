@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from narrows.llm import LLM
 from narrows.model.flat import FlatModel
 from narrows.train.examples import Example, answer_all, digest
 from narrows.train.linear_start import start_linear
-from narrows.train.loop import CHECKPOINT, LoopOptions, processes, train
+from narrows.train.loop import CHECKPOINT, LoopOptions, chosen, processes, train
 
 ROWS = 512
 """Rows of logits held at once."""
@@ -174,14 +173,8 @@ class SpecFormerObjective:
         self._room = keep_bytes
 
     def chosen(self, step: int) -> list[Example]:
-        """The examples of a step: all of them in a new random order, again and again."""
-        found, count = [], len(self.examples)
-        for place in range(step * self.batch, (step + 1) * self.batch):
-            epoch, at = divmod(place, count)
-            order = list(range(count))
-            random.Random(self.seed * 1_000_003 + epoch).shuffle(order)
-            found.append(self.examples[order[at]])
-        return found
+        """The examples of a step."""
+        return [self.examples[i] for i in chosen(step, len(self.examples), self.batch, self.seed)]
 
     def gradients(self, step: int) -> dict[str, float]:
         """Add the gradients of a step's examples. The slots' vectors are made once; the loss of

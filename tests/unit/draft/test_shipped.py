@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from narrows.draft.specformer import CONFIG, SpecFormer
+from narrows.draft.specformer import SpecFormer
 from narrows.draft.specformer_drafter import SpecFormerDrafter
 from narrows.draft.specs import SHIPPED, make_drafter
 from narrows.errors import ConfigError
 from narrows.model.flat import FlatModel
+from narrows.model.saved import CONFIG
 from tiny import pair
 
 FOLDERS = [path.parent for path in SHIPPED.glob(f"*/{CONFIG}")]

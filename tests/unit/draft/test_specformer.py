@@ -13,7 +13,6 @@ from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
 from narrows.contracts import FlatBatch
 from narrows.draft.specformer import (
-    CONFIG,
     WEIGHTS,
     GroupedRMSNorm,
     SpecFormer,
@@ -22,6 +21,7 @@ from narrows.draft.specformer import (
 from narrows.draft.specformer_drafter import SpecFormerDrafter
 from narrows.engine.engine import Engine
 from narrows.errors import ConfigError, ModelError
+from narrows.model.saved import CONFIG
 from tiny import FAMILIES, pair, prompts
 
 

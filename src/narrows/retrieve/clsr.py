@@ -1,0 +1,391 @@
+"""CLSR: a clip of speech read straight into the vocabulary of a text encoder.
+
+After Hu et al., "End-to-end Contrastive Language-Speech Pretraining Model For Long-form Spoken
+Question Answering" (arXiv 2511.09282), section numbers as in our design sheet. A small recogniser
+on the states of a frozen speech encoder writes all word pieces of a clip at once: integrate-and-
+fire (``narrows.retrieve.cif``) says how many there are and where, a decoder in both directions
+which ones. What the text encoder makes of them is the clip's embedding, and finds it by questions
+in text. The transcript comes with it, and any other encoder of the same vocabulary can embed it
+again.
+
+This is the small preset of the sheet (section 9): the speech encoder is Whisper's, the output is
+tied to the embedding table of the text encoder, of whose width the recogniser is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import dropout, linear, scaled_dot_product_attention
+
+from narrows.config import Settings
+from narrows.errors import ConfigError, ModelError
+from narrows.model import fetch, hub
+from narrows.model.saved import load_config, load_module, save_module
+from narrows.retrieve.audio import RATE, Wave
+from narrows.retrieve.cif import Fired, Tail, fire, spans
+from narrows.retrieve.clips import LEAST_S
+from narrows.retrieve.hearing import Heard
+from narrows.retrieve.rank import ENCODER, Embedder, checked_question
+from narrows.retrieve.speech_encoder import STATE_SECONDS, SpeechEncoder
+from narrows.retrieve.transcribe import RECOGNISER
+
+WEIGHTS, NAME = "clsr.safetensors", "recogniser"
+STRIDE = 2
+"""States of the speech encoder a frame."""
+USUAL_WEIGHT = 0.18
+"""Of a frame before training: word pieces a frame of 40 ms in ordinary speech."""
+BATCH = 16
+"""Clips recognised at once."""
+
+
+class ClsrConfig(Settings):
+    """Sizes of a recogniser and what it belongs to.
+
+    ``state_size`` and ``state_seconds`` are the speech encoder's, ``width`` and ``vocab_size`` the
+    text encoder's; ``vocabulary`` is the digest of its word pieces, see ``Pieces``.
+    """
+
+    vocab_size: Annotated[int, Field(ge=2)]
+    vocabulary: str
+    state_size: Annotated[int, Field(ge=1)] = 512
+    state_seconds: Annotated[float, Field(gt=0.0)] = STATE_SECONDS
+    width: Annotated[int, Field(ge=1)] = 384
+    blocks: Annotated[int, Field(ge=1)] = 3
+    heads: Annotated[int, Field(ge=1)] = 6
+    inner: Annotated[int, Field(ge=1)] = 1536
+    kernel: Annotated[int, Field(ge=1)] = 11
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    tail: Tail = "zero_frame"
+    speech_encoder: str = RECOGNISER
+    text_encoder: str = ENCODER
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError("width must be a multiple of heads")
+        if self.kernel % 2 == 0:
+            raise ValueError("kernel must be odd")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """The word pieces of a text encoder: ``table`` float32 ``[vocab, width]`` embeds them,
+    ``special`` bool ``[vocab]`` marks those that are never spoken (``[PAD]``, ``[unused1]``, ...),
+    ``digest`` tells vocabularies apart, id for id, and tables: a recogniser writes by the one it
+    was trained with, though what it wrote can be embedded by any encoder of the same pieces."""
+
+    table: Tensor
+    special: Tensor
+    digest: str
+
+    @classmethod
+    def of(cls, encoder: Embedder) -> Pieces:
+        """The encoder's own."""
+        ids = encoder.tokenizer.get_vocab()
+        named = sorted(ids, key=lambda piece: ids[piece])
+        table = encoder.model.embeddings.word_embeddings.weight.detach().float()
+        digest = hashlib.sha256("\n".join(f"{ids[p]} {p}" for p in named).encode())
+        digest.update(table.cpu().numpy().tobytes())
+        special = torch.ones(len(table), dtype=torch.bool)
+        special[[ids[p] for p in named if not re.fullmatch(r"\[.+\]", p)]] = False
+        return cls(table, special.to(table.device), digest.hexdigest()[:16])
+
+
+class Memory(NamedTuple):
+    """A batch of clips as the decoder looks at it: ``keys`` and ``values`` ``[B, heads, T, dim]``
+    and which frames are not padding, ``mask`` bool ``[B, T]``."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
+
+
+class FeedForward(nn.Module):
+    """Two layers with a norm between them, without a residual (3.1)."""
+
+    def __init__(self, config: ClsrConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, config.inner)
+        self.norm = nn.LayerNorm(config.inner)
+        self.down = nn.Linear(config.inner, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., width]`` -> ``[..., width]``."""
+        return self.down(self.norm(self.up(x).relu()))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """A decoder block of SAN-M (3.1): feed-forward, a memory of neighbouring tokens in place of
+    self-attention, then attention to the clip."""
+
+    def __init__(self, config: ClsrConfig) -> None:
+        super().__init__()
+        size = config.width
+        self.heads, self.dropout = config.heads, config.dropout
+        self.first_norm, self.second_norm, self.third_norm = (nn.LayerNorm(size) for _ in range(3))
+        self.feed = FeedForward(config)
+        self.neighbours = nn.Conv1d(
+            size, size, config.kernel, padding=config.kernel // 2, groups=size, bias=False
+        )
+        self.query = nn.Linear(size, size)
+        self.out = nn.Linear(size, size)
+
+    def forward(self, x: Tensor, real: Tensor, memory: Memory) -> Tensor:
+        """``x`` ``[B, N, width]``, of which ``real`` bool ``[B, N]`` are tokens."""
+        y = self.second_norm(self.feed(self.first_norm(x))).masked_fill(~real[:, :, None], 0.0)
+        y = y + self.neighbours(y.transpose(1, 2)).transpose(1, 2)
+        x = x + dropout(y, self.dropout, self.training)
+        queries = self.query(self.third_norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        found = scaled_dot_product_attention(
+            queries, memory.keys, memory.values, attn_mask=memory.mask[:, None, None]
+        )
+        mixed = self.out(found.transpose(1, 2).flatten(2))
+        return x + dropout(mixed, self.dropout, self.training)
+
+
+class Recogniser(nn.Module):
+    """From states of a speech encoder to word pieces.
+
+    Args:
+        config: see ClsrConfig.
+        pieces: of the text encoder; its table is the output layer (and no parameter of this).
+
+    Raises ConfigError if the two do not belong together.
+    """
+
+    table: Tensor
+    special: Tensor
+
+    def __init__(self, config: ClsrConfig, pieces: Pieces) -> None:
+        super().__init__()
+        if config.vocabulary != pieces.digest or pieces.table.shape != (
+            config.vocab_size,
+            config.width,
+        ):
+            raise ConfigError(
+                "this recogniser writes the word pieces of another text encoder; take the one of "
+                f"its config, {config.text_encoder}"
+            )
+        self.config = config
+        self.register_buffer("table", pieces.table, persistent=False)
+        self.register_buffer("special", pieces.special, persistent=False)
+        size = config.width
+        self.narrow = nn.Conv1d(config.state_size, size, 3, stride=STRIDE, padding=1)
+        self.frame_norm = nn.LayerNorm(size)
+        self.weigh_near = nn.Conv1d(size, size, 3, padding=1)
+        self.weigh = nn.Linear(size, 1)
+        nn.init.constant_(self.weigh.bias, math.log(USUAL_WEIGHT / (1 - USUAL_WEIGHT)))
+        self.memory = nn.Linear(size, 2 * size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.last_norm = nn.LayerNorm(size)
+        self.last_feed = FeedForward(config)
+        self.out_norm = nn.LayerNorm(size)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def frames(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """States ``[B, T, state_size]``, of which ``mask`` bool ``[B, T]`` are not padding, as
+        frames ``[B, ceil(T / 2), width]`` and their mask. What stands in padding is not read."""
+        states = states.masked_fill(~mask[:, :, None], 0.0)
+        frames = self.narrow(states.transpose(1, 2)).relu().transpose(1, 2)
+        real = mask[:, ::STRIDE]
+        return self.frame_norm(frames).masked_fill(~real[:, :, None], 0.0), real
+
+    def fired(
+        self, frames: Tensor, real: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor, Fired]:
+        """One embedding a token ``[B, N, width]``, and how they came about (3.1, 3.2). Weights and
+        their sums are float32 at least, whatever the products are made in."""
+        near = self.weigh_near(frames.transpose(1, 2)).relu().transpose(1, 2)
+        weights = self.weigh(near)[:, :, 0].float().sigmoid()
+        fired = fire(weights, real, targets, tail=self.config.tail)
+        return fired.shares @ frames.float(), fired
+
+    def remember(self, frames: Tensor, real: Tensor) -> Memory:
+        """Frames as all blocks look at them, projected once (section 9)."""
+        split = self.memory(frames).unflatten(-1, (2, self.config.heads, -1))
+        keys, values = split.permute(2, 0, 3, 1, 4)
+        return Memory(keys, values, real)
+
+    def decode(self, embeds: Tensor, counts: Tensor, memory: Memory) -> Tensor:
+        """Vectors ``[R, width]`` of the real tokens, item after item, ready for ``scores``.
+
+        ``embeds`` ``[B, N, width]`` holds ``counts[b]`` tokens of item ``b``; the rest is not read.
+        """
+        real = torch.arange(embeds.shape[1], device=embeds.device) < counts[:, None]
+        x = embeds.masked_fill(~real[:, :, None], 0.0)
+        for block in self.blocks:
+            x = block(x, real, memory)
+        return self.out_norm(self.last_feed(self.last_norm(x[real])))  # type: ignore[no-any-return]
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Float32 scores of all pieces, special ones too, ``[R, vocab]``."""
+        return linear(x * self.scale, self.table, self.bias).float()
+
+    @torch.inference_mode()
+    def recognise(self, states: Sequence[Tensor]) -> list[Written]:
+        """What is said in clips of states ``[T, state_size]``, all word pieces of a clip at once,
+        as many as its own weights fire. A clip's result does not depend on its neighbours beyond
+        rounding."""
+        assert not self.training
+        order = sorted(range(len(states)), key=lambda i: len(states[i]))
+        found: dict[int, Written] = {}
+        for first in range(0, len(order), BATCH):
+            chosen = order[first : first + BATCH]
+            found |= zip(chosen, self._recognise([states[i] for i in chosen]), strict=True)
+        return [found[i] for i in range(len(states))]
+
+    def _recognise(self, states: list[Tensor]) -> list[Written]:
+        frames, real = self.frames(*padded(states, self.table.device))
+        embeds, fired = self.fired(frames, real)
+        counts: list[int] = fired.counts.tolist()
+        if not any(counts):
+            return [Written([], [], []) for _ in states]
+        x = self.decode(embeds, fired.counts, self.remember(frames, real))
+        scores = self.scores(x).masked_fill_(self.special, -math.inf)
+        ids = scores.argmax(1)
+        sure = scores.softmax(1).gather(1, ids[:, None])[:, 0]
+        seconds = spans(fired.shares).double() * STRIDE * self.config.state_seconds
+        heard = []
+        parts = torch.split(ids, counts), torch.split(sure, counts), seconds.tolist()
+        for own, chances, spanned in zip(*parts, strict=True):
+            times = [(start, stop) for start, stop in spanned[: len(own)]]
+            heard.append(Written(own.tolist(), times, chances.tolist()))
+        return heard
+
+    def save(self, folder: Path) -> None:
+        """Write the weights as bfloat16 and the config, each beside and then renamed."""
+        save_module(self, self.config, folder, WEIGHTS)
+
+    @classmethod
+    def load(cls, folder: Path, pieces: Pieces) -> Recogniser:
+        """What ``save`` wrote, in float32, for the text encoder of these ``pieces``. Raises
+        ModelError if it is not there, not whole, not of its config or of another vocabulary."""
+        try:
+            module = load_module(
+                lambda config: cls(config, pieces), ClsrConfig, folder, WEIGHTS, NAME
+            )
+        except ConfigError as error:
+            raise ModelError(f"{folder}: {error}") from None
+        return module.eval()
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was recognised in a clip: ``ids`` of word pieces, and for each its ``times``, first and
+    last second within the clip, and its probability ``sure``. All empty where nothing was said."""
+
+    ids: list[int]
+    times: list[tuple[float, float]]
+    sure: list[float]
+
+
+def padded(
+    states: Sequence[Tensor], device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Clips of states ``[T, size]`` as one batch float32 ``[B, T, size]``, and which of it is not
+    padding, bool ``[B, T]``."""
+    batch = nn.utils.rnn.pad_sequence([s.float() for s in states], batch_first=True).to(device)
+    lengths = torch.tensor([len(s) for s in states], device=device)
+    return batch, torch.arange(batch.shape[1], device=device) < lengths[:, None]
+
+
+class ClsrBackend:
+    """Searches what a recogniser reads into the pieces of its text encoder. See
+    ``hearing.Backend``.
+
+    Args:
+        folder: the recogniser's, loaded at first use with the encoders its config names.
+
+    Raises ModelError or ConfigError, when it is used.
+    """
+
+    verbatim = False
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    @cached_property
+    def config(self) -> ClsrConfig:
+        """The recogniser's."""
+        return load_config(self._folder, ClsrConfig, NAME)
+
+    @cached_property
+    def speech(self) -> SpeechEncoder:
+        """The speech encoder."""
+        return SpeechEncoder.load(self.config.speech_encoder)
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The text encoder."""
+        return Embedder.load(self.config.text_encoder)
+
+    @cached_property
+    def recogniser(self) -> Recogniser:
+        """What stands between the two."""
+        module = Recogniser.load(self._folder, Pieces.of(self.embedder))
+        return module.to(module.table.device)
+
+    @cached_property
+    def hears(self) -> str:
+        """See ``hearing.Backend``."""
+        encoder = self.config.speech_encoder
+        own = fetch.sha256(self._folder / WEIGHTS)[:16]
+        return f"{encoder} {hub.revision(hub.resolve(encoder))} clsr {own}"
+
+    @cached_property
+    def encodes(self) -> str:
+        """See ``hearing.Backend``."""
+        encoder = self.config.text_encoder
+        return f"{encoder} {hub.revision(hub.resolve(encoder))}"
+
+    def write(self, waves: Sequence[Wave]) -> list[Written]:
+        """The pieces said in each clip, with their times. In a clip shorter than LEAST_S nothing
+        is said."""
+        long = [i for i, wave in enumerate(waves) if len(wave) >= LEAST_S * RATE]
+        made = self.recogniser.recognise([self.speech.encode(waves[i]) for i in long])
+        found = dict(zip(long, made, strict=True))
+        return [found.get(i, Written([], [], [])) for i in range(len(waves))]
+
+    def hear(self, waves: Sequence[Wave]) -> list[Heard]:
+        """See ``hearing.Backend``."""
+        pieces = [one.ids for one in self.write(waves)]
+        vectors = embedded(pieces, self.embedder)
+        return [
+            Heard(in_words(ids, self.embedder), np.array(ids, np.int32), vector)
+            for ids, vector in zip(pieces, vectors, strict=True)
+        ]
+
+    def embed(self, question: str) -> NDArray[np.float32]:
+        """See ``hearing.Backend``."""
+        vector: NDArray[np.float32] = self.embedder.embed([checked_question(question)])[0]
+        return vector
+
+
+def in_words(ids: Sequence[int], text: Embedder) -> str:
+    """Word pieces of ``text`` as words, in lower case and without punctuation."""
+    pieces = text.tokenizer.convert_ids_to_tokens(list(ids))
+    return " ".join(pieces).replace(" ##", "")
+
+
+def embedded(clips: Sequence[Sequence[int]], text: Embedder) -> NDArray[np.float32]:
+    """Unit vectors ``[len(clips), width]`` of word pieces: what ``text`` makes of the same words. A
+    clip in which nothing was said has the vector 0; what the encoder cannot read of a long one has
+    no part in its vector."""
+    vectors = text.embed_pieces([ids[: text.max_tokens - 2] for ids in clips])
+    vectors[[not ids for ids in clips]] = 0.0
+    return vectors

@@ -1,0 +1,74 @@
+"""What a speech encoder makes of a clip: states, one every 20 ms.
+
+Whisper's encoder, run by CTranslate2 in 8 bits. A clip is encoded alone and as long as it is, where
+Whisper itself fills every clip up to 30 seconds: short clips cost what they are long, and a
+recogniser is trained on states of the same kind. The last sample is followed by 10 ms of silence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from narrows.errors import ConfigError, InputError, ModelError, reason
+from narrows.model import hub
+from narrows.retrieve.audio import RATE, Wave
+from narrows.retrieve.clips import LONGEST_S
+from narrows.retrieve.transcribe import RECOGNISER
+
+STATE_SECONDS = 0.02
+
+
+class SpeechEncoder:
+    """A Whisper encoder.
+
+    Args:
+        model: a ``ctranslate2.models.Whisper``.
+        name: what it is known by.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        from faster_whisper.feature_extractor import FeatureExtractor
+
+        self.model, self.name = model, name
+        self.features = FeatureExtractor(feature_size=model.n_mels, sampling_rate=RATE)
+
+    @classmethod
+    def load(cls, name: str = RECOGNISER, *, threads: int = 0) -> SpeechEncoder:
+        """Load an encoder by name (see ``narrows.model.hub.resolve``), to run in ``threads``
+        threads, 0 leaving that to CTranslate2. Raises ModelError, and ConfigError where the
+        packages for it are not installed."""
+        try:
+            import ctranslate2
+        except ImportError:
+            raise ConfigError("reading speech needs: pip install 'narrows[listen]'") from None
+        folder = hub.resolve(name)
+        try:
+            model = ctranslate2.models.Whisper(
+                str(folder), device="cpu", compute_type="int8", intra_threads=threads
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(
+                f"cannot read a Whisper model from {folder}: {reason(error)}"
+            ) from None
+        return cls(model, name)
+
+    def encode(self, wave: Wave) -> Tensor:
+        """States float32 ``[T, size]`` of a clip. Raises InputError if it is empty, longer than
+        the encoder knows positions for, or not finite."""
+        import ctranslate2
+
+        if not 0 < len(wave) <= LONGEST_S * RATE:
+            raise InputError(
+                f"a clip of {len(wave) / RATE:.2f} s cannot be encoded; give more than none and "
+                f"at most {LONGEST_S:g} s"
+            )
+        if not np.isfinite(wave).all():
+            raise InputError("a clip holds samples that are not finite numbers; it is damaged")
+        mel = self.features(wave, padding=RATE // 100)[:, : round(LONGEST_S / 0.01)]
+        batch = np.ascontiguousarray(mel[None], dtype=np.float32)
+        states = self.model.encode(ctranslate2.StorageView.from_array(batch), to_cpu=True)
+        return torch.from_numpy(np.array(states)[0])

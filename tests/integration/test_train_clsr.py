@@ -1,0 +1,53 @@
+"""Training a recogniser from the command line, then listening with it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from narrows import cli
+from narrows.errors import ModelError
+from narrows.registry import build
+from narrows.retrieve.audio import RATE
+from narrows.retrieve.hearing import BACKENDS
+from narrows.retrieve.speech_encoder import SpeechEncoder
+from narrows.train.speech import ESPEAK, FLITE, speak
+from tiny_speech import spoken_data
+
+SMALL = ["--clips=6", "--held=3", "--batch=2", "--blocks=1", "--save-every=2", "--device=cpu"]
+
+
+def train(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["narrows", "train", "clsr", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.mark.model
+def test_a_recogniser_from_the_command_line(tmp_path, monkeypatch, capfd):
+    if not (shutil.which(FLITE) and shutil.which(ESPEAK)):
+        pytest.skip("flite or espeak-ng is not installed")
+    try:
+        SpeechEncoder.load(threads=1)
+    except ModelError as error:
+        pytest.skip(str(error))
+    data, out = spoken_data(tmp_path / "data"), tmp_path / "out"
+    places = ("--out", str(out), "--data", str(data), *SMALL)
+    assert train(monkeypatch, *places, "--steps", "2", "--joint-steps", "1") == 0
+    assert "of questions find their clip among 3" in capfd.readouterr().out
+    assert (out / "curves.png").stat().st_size > 1000
+    # Another goal is not gone on with.
+    assert train(monkeypatch, *places, "--steps", "4", "--sampling", "0.1") == 2
+    assert "trained on other data" in capfd.readouterr().err
+    backend = build(BACKENDS, f"clsr:folder={out}")
+    wave = speak("the harbour is very old", (FLITE, "rms"))
+    heard, nothing = backend.hear([wave, np.zeros(RATE // 100, np.float32)])
+    assert heard.vector.shape == backend.embed("How old is the harbour?").shape == (384,)
+    assert nothing.text == ""
+    assert backend.hears.startswith("whisper-base ")

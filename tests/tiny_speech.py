@@ -1,0 +1,114 @@
+"""A tiny text encoder with word pieces, and a recogniser that writes in them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from narrows.retrieve.clsr import ClsrConfig, Pieces, Recogniser
+from narrows.retrieve.rank import Embedder
+
+SPECIAL = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = [
+    "the",
+    "cat",
+    "dog",
+    "ferry",
+    "left",
+    "at",
+    "night",
+    "dawn",
+    "captain",
+    "walked",
+    "home",
+    "ice",
+    "storm",
+    "north",
+    "wind",
+]
+LETTERS = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]
+WIDTH, STATE = 24, 10
+
+
+def embedder(seed: int = 0, pieces: tuple[str, ...] = ()) -> Embedder:
+    """``pieces`` in place of the usual ones."""
+    listed = pieces or (*SPECIAL, *WORDS, *LETTERS)
+    ids = {piece: i for i, piece in enumerate(listed)}
+    raw = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    raw.normalizer = normalizers.BertNormalizer()
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ends = [(piece, ids[piece]) for piece in ("[CLS]", "[SEP]")]
+    raw.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(ids),
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+    )
+    return Embedder(BertModel(config, add_pooling_layer=False), tokenizer, max_tokens=64)
+
+
+@functools.cache
+def text_encoder() -> Embedder:
+    return embedder()
+
+
+def recogniser(seed: int = 0, **changes: object) -> Recogniser:
+    pieces = Pieces.of(text_encoder())
+    sizes = {"state_size": STATE, "width": WIDTH, "blocks": 2, "heads": 2, "inner": 32}
+    config = ClsrConfig(
+        **{**sizes, "vocab_size": len(pieces.table), "vocabulary": pieces.digest, **changes}
+    )
+    torch.manual_seed(seed)
+    return Recogniser(config, pieces).eval()
+
+
+def clips(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:
+    """Random states."""
+    maker = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, STATE, generator=maker) for n in lengths]
+
+
+def spoken_data(folder: Path) -> Path:
+    """A data folder with what ``narrows.train.spoken_text`` reads of it, filled."""
+
+    def put(name: str, rows: list[dict[str, Any]]) -> None:
+        path = folder / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    titles = [f"Place_{n}" for n in range(12)]
+    passages, questions = [], []
+    for n, title in enumerate(titles):
+        text = f"the harbour of place {n} is very old. its tower fell in the year {1900 + n} alas."
+        text += " many other things could be said about it and the people who live there today."
+        passages.append({"pid": str(n), "title": title, "asr_wer23": text})
+        questions.append({"pid": str(n), "question": f"q{n}", "answers": [f"{1900 + n}"]})
+    put("spoken_squad/passages", passages)
+    put("spoken_squad/questions", questions)
+    put("xquad_en/xquad_en", [])
+    put("lost_in_the_middle/nq_open_oracle", [])
+    wiki = [
+        {"title": t.replace("_", " "), "text": f"On {t} one more text is here."} for t in titles
+    ]
+    put("wiki_passages/passages", wiki)
+    put("state_union/speeches", [{"id": "1", "text": "We are here today, my friends. No."}])
+    return folder

@@ -1,0 +1,64 @@
+"""States of clips: the convention for short ones, and clips that cannot be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from narrows.errors import InputError, ModelError
+from narrows.retrieve.audio import RATE
+from narrows.retrieve.speech_encoder import SpeechEncoder
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    pytest.importorskip("ctranslate2")
+    try:
+        return SpeechEncoder.load(threads=1)
+    except ModelError as error:
+        pytest.skip(str(error))
+
+
+def tone(seconds):
+    time = np.arange(round(seconds * RATE)) / RATE
+    return (0.3 * np.sin(2 * np.pi * 220 * time * (1 + time))).astype(np.float32)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("seconds", [1 / RATE, 0.01, 0.5, 1.01, 30.0])
+def test_a_state_every_20_ms(encoder, seconds):
+    states = encoder.encode(tone(seconds))
+    assert states.dtype == torch.float32
+    assert states.shape[1] == 512
+    assert abs(len(states) - seconds / 0.02) <= 1
+    assert states.isfinite().all()
+
+
+@pytest.mark.model
+def test_repeatable_and_not_filled_up(encoder):
+    wave = tone(2.0)
+    states = encoder.encode(wave)
+    assert torch.equal(states, encoder.encode(wave))
+    filled = encoder.encode(np.pad(wave, (0, 5 * RATE)))
+    assert not torch.allclose(states, filled[: len(states)], atol=0.1)
+
+
+@pytest.mark.model
+def test_clips_that_cannot_be_encoded(encoder):
+    with pytest.raises(InputError, match=r"0\.00 s"):
+        encoder.encode(tone(0))
+    with pytest.raises(InputError, match="at most 30 s"):
+        encoder.encode(tone(30.1))
+    wave = tone(0.2)
+    wave[7] = np.nan
+    with pytest.raises(InputError, match="not finite"):
+        encoder.encode(wave)
+    assert encoder.encode(np.zeros(RATE, np.float32)).isfinite().all()
+
+
+def test_a_folder_without_whisper(tmp_path):
+    pytest.importorskip("ctranslate2")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError):
+        SpeechEncoder.load(str(tmp_path))
