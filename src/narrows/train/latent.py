@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from narrows.contracts import FlatBatch
 from narrows.errors import ConfigError
 from narrows.figure import new_figure, save_figure
 from narrows.model.flat import FlatModel
-from narrows.train.loop import LoopOptions, train
+from narrows.train.loop import LoopOptions, chosen, train
 
 Stage = Literal["layers", "whole"]
 ROWS = 256
@@ -101,13 +100,8 @@ class LatentObjective:
 
     def chosen(self, step: int) -> Tensor:
         """Token ids ``[batch, length]`` of a step: all windows in a new order, again and again."""
-        found, count = [], len(self.windows)
-        for place in range(step * self.batch, (step + 1) * self.batch):
-            epoch, at = divmod(place, count)
-            order = list(range(count))
-            random.Random(self.seed * 1_000_003 + epoch).shuffle(order)
-            found.append(list(self.windows[order[at]]))
-        return torch.tensor(found, device=self.device)
+        order = chosen(step, len(self.windows), self.batch, self.seed)
+        return torch.tensor([list(self.windows[i]) for i in order], device=self.device)
 
     def gradients(self, step: int) -> dict[str, float]:
         """Add those of a step's windows; tells the mean loss."""
