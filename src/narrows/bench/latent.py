@@ -43,7 +43,6 @@ from narrows.bench.provenance import provenance
 from narrows.bench.report import Row, row, with_provenance
 from narrows.data import locate
 from narrows.errors import ConfigError
-from narrows.latent.convert import PRESETS
 from narrows.llm import LLM
 
 PARTS = ("bytes", "text", "choices", "quality", "retrieval", "time")
@@ -83,7 +82,7 @@ def run(
         model: is converted; what all others are compared with.
         data: benchmark data; None as ``data.locate``.
         sizes: of keys and values to convert to; None: all pairs of quarters of the model's heads.
-        presets: of ``latent.convert.PRESETS``; one conversion each for every size.
+        presets: see ``latent.convert.parse_preset``; one conversion each for every size.
         also: folders of converted models.
         peers: cache specs of the base, evicting ones with a share of bytes (``snapkv@0.5``);
             ``none`` or nothing measures models alone.
@@ -300,11 +299,10 @@ def _check(
     steps: int,
     lengths: Sequence[int],
 ) -> None:
-    for name, given, known in (("parts", parts, PARTS), ("presets", presets, tuple(PRESETS))):
-        if not given or not set(given) <= set(known):
-            raise ConfigError(
-                f"{name}: give some of {', '.join(known)} (given: {', '.join(given)})"
-            )
+    if not parts or not set(parts) <= set(PARTS):
+        raise ConfigError(f"parts: give some of {', '.join(PARTS)} (given: {', '.join(parts)})")
+    if not presets:
+        raise ConfigError("presets: give at least one, such as tuned")
     for spec in peers:
         parse_subject(spec)
     if min(choices, rounds, steps, *lengths) < 1:

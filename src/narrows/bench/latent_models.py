@@ -10,7 +10,7 @@ from narrows.bench.cache_subjects import Ours
 from narrows.contracts import LayerCache
 from narrows.errors import ConfigError
 from narrows.latent import checkpoint
-from narrows.latent.convert import PRESETS, LatentOptions, check, convert
+from narrows.latent.convert import check, convert, parse_preset
 from narrows.latent.statistics import measure
 from narrows.llm import LLM
 from narrows.model import attention, hub
@@ -98,11 +98,7 @@ def make_candidates(
     base = llm.model
     stock = checkpoint.load(hub.resolve(base.name), dtype=base.shape.dtype)
     stock.to(base.shape.device)
-    wanted = [
-        (preset, LatentOptions(qk=qk, vo=vo, **PRESETS[preset]))
-        for preset in presets
-        for qk, vo in sizes
-    ]
+    wanted = [(preset, parse_preset(preset, qk, vo)) for preset in presets for qk, vo in sizes]
     for _, options in wanted:
         check(stock.config, options)
     layers = []

@@ -278,7 +278,7 @@ def latent(
         typer.Option(help="Key and value sizes, 32x32,48x16; default: pairs of quarters."),
     ] = None,
     preset: Annotated[
-        list[str] | None, typer.Option(help="tuned or paper. Repeatable; default tuned.")
+        list[str] | None, typer.Option(help="As of convert kv-latent. Repeatable; default tuned.")
     ] = None,
     also: Annotated[
         list[Path] | None, typer.Option(help="Converted folder, healed or not. Repeatable.")

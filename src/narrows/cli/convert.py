@@ -9,6 +9,9 @@ import typer
 
 from narrows.cli.options import Data, Device, Dtype, Text, stderr, write
 
+HOPELESS = 0.2
+"""Nats a token from the base beyond which a model had better be healed before it is used."""
+
 app = typer.Typer(help="Make a smaller checkpoint of a model.", no_args_is_help=True)
 
 
@@ -24,18 +27,9 @@ def kv_latent(
     vo: Annotated[int, typer.Option(help="Numbers of a value head.")],
     out: Annotated[Path, typer.Option(help="New folder for the converted model.")],
     preset: Annotated[
-        str, typer.Option(help="tuned, or paper: the four options below as in the paper.")
+        str,
+        typer.Option(help="tuned or paper, with changes of pairs, rope, values or gain behind a :"),
     ] = "tuned",
-    pairs: Annotated[
-        str | None, typer.Option(help="Rotary pairs kept: stride, matched, energy or fit.")
-    ] = None,
-    rope: Annotated[
-        str | None, typer.Option(help="Their frequencies: subset or frequency_aware.")
-    ] = None,
-    values: Annotated[
-        str | None, typer.Option(help="Value space: stride, svd or activations.")
-    ] = None,
-    gain: Annotated[str | None, typer.Option(help="Of queries: none, size, keep or fit.")] = None,
     text: Text = "own",
     data: Data = None,
     windows: Annotated[int, typer.Option(help="Windows of text looked at.")] = 32,
@@ -46,20 +40,15 @@ def kv_latent(
 ) -> None:
     """KV-Latent: fewer key and value dimensions. Tells what it costs before any training."""
     from narrows.bench.latent_quality import compare_models
-    from narrows.errors import ConfigError
     from narrows.latent import checkpoint
-    from narrows.latent.convert import PRESETS, LatentOptions, check, convert
+    from narrows.latent.convert import check, convert, parse_preset
     from narrows.latent.statistics import measure
     from narrows.llm import LLM
     from narrows.model import hub
     from narrows.model.flat import FlatModel
     from narrows.train import texts
 
-    if preset not in PRESETS:
-        raise ConfigError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
-    given = {"pairs": pairs, "rope": rope, "values": values, "gain": gain}
-    changes = {name: value for name, value in given.items() if value is not None}
-    options = LatentOptions(qk=qk, vo=vo, **{**PRESETS[preset], **changes})
+    options = parse_preset(preset, qk, vo)
     checkpoint.check_place(out)
     folder = hub.resolve(model)
     base = checkpoint.load(folder)
@@ -73,5 +62,5 @@ def kv_latent(
     checkpoint.write(made, folder, out)
     told = compare_models(llm.model, FlatModel.load(str(out), dtype=dtype, device=device), held)
     write(f"{out}: {told}\\n")
-    if options.looks is False and preset == "paper":
-        stderr.print("[dim]of use only once healed: narrows train kv-latent[/dim]")
+    if told.kl > HOPELESS:
+        stderr.print("[dim]of little use before it is healed: narrows train kv-latent[/dim]")

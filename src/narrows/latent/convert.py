@@ -21,6 +21,7 @@ from narrows.latent import selection, values
 from narrows.latent.frequencies import frequency_aware_places, read_off, rope_parameters
 from narrows.latent.statistics import LayerStatistics
 from narrows.model.latent import MODELS, PREFIX
+from narrows.registry import split_spec
 
 SMALLEST = 8
 """Numbers of a head below which nothing of use is left."""
@@ -63,6 +64,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Options by name: ours, which are the defaults, and the paper's."""
 
 
+def parse_preset(spec: str, qk: int, vo: int) -> LatentOptions:
+    """The options of a preset, changed where ``spec`` says so: ``paper:rope=subset``. Raises
+    ConfigError."""
+    name, changes = split_spec("preset", spec)
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
+    if unknown := set(changes) - {"pairs", "rope", "values", "gain"}:
+        raise ConfigError(f"preset {spec!r}: {min(unknown)!r} is none of pairs, rope, values, gain")
+    return LatentOptions(qk=qk, vo=vo, **{**PRESETS[name], **changes})
+
+
 def check(config: Any, options: LatentOptions) -> None:
     """Raises UnsupportedModel or ConfigError for a model or sizes that cannot be converted."""
     family = getattr(config, "model_type", None)
@@ -94,7 +106,9 @@ def check(config: Any, options: LatentOptions) -> None:
     if options.rope == "frequency_aware":
         frequency_aware_places(options.qk, size // 2)
     if family == "qwen3" and options.gain == "fit":
-        raise ConfigError("gain=fit is not possible where queries are normed (qwen3); take keep")
+        raise ConfigError(
+            "queries are normed (qwen3), so that no gain can be fitted; take preset tuned:gain=keep"
+        )
 
 
 def convert(model: Any, options: LatentOptions, layers: Sequence[LayerStatistics] = ()) -> Any:
