@@ -16,8 +16,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    monkeypatch.setattr(FlatModel, "load", classmethod(lambda *a, **k: chat_model()))
+def program(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs it with arguments: the exit code, and what it printed and complained about."""
 
     def call(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["narrows", *arguments])
@@ -30,3 +30,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
         return code, *capfd.readouterr()
 
     return call
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, program: Run) -> Run:
+    """As ``program``, with the tiny model whatever model is named."""
+    monkeypatch.setattr(FlatModel, "load", classmethod(lambda *a, **k: chat_model()))
+    return program

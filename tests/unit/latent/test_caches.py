@@ -45,19 +45,17 @@ def sealed(model: FlatModel, spec: str) -> list:
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize(("qk", "vo"), [(16, 32), (32, 16)])
-@torch.inference_mode()
 def test_attention_is_that_over_what_is_held(spec: str, qk: int, vo: int) -> None:
     model = flat(converted("llama", qk, vo))
-    for cache in sealed(model, spec):
-        g = torch.Generator().manual_seed(3)
-        k, q = torch.randn(1, 2, qk, generator=g), torch.randn(1, 4, qk, generator=g)
-        cache.append(k, torch.randn(1, 2, vo, generator=g))
-        keys, held = cache.materialize()
-        weights = torch.einsum("hd,nhd->hn", q[0], keys.repeat_interleave(2, 1).float()) * 0.2
-        wanted = torch.einsum(
-            "hn,nhd->hd", weights.softmax(-1), held.repeat_interleave(2, 1).float()
-        )
-        torch.testing.assert_close(cache.attend(q, 0.2)[0], wanted, rtol=2e-3, atol=2e-3)
+    with torch.inference_mode():
+        for cache in sealed(model, spec):
+            g = torch.Generator().manual_seed(3)
+            k, q = torch.randn(1, 2, qk, generator=g), torch.randn(1, 4, qk, generator=g)
+            cache.append(k, torch.randn(1, 2, vo, generator=g))
+            keys, values = (x.repeat_interleave(2, 1).float() for x in cache.materialize())
+            weights = torch.einsum("hd,nhd->hn", q[0], keys) * 0.2
+            wanted = torch.einsum("hn,nhd->hd", weights.softmax(-1), values)
+            torch.testing.assert_close(cache.attend(q, 0.2)[0], wanted, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from narrows.cache.dense import DensePolicy
 from narrows.errors import ConfigError, UnsupportedModel
-from narrows.latent.convert import PRESETS, LatentOptions, check, convert, head_size
+from narrows.latent.convert import (
+    PRESETS,
+    LatentOptions,
+    check,
+    convert,
+    head_size,
+    parse_preset,
+)
 from narrows.latent.selection import stride
 from tiny import config as tiny_config
 from tiny import pair, prompts
@@ -170,3 +177,22 @@ def test_the_base_stays_as_it_is() -> None:
     before = {name: w.clone() for name, w in stock.state_dict().items()}
     convert(stock, LatentOptions(qk=16, vo=16), statistics("llama"))
     assert all(torch.equal(w, before[name]) for name, w in stock.state_dict().items())
+
+
+def test_presets_are_specs() -> None:
+    assert parse_preset("tuned", 16, 8) == LatentOptions(qk=16, vo=8)
+    changed = parse_preset("paper:rope=subset,values=svd", 16, 16)
+    assert changed.model_dump() == {
+        **{"qk": 16, "vo": 16, "pairs": "stride"},
+        **{"rope": "subset", "values": "svd", "gain": "none"},
+    }
+    for spec, told in (
+        ("best", "'best' is not one of tuned, paper"),
+        ("paper:qk=8", "'qk' is none of"),
+        ("paper:rope=none", "rope"),
+        ("paper:rope", "option=value"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            parse_preset(spec, 16, 16)
+    with pytest.raises(ConfigError, match="qk"):
+        parse_preset("tuned", 4, 16)
