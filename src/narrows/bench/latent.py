@@ -43,6 +43,7 @@ from narrows.bench.provenance import provenance
 from narrows.bench.report import Row, row, with_provenance
 from narrows.data import locate
 from narrows.errors import ConfigError
+from narrows.latent.convert import SMALLEST, parse_preset
 from narrows.llm import LLM
 
 PARTS = ("bytes", "text", "choices", "quality", "retrieval", "time")
@@ -303,6 +304,8 @@ def _check(
         raise ConfigError(f"parts: give some of {', '.join(PARTS)} (given: {', '.join(parts)})")
     if not presets:
         raise ConfigError("presets: give at least one, such as tuned")
+    for preset in presets:
+        parse_preset(preset, SMALLEST, SMALLEST)
     for spec in peers:
         parse_subject(spec)
     if min(choices, rounds, steps, *lengths) < 1:
