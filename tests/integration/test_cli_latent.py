@@ -78,7 +78,7 @@ def test_bad_conversions_leave_nothing(
 
 
 def test_what_is_not_converted_is_not_healed(program, folder: Path, tmp_path: Path) -> None:
-    code, out, err = program(
+    code, _, err = program(
         "train", "kv-latent", str(folder / "base"), "--out", str(tmp_path / "out")
     )
     assert code == 2
