@@ -32,6 +32,7 @@ def test_convert_heal_and_write(program, folder: Path) -> None:
     )
     assert code == 0, err
     assert "(37.5 %)" in out
+    assert out.count("\n") == 1
     told = json.loads((folder / "half" / "config.json").read_text())["kv_latent"]
     assert told["base"] == model
     assert told["trained_tokens"] == 0

@@ -61,6 +61,6 @@ def kv_latent(
     made.config.kv_latent["base"] = model
     checkpoint.write(made, folder, out)
     told = compare_models(llm.model, FlatModel.load(str(out), dtype=dtype, device=device), held)
-    write(f"{out}: {told}\\n")
+    write(f"{out}: {told}\n")
     if told.kl > HOPELESS:
         stderr.print("[dim]of little use before it is healed: narrows train kv-latent[/dim]")

@@ -16,6 +16,7 @@ from narrows.cli.options import (
     Dtype,
     Text,
     check_places,
+    stderr,
     write,
 )
 
@@ -174,7 +175,14 @@ def kv_latent(
         raise ConfigError(f"{converted} is not a converted model; see narrows convert kv-latent")
     llm = LLM(teacher or told["base"], draft="none", dtype=dtype, device=device)
     student.to(llm.model.shape.device)
-    windows = texts.gather(text, llm, window, max(8, tokens // window), data=data, seed=seed)
+    work = work or out.with_name(f"{out.name}.work")
+    count = max(8, tokens // window)
+    with crew.main_process_first(), stderr.status(f"text ({text})"):
+        windows = texts.kept(
+            work / "text.safetensors",
+            f"{llm.model.fingerprint} {text} {window} {count} {seed}",
+            lambda: texts.gather(text, llm, window, count, data=data, seed=seed),
+        )
     held = max(2, min(16, len(windows) // 10))
     stages = []
     for name, count, highest in (("layers", layer_steps, layer_rate), ("whole", steps, rate)):
@@ -187,7 +195,7 @@ def kv_latent(
             llm.model,
             windows[:-held],
             windows[-held:],
-            work or out.with_name(f"{out.name}.work"),
+            work,
             data=texts.digest(windows),
             stages=stages,  # type: ignore[arg-type]
             loss=loss,  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import pytest
 from narrows.cache.dense import DensePolicy
 from narrows.config import EngineConfig
 from narrows.engine.engine import Engine
-from narrows.errors import InputError
+from narrows.errors import InputError, ModelError
 from narrows.train import texts
 from tiny_text import chat_model, tokenizer
 
@@ -67,6 +67,17 @@ def test_a_model_writes_its_own_text() -> None:
         texts.gather("nowhere", llm, 12, 3)
     with pytest.raises(InputError, match="exceed"):
         texts.gather("own", llm, 100_000, 3)
+
+
+def test_windows_are_kept_for_a_run_that_goes_on(tmp_path: Path) -> None:
+    file = tmp_path / "work" / "text.safetensors"
+    made = texts.kept(file, "this", lambda: [[1, 2], [3, 4]])
+    assert texts.kept(file, "this", lambda: [[5, 6]]) == made == [[1, 2], [3, 4]]
+    with pytest.raises(InputError, match="other text"):
+        texts.kept(file, "that", lambda: [[5, 6]])
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(ModelError, match="damaged"):
+        texts.kept(file, "this", lambda: [[5, 6]])
 
 
 @pytest.mark.data
