@@ -20,7 +20,7 @@ from narrows.errors import ConfigError, UnsupportedModel
 from narrows.latent import selection, values
 from narrows.latent.frequencies import frequency_aware_places, read_off, rope_parameters
 from narrows.latent.statistics import LayerStatistics
-from narrows.model.latent import MODELS, PREFIX
+from narrows.model.latent import MODELS, is_converted
 from narrows.registry import split_spec
 
 SMALLEST = 8
@@ -78,7 +78,7 @@ def parse_preset(spec: str, qk: int, vo: int) -> LatentOptions:
 def check(config: Any, options: LatentOptions) -> None:
     """Raises UnsupportedModel or ConfigError for a model or sizes that cannot be converted."""
     family = getattr(config, "model_type", None)
-    if str(family).startswith(PREFIX):
+    if is_converted(config):
         raise UnsupportedModel("the model is converted already; convert the one it was made from")
     if family not in MODELS:
         raise UnsupportedModel(

@@ -15,14 +15,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from narrows.errors import ConfigError
 from narrows.model.adapter import family_of
-from narrows.model.latent import PREFIX, value_head_dim
+from narrows.model.latent import is_converted, value_head_dim
 
 
 def to_stock(model: Any) -> Any:
     """The stock model of the family of a converted one, which shares its weights. Raises
     ConfigError if it was not converted, or its value heads differ in size from its key heads."""
     config = model.config
-    if not config.model_type.startswith(PREFIX):
+    if not is_converted(config):
         raise ConfigError("the model is not converted, so it is a stock checkpoint as it is")
     narrow = value_head_dim(config)
     if narrow != config.head_dim:

@@ -21,6 +21,7 @@ from narrows.errors import ConfigError, UnsupportedModel
 from narrows.model import attention, hub
 from narrows.model.adapter import check_supported, model_shape
 from narrows.model.fast import FastDecoder
+from narrows.model.latent import is_converted
 from narrows.model.pretrained import from_folder, weights_from_folder
 from narrows.model.rotary import ModelRotary
 from narrows.model.taps import tapped
@@ -133,8 +134,10 @@ class FlatModel:
         told = hashlib.sha256(
             f"{shape.family} {len(shape.layers)} {shape.hidden_size} {shape.vocab_size}".encode()
         )
+        # A converted model shares all but its attention with its base and its other conversions.
+        told_apart = ("embed", "self_attn") if is_converted(self.config) else ("embed",)
         for name, weight in self.model.named_parameters():
-            if weight.ndim == 1 or "embed" in name:
+            if weight.ndim == 1 or any(part in name for part in told_apart):
                 sample = weight.detach().flatten()[:4096].to("cpu", torch.bfloat16)
                 told.update(sample.view(torch.uint8).numpy().tobytes())
         return told.hexdigest()[:16]

@@ -38,6 +38,11 @@ def value_head_dim(config: Any) -> int:
     return narrow
 
 
+def is_converted(config: Any) -> bool:
+    """Whether the model of ``config`` is a converted one."""
+    return str(getattr(config, "model_type", None)).startswith(PREFIX)
+
+
 class LatentAttention(nn.Module):
     """Grouped attention whose values have a size of their own; takes the place, and the
     projections of queries and keys, of the attention of any family that can be converted."""

@@ -16,7 +16,7 @@ from narrows.errors import ConfigError
 from narrows.model.flat import FlatModel
 from tiny import prompts
 from tiny_caches import assert_bytes_are_storages
-from tiny_latent import FAMILIES, converted, flat
+from tiny_latent import FAMILIES, base, converted, flat
 
 IDS = prompts(1, longest=200, seed=9)[0] * 3
 SMALL = "residual=16,group=16,value_group=16"
@@ -84,3 +84,12 @@ def test_drafts_change_no_token(family: str) -> None:
             pass
         texts.append([r.generated for r in requests])
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_conversions_of_one_model_are_told_apart() -> None:
+    """Saved caches and drafters of one are not those of another, even of the same sizes."""
+    made = [converted("llama", 16, 16), converted("llama", 16, 16, values="stride")]
+    models = [flat(base("llama")), *map(flat, made), flat(made[0])]
+    prints = [model.fingerprint for model in models]
+    assert len(set(prints)) == 3
+    assert prints[1] == prints[3]
