@@ -305,12 +305,12 @@ def draw(history: Sequence[dict[str, Any]], path: Path) -> None:
     for axes, stage in ((left, "layers"), (middle, "whole")):
         rows = [row for row in history if row["stage"] == stage]
         axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], lw=0.8)
-        axes.set(title=stage, xlabel="update", ylabel="loss", yscale="log")
+        axes.set(title=stage, xlabel="update", ylabel="loss")
     tokens, seen = [], 0.0
     for row in history:
         seen += row["tokens"]
         tokens.append(seen / 1e6)
     at = [i for i, row in enumerate(history) if "kl" in row]
     right.plot([tokens[i] for i in at], [history[i]["kl"] for i in at], "-o", ms=3)
-    right.set(xlabel="million tokens", ylabel="held out: nats from the base", yscale="log")
+    right.set(title="held out", xlabel="million tokens", ylabel="nats from the base", ylim=0)
     save_figure(figure, path)
