@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -92,21 +93,37 @@ def _texts(file: Path) -> Iterator[str]:
 
 
 def own(llm: LLM, windows: int, length: int, seed: int = 0) -> list[list[int]]:
-    """``windows`` texts of ``length`` tokens that the model itself writes, at temperature 1."""
-    begin = llm.model.tokenizer.bos_token_id
-    start = sorted(llm.model.eos_ids)[0] if begin is None else int(begin)
+    """``windows`` texts of ``length`` tokens that the model itself writes, at temperature 1. One
+    with a chat template writes every other as a chat, the user's part too, from the template's
+    opening of it (as Magpie does, arXiv 2406.08464)."""
+    starts = _starts(llm)
     requests = [
         llm.submit(
-            [start],
+            start,
             SamplingParams(
-                max_tokens=length - 1, temperature=1.0, ignore_eos=True, seed=seed * 10**6 + number
+                max_tokens=length - len(start),
+                temperature=1.0,
+                ignore_eos=True,
+                seed=seed * 10**6 + number,
             ),
         )
-        for number in range(windows)
+        for number, start in zip(range(windows), itertools.cycle(starts), strict=False)
     ]
     for _ in llm.engine.run():
         pass
-    return [[start, *request.generated] for request in requests]
+    return [list(request.tokens) for request in requests]
+
+
+def _starts(llm: LLM) -> list[list[int]]:
+    """What the model's own texts begin with, in turn."""
+    tokenizer, mark = llm.model.tokenizer, "\x00"
+    begin = tokenizer.bos_token_id
+    starts = [[sorted(llm.model.eos_ids)[0] if begin is None else int(begin)]]
+    if tokenizer.chat_template:
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+        opening = chat.partition(mark)[0]
+        starts.append(tokenizer(opening, add_special_tokens=False)["input_ids"])
+    return starts
 
 
 def windows(
