@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from narrows import listen
     from narrows.compression import compress
     from narrows.config import SamplingParams
+    from narrows.conversion import convert
     from narrows.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "compress", "listen"]
+__all__ = ["LLM", "SamplingParams", "compress", "convert", "listen"]
 
 _WHERE = {
     "LLM": "narrows.llm",
     "SamplingParams": "narrows.config",
     "compress": "narrows.compression",
+    "convert": "narrows.conversion",
 }
 
 

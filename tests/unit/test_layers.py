@@ -27,6 +27,7 @@ ORDER = [
     {"llm", "pipeline"},
     {"train"},
     {"bench", "server", "export"},
+    {"conversion"},
     {"cli"},
 ]
 RANK = {name: i for i, names in enumerate(ORDER) for name in names}

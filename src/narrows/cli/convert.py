@@ -16,7 +16,7 @@ app = typer.Typer(help="Make a smaller checkpoint of a model.", no_args_is_help=
 
 
 @app.callback()
-def convert() -> None:
+def conversions() -> None:
     """Make a smaller checkpoint of a model."""
 
 
@@ -39,28 +39,22 @@ def kv_latent(
     seed: Annotated[int, typer.Option(help="Of the text.")] = 0,
 ) -> None:
     """KV-Latent: fewer key and value dimensions. Tells what it costs before any training."""
-    from narrows.bench.latent_quality import compare_models
-    from narrows.latent import checkpoint
-    from narrows.latent.convert import check, convert, parse_preset
-    from narrows.latent.statistics import measure
-    from narrows.llm import LLM
-    from narrows.model import hub
-    from narrows.model.flat import FlatModel
-    from narrows.train import texts
+    from narrows.conversion import convert
 
-    options = parse_preset(preset, qk, vo)
-    checkpoint.check_place(out)
-    folder = hub.resolve(model)
-    base = checkpoint.load(folder)
-    check(base.config, options)
-    llm = LLM(model, draft="none", dtype=dtype, device=device)
-    base.to(llm.model.shape.device)
-    some = texts.gather(text, llm, window, windows + max(4, windows // 4), data=data, seed=seed)
-    seen, held = some[:windows], some[windows:] or some
-    made = convert(base, options, measure(base, seen) if options.looks else ())
-    made.config.kv_latent["base"] = model
-    checkpoint.write(made, folder, out)
-    told = compare_models(llm.model, FlatModel.load(str(out), dtype=dtype, device=device), held)
+    told = convert(
+        model,
+        out,
+        qk=qk,
+        vo=vo,
+        preset=preset,
+        text=text,
+        data=data,
+        windows=windows,
+        window=window,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
     write(f"{out}: {told}\n")
     if told.kl > HOPELESS:
         stderr.print("[dim]of little use before it is healed: narrows train kv-latent[/dim]")
