@@ -20,7 +20,7 @@ from narrows.errors import ConfigError, UnsupportedModel
 from narrows.latent import selection, values
 from narrows.latent.frequencies import frequency_aware_places, read_off, rope_parameters
 from narrows.latent.statistics import LayerStatistics
-from narrows.model.latent import MODELS, is_converted
+from narrows.model.latent import MODELS, head_dim, is_converted
 from narrows.registry import split_spec
 
 SMALLEST = 8
@@ -93,7 +93,7 @@ def check(config: Any, options: LatentOptions) -> None:
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModel("only a part of each head is rotary")
-    size = head_size(config)
+    size = head_dim(config)
     for name, asked in (("qk", options.qk), ("vo", options.vo)):
         if asked > size:
             raise ConfigError(f"{name} is {asked} but the heads of the model have {size} numbers")
@@ -119,7 +119,7 @@ def convert(model: Any, options: LatentOptions, layers: Sequence[LayerStatistics
     """
     config = model.config
     check(config, options)
-    size = head_size(config)
+    size = head_dim(config)
     rotary = model.base_model.rotary_emb
     whole = options.qk == size
     chosen = list(range(size // 2)) if whole else _chosen(options, size // 2, layers)
@@ -163,14 +163,6 @@ def convert(model: Any, options: LatentOptions, layers: Sequence[LayerStatistics
     return result.to(model.device).eval()
 
 
-def head_size(config: Any) -> int:
-    """Numbers in a head of an unconverted model."""
-    size: int = (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    return size
-
-
 def _chosen(options: LatentOptions, pairs: int, layers: Sequence[LayerStatistics]) -> list[int]:
     kept = options.qk // 2
     if options.pairs == "stride":
@@ -190,7 +182,7 @@ def _queries_and_keys(
     seen: LayerStatistics | None,
 ) -> dict[str, Tensor]:
     """The tensors of one attention layer that make queries and keys of the ``chosen`` pairs."""
-    size = head_size(config)
+    size = head_dim(config)
     at = torch.tensor([*chosen, *(p + size // 2 for p in chosen)])
     changed = {}
     for name, tensor in own.items():
@@ -226,7 +218,7 @@ def _values_and_outputs(
     own: dict[str, Tensor], config: Any, options: LatentOptions, seen: LayerStatistics | None
 ) -> dict[str, Tensor]:
     """The tensors of one attention layer that make ``options.vo`` values a head and read them."""
-    size, heads = head_size(config), config.num_key_value_heads
+    size, heads = head_dim(config), config.num_key_value_heads
     weight, bias = own["v_proj.weight"], own.get("v_proj.bias")
     inputs = torch.zeros(weight.shape[0], dtype=weight.dtype) if bias is None else bias
     # A bias is one more column, for an input that is always 1.

@@ -12,7 +12,7 @@ import torch
 
 from narrows.contracts import LayerShape, ModelShape
 from narrows.errors import UnsupportedModel
-from narrows.model.latent import PREFIX, value_head_dim
+from narrows.model.latent import PREFIX, head_dim, value_head_dim
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gpt2")
 
@@ -43,7 +43,6 @@ def model_shape(config: Any, dtype: torch.dtype, device: torch.device) -> ModelS
     check_supported(config)
     heads = config.num_attention_heads
     count = config.num_hidden_layers
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     sliding = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
@@ -53,7 +52,9 @@ def model_shape(config: Any, dtype: torch.dtype, device: torch.device) -> ModelS
         windows = [sliding if kind == "sliding_attention" else None for kind in kinds]
     return ModelShape(
         family=family_of(config),
-        layers=tuple(LayerShape(kv_heads, head_dim, value_head_dim(config), w) for w in windows),
+        layers=tuple(
+            LayerShape(kv_heads, head_dim(config), value_head_dim(config), w) for w in windows
+        ),
         heads=heads,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,

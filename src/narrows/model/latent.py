@@ -31,10 +31,17 @@ PREFIX = "kv_latent_"
 """Stands before the name of the family in the model type of a converted model."""
 
 
+def head_dim(config: Any) -> int:
+    """Numbers in a query or key head of any model."""
+    size: int = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    return size
+
+
 def value_head_dim(config: Any) -> int:
     """Numbers in a value head of a converted or any other model of our families."""
-    wide = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    narrow: int = getattr(config, "value_head_dim", None) or wide
+    narrow: int = getattr(config, "value_head_dim", None) or head_dim(config)
     return narrow
 
 

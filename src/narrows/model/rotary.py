@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from narrows.model.latent import head_dim
+
 
 class ModelRotary:
     """See ``contracts.Rotary``. Even a deep copy is the same object: it is part of the model."""
@@ -15,8 +17,7 @@ class ModelRotary:
         """``model`` is a transformers causal language model."""
         self._module = getattr(model.base_model, "rotary_emb", None)
         config = model.config
-        heads = config.num_attention_heads
-        self._dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self._dim = head_dim(config)
         kinds = getattr(config, "layer_types", None)
         split = hasattr(self._module, "layer_types") and kinds
         self._kind = {"layer_type": "full_attention"} if split else {}

@@ -16,10 +16,10 @@ from narrows.latent.convert import (
     LatentOptions,
     check,
     convert,
-    head_size,
     parse_preset,
 )
 from narrows.latent.selection import stride
+from narrows.model.latent import head_dim
 from tiny import config as tiny_config
 from tiny import pair, prompts
 from tiny_latent import FAMILIES, SUBSET, base, converted, flat, logits, statistics
@@ -45,7 +45,7 @@ def test_a_subset_is_the_base_with_the_others_struck_out(
     made = convert(stock, LatentOptions(qk=qk, vo=vo, **SUBSET))
     made.set_attn_implementation("eager")
     struck = copy.deepcopy(stock)
-    size = head_size(stock.config)
+    size = head_dim(stock.config)
     keys = torch.zeros(size)
     keys[[*stride(size // 2, qk // 2), *(p + size // 2 for p in stride(size // 2, qk // 2))]] = 1
     values = torch.zeros(size)
