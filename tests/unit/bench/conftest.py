@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +71,21 @@ def folder(tmp_path):
     return tmp_path
 
 
+def saved_llama(place: Path, **sizes: int) -> str:
+    """Put a random Llama beside the tokenizer of 400 tokens in ``place``."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400,
+        eos_token_id=0,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        **sizes,
+    )
+    LlamaForCausalLM(config).save_pretrained(place)
+    return str(place)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A folder with a two-layer Llama that reads 2,048 tokens."""
@@ -85,22 +101,15 @@ def tiny(tmp_path_factory):
     )
     raw.train_from_iterator([speech(i, 200) for i in range(4)], trainer)
     PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>").save_pretrained(place)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=400,
+    return saved_llama(
+        place,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
-        eos_token_id=0,
-        bos_token_id=None,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
     )
-    LlamaForCausalLM(config).save_pretrained(place)
-    return str(place)
 
 
 @pytest.fixture(scope="session")
@@ -108,22 +117,15 @@ def wide(tiny, tmp_path_factory):
     """The tiny model's tokenizer with a model whose heads can be quantised."""
     place = tmp_path_factory.mktemp("wide") / "model"
     shutil.copytree(tiny, place)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=400,
+    return saved_llama(
+        place,
         hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=4,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=1024,
-        eos_token_id=0,
-        bos_token_id=None,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
     )
-    LlamaForCausalLM(config).save_pretrained(place)
-    return str(place)
 
 
 NONSENSE = ["".join(letters) for letters in itertools.product("bdfk", "aeio", "lmnt", "aeo")]
