@@ -348,3 +348,63 @@ def latent(
         Console().print(table)
     if plot is not None:
         latent_figure.draw(rows, plot)
+
+
+@app.command("listen")
+def listen(
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Backend spec, or oracle. Repeatable; the first is compared with."),
+    ] = None,
+    data: Data = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="find, words, answers, time, search, index. Repeatable; default all."),
+    ] = None,
+    clips: Annotated[int, typer.Option(help="Clips of synthetic voices, with questions.")] = 720,
+    sizes: Annotated[str, typer.Option(help="Smaller collections searched too.")] = "100,300",
+    noise: Annotated[
+        list[float] | None,
+        typer.Option(help="Decibels of voices above noise. Repeatable; default 10 and 0."),
+    ] = None,
+    noisy_clips: Annotated[int, typer.Option(help="Clips heard in noise.")] = 300,
+    answers: Annotated[int, typer.Option(help="Questions a model answers from clips.")] = 100,
+    model: Model = DEFAULT_MODEL,
+    timed_clips: Annotated[int, typer.Option(help="Clips heard in a round of timing.")] = 24,
+    rounds: Rounds = 3,
+    searched: Annotated[int, typer.Option(help="Clips among which a search is timed.")] = 10_000,
+    minutes: Annotated[str, typer.Option(help="Lengths of recordings indexed.")] = "10,30",
+    work: Annotated[
+        Path | None, typer.Option(help="Keeps what was heard, so that a run can go on.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of clips, voices, noise and bootstrap.")] = 0,
+    quick: Quick = False,
+    json_file: Out = None,
+    plot: Picture = None,
+) -> None:
+    """Backends that hear, side by side: clips found, words, answers, compute. The voices need
+    flite and espeak-ng."""
+    from narrows.bench import listen as bench
+    from narrows.bench import report
+
+    check_places(json_file, plot)
+    chosen = {"backends": backend, "parts": part, "noises": noise}
+    rows = bench.run(
+        data=data,
+        clips=clips,
+        sizes=numbers("sizes", sizes),
+        noisy_clips=noisy_clips,
+        answers=answers,
+        model=model,
+        timed_clips=timed_clips,
+        rounds=rounds,
+        searched=searched,
+        minutes=numbers("minutes", minutes),
+        work=work,
+        seed=seed,
+        quick=quick,
+        **{name: value for name, value in chosen.items() if value},  # type: ignore[arg-type]
+    )
+    report_rows(rows, bench.summary(rows), bench.COLUMNS, json_file)
+    if plot is not None:
+        report.draw(bench.curves(rows), plot, x="noise", panel="voice")

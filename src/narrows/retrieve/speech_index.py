@@ -140,6 +140,14 @@ class SpeechIndex:
         for entry in self.entries:
             yield _load(self._place(entry), entry)
 
+    def recording(self, digest: str) -> Recording:
+        """What was heard in one recording. Raises InputError if it is not in, or as
+        ``recordings``."""
+        if digest not in self._entries:
+            raise InputError(f"{self.folder} holds no recording {digest}")
+        entry = self._entries[digest]
+        return _load(self._place(entry), entry)
+
     def check(self, hears: str | None, encodes: str) -> None:
         """Raise ConfigError unless vectors of this encoder, and text of this recogniser if one is
         named, may go with what is here."""

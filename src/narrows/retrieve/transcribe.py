@@ -50,25 +50,33 @@ class Transcript:
 
 
 class Transcriber:
-    """Whisper in CTranslate2's form, greedy, several clips at once.
+    """Whisper in CTranslate2's form, several clips at once.
 
     Args:
         model: faster-whisper's ``WhisperModel``.
         language: its code, such as ``"en"``; None listens to the first 30 s of every batch.
+        beam: transcripts kept while searching; 1 is greedy.
         batch: clips that are read together.
+
+    Raises ConfigError for a language it does not know or a beam below 1.
     """
 
-    def __init__(self, model: Any, *, language: str | None = None, batch: int = 8) -> None:
+    def __init__(
+        self, model: Any, *, language: str | None = None, beam: int = 1, batch: int = 8
+    ) -> None:
         from faster_whisper import BatchedInferencePipeline
 
         if language is not None and language not in model.supported_languages:
             raise ConfigError(f"the recogniser knows no language {language!r}; give a code like en")
+        if beam < 1:
+            raise ConfigError(f"beam must be at least 1 (given: {beam})")
         self.language = language
+        self.beam = beam
         self.batch = batch
         self._pipeline = BatchedInferencePipeline(model)
 
     @classmethod
-    def load(cls, name: str = RECOGNISER, *, language: str | None = None) -> Self:
+    def load(cls, name: str = RECOGNISER, *, language: str | None = None, beam: int = 1) -> Self:
         """Load by name or folder (see ``narrows.model.hub.resolve``), onto CUDA where there is
         one; in 8 bits on a CPU. Raises ModelError or ConfigError."""
         try:
@@ -84,7 +92,7 @@ class Transcriber:
             model = WhisperModel(str(folder), compute_type="auto", local_files_only=True)
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"cannot read the recogniser in {folder}: {reason(error)}") from error
-        return cls(model, language=language)
+        return cls(model, language=language, beam=beam)
 
     def __call__(self, waves: Sequence[Wave]) -> list[Transcript]:
         """What is said in each clip. Raises InputError for one longer than LONGEST_S."""
@@ -108,7 +116,7 @@ class Transcriber:
             language=self.language,
             clip_timestamps=places,
             batch_size=len(waves),
-            beam_size=1,
+            beam_size=self.beam,
             temperature=0.0,
             without_timestamps=False,
             max_new_tokens=MAX_TOKENS,
@@ -134,16 +142,23 @@ class TranscriptBackend:
 
     Args:
         recogniser, encoder: their names or folders, loaded at first use.
-        language: see Transcriber.
+        language, beam: see Transcriber.
 
-    Raises ModelError or ConfigError, when they are used.
+    Raises ConfigError for a beam that is no number; ModelError or ConfigError when models are used.
     """
 
     verbatim = True
 
     def __init__(
-        self, recogniser: str = RECOGNISER, encoder: str = ENCODER, language: str | None = None
+        self,
+        recogniser: str = RECOGNISER,
+        encoder: str = ENCODER,
+        language: str | None = None,
+        beam: str = "1",
     ) -> None:
+        if not beam.isdecimal():
+            raise ConfigError(f"beam must be a whole number (given: {beam!r})")
+        self._beam = int(beam)
         self._recogniser = recogniser
         self._encoder = encoder
         self._language = language
@@ -151,7 +166,7 @@ class TranscriptBackend:
     @cached_property
     def transcriber(self) -> Transcriber:
         """The recogniser."""
-        return Transcriber.load(self._recogniser, language=self._language)
+        return Transcriber.load(self._recogniser, language=self._language, beam=self._beam)
 
     @cached_property
     def embedder(self) -> Embedder:
@@ -161,7 +176,8 @@ class TranscriptBackend:
     @cached_property
     def hears(self) -> str:
         """See ``hearing.Backend``."""
-        return f"{self._recogniser} {hub.revision(hub.resolve(self._recogniser))}"
+        beam = f" beam {self._beam}" if self._beam > 1 else ""
+        return f"{self._recogniser} {hub.revision(hub.resolve(self._recogniser))}{beam}"
 
     @cached_property
     def encodes(self) -> str:
@@ -169,9 +185,12 @@ class TranscriptBackend:
         return f"{self._encoder} {hub.revision(hub.resolve(self._encoder))}"
 
     def hear(self, waves: Sequence[Wave]) -> list[Heard]:
-        """See ``hearing.Backend``. What the encoder cannot read of a long text has no part in its
-        vector."""
-        texts = [transcript.text for transcript in self.transcriber(waves)]
+        """See ``hearing.Backend``."""
+        return self.read([transcript.text for transcript in self.transcriber(waves)])
+
+    def read(self, texts: Sequence[str]) -> list[Heard]:
+        """Texts as if they had been heard. What the encoder cannot read of a long one has no part
+        in its vector."""
         vectors = self.embedder.embed(texts)
         return [
             Heard(text, self._tokens(text), vector if text else np.zeros_like(vector))

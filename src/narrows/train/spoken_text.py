@@ -38,6 +38,17 @@ class Stretch:
     held: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A stretch of an ``article`` and all ``questions`` it answers, each with its right answers;
+    there may be none."""
+
+    text: str
+    article: str
+    questions: tuple[tuple[str, tuple[str, ...]], ...]
+    held: bool
+
+
 def stretches(data: Path, seed: int = 0) -> list[Stretch]:
     """Every stretch once, in an order of ``seed``. Raises InputError, see ``narrows.data``."""
     found = [*_asked(data), *_told(data)]
@@ -85,8 +96,10 @@ def cut(text: str) -> Iterator[str]:
     yield " ".join(kept)
 
 
-def _asked(data: Path) -> Iterator[Stretch]:
-    """Stretches of texts that questions are asked about."""
+def asked(data: Path) -> Iterator[Asked]:
+    """The stretches of texts that questions are asked about. A question is answered by the first
+    stretch of its text that holds an answer word for word. Raises InputError, see
+    ``narrows.data``."""
     spoken = {row["pid"]: row for row in read_rows(find(data, "spoken_squad/passages"))}
     rows = []
     for row in read_rows(find(data, "spoken_squad/questions")):
@@ -96,21 +109,28 @@ def _asked(data: Path) -> Iterator[Stretch]:
         rows.append((row["title"], row["context"], row["question"], row["answers"]))
     for row in read_rows(find(data, "lost_in_the_middle/nq_open_oracle")):
         rows.append((row["gold_title"], row["gold_text"], row["question"], row["answers"]))
-    asked: dict[tuple[str, str], list[tuple[str, list[str]]]] = {}
+    texts: dict[tuple[str, str], list[tuple[str, tuple[str, ...]]]] = {}
     for title, text, question, answers in rows:
-        asked.setdefault((title, text), []).append((question, answers))
-    for (title, text), questions in asked.items():
+        texts.setdefault((title, text), []).append((question, tuple(map(str, answers))))
+    for (title, text), questions in texts.items():
         pieces = list(_spoken(text))
-        matched: dict[int, str] = {}
+        matched: list[list[tuple[str, tuple[str, ...]]]] = [[] for _ in pieces]
         for question, answers in questions:
-            wanted = [words_of(verbalised(str(a))) for a in answers]
-            for place, piece in enumerate(pieces):
+            wanted = [words_of(verbalised(answer)) for answer in answers]
+            for piece, found in zip(pieces, matched, strict=True):
                 padded = f" {words_of(piece)} "
                 if any(answer and f" {answer} " in padded for answer in wanted):
-                    matched.setdefault(place, question)
+                    found.append((question, answers))
                     break
-        for place, piece in enumerate(pieces):
-            yield Stretch(piece, _titled(title), matched.get(place, ""), held_out(title))
+        for piece, found in zip(pieces, matched, strict=True):
+            yield Asked(piece, _titled(title), tuple(found), held_out(title))
+
+
+def _asked(data: Path) -> Iterator[Stretch]:
+    """The same, each with the first of its questions."""
+    for one in asked(data):
+        first = one.questions[0][0] if one.questions else ""
+        yield Stretch(one.text, one.article, first, one.held)
 
 
 def _told(data: Path) -> Iterator[Stretch]:
