@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,12 @@ MODES = ("fused", "vectors", "words")
 FUSION = 60
 """Added to the ranks that are fused (Cormack, Clarke and Büttcher 2009), so that the first few
 places of one list do not outweigh all of the other."""
+
+EXACT = 1_000_000
+"""Clips up to which every vector is looked at; among more, faiss finds CANDIDATES near ones."""
+CANDIDATES = 1000
+LINKS, LOOKED_AT = 32, 2 * CANDIDATES
+"""Of faiss's graph (HNSW): neighbours of a clip, and clips visited by a search."""
 
 EQUAL = 6
 """Decimals of a cosine that count; the same vector elsewhere in a matrix may differ behind them."""
@@ -62,11 +69,13 @@ class SpeechSearch:
             question: what is asked.
             vector: the same as a unit vector ``[d]`` of the clips' encoder.
             k: most hits.
-            mode: ``"vectors"`` scores by cosine, in one matrix product over all clips;
+            mode: ``"vectors"`` scores by cosine, in one matrix product over all clips, or among
+                more than EXACT of them over the CANDIDATES that a graph of neighbours leads to;
                 ``"words"`` by BM25, and leaves out clips that share no word with the question;
                 ``"fused"`` by the sum of 1 / (FUSION + rank) over the two lists.
 
-        Raises ConfigError for another mode or a ``k`` below 1, InputError for an empty question.
+        Raises ConfigError for another mode, a ``k`` below 1 or where faiss is missing, InputError
+        for an empty question.
         """
         if mode not in MODES:
             raise ConfigError(f"unknown search mode {mode!r} (known: {', '.join(MODES)})")
@@ -80,13 +89,37 @@ class SpeechSearch:
             scores = self._words(question)
         else:
             words = self._words(question)
-            scores = _reciprocal(self._cosines(vector)) + _reciprocal(words) * (words > 0)
+            cosines = self._cosines(vector)
+            near, told = cosines > -np.inf, words > 0
+            scores = _reciprocal(cosines) * near + _reciprocal(words) * told
+            scores[~(near | told)] = -np.inf
         order = np.argsort(-scores, kind="stable")[:k]
-        return [self._hit(i, scores[i]) for i in order if mode != "words" or scores[i] > 0]
+        least = 0.0 if mode == "words" else -np.inf
+        return [self._hit(i, scores[i]) for i in order if scores[i] > least]
 
     def _cosines(self, vector: NDArray[np.float32]) -> NDArray[np.float64]:
-        cosines: NDArray[np.float64] = (self._vectors @ vector).astype(np.float64)
-        return np.round(cosines, EQUAL)
+        """Of every clip; minus infinity for one that was not looked at."""
+        cosines: NDArray[np.float64]
+        if len(self) <= EXACT:
+            cosines = (self._vectors @ vector).astype(np.float64)
+            return np.round(cosines, EQUAL)
+        cosines = np.full(len(self), -np.inf)
+        found, places = self._graph.search(vector[None], min(CANDIDATES, len(self)))
+        cosines[places[places >= 0]] = np.round(found[places >= 0], EQUAL)
+        return cosines
+
+    @cached_property
+    def _graph(self) -> Any:
+        try:
+            import faiss
+        except ImportError:
+            raise ConfigError(
+                f"searching more than {EXACT:,} clips needs faiss: pip install faiss-cpu"
+            ) from None
+        graph = faiss.IndexHNSWFlat(self._vectors.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
+        graph.hnsw.efSearch = LOOKED_AT
+        graph.add(self._vectors)
+        return graph
 
     @cached_property
     def _words(self) -> Callable[[str], NDArray[np.float64]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from narrows.errors import ConfigError, InputError
+from narrows.retrieve import speech_search
 from narrows.retrieve.hearing import Heard
 from narrows.retrieve.rank import BM25
 from narrows.retrieve.speech_index import Recording
@@ -108,3 +111,30 @@ def test_what_cannot_be_asked() -> None:
         search.search("bread", unit(1, 0), 0)
     with pytest.raises(InputError, match="question is empty"):
         search.search(" ", unit(1, 0), mode="words")
+
+
+def test_among_very_many_clips_a_graph_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    recordings = random_recordings(0, 300)
+    exact = SpeechSearch(recordings)
+    asked = [unit(*np.random.default_rng(i).normal(size=16)) for i in range(20)]
+    options = [(vector, mode) for vector in asked for mode in MODES]
+
+    def found() -> list[list[tuple[str, int]]]:
+        searched = (exact.search("penguin bread", v, 10, mode=mode) for v, mode in options)
+        return [[(hit.name, hit.clip) for hit in hits] for hits in searched]
+
+    right = found()
+    monkeypatch.setattr(speech_search, "EXACT", 100)
+    monkeypatch.setattr(speech_search, "CANDIDATES", 200)
+    near = found()
+    shares = [len({*a} & {*b}) / len(b) for a, b in zip(near, right, strict=True)]
+    assert np.mean(shares) > 0.97
+    monkeypatch.setattr(speech_search, "CANDIDATES", 3)
+    assert [len(exact.search("penguin", v, 10, mode="vectors")) for v in asked] == [3] * 20
+
+
+def test_without_faiss_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speech_search, "EXACT", 2)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ConfigError, match="more than 2 clips needs faiss: pip install faiss-cpu"):
+        SpeechSearch(random_recordings(0, 2)).search("bread", unit(*range(1, 17)))
