@@ -30,7 +30,8 @@ class Rival:
 
     Attributes:
         name: for people.
-        packages: what is installed, pinned; the first one names the environment. None: it is ours.
+        packages: what is installed, pinned; the first one names the environment. Without
+            any it is ours.
         program: run with the job's file and the answer's file as its arguments.
         unwanted: removed again after the installation.
         variables: of the program's environment.
