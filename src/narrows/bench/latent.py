@@ -5,6 +5,8 @@ not, stand beside it, and so do compressed caches of the base. Everything is com
 within one run: bytes, predictions over whole windows of text, multiple choice, planted facts, time.
 Compressed caches change what is read back, not what a pass over text predicts; so predictions are
 also measured behind a prompt, token by token, where both kinds can be compared at equal bytes.
+Where keys and values are of one size, what ``narrows export stock`` writes is tried in other
+engines.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from narrows.bench.latent_models import (
     token_bytes,
 )
 from narrows.bench.latent_quality import OnePass, ratio_rows
+from narrows.bench.latent_stock import Sample, stock_rows
 from narrows.bench.likelihood import Reader
 from narrows.bench.progress import Progress
 from narrows.bench.prose import SOURCES, read_prose, read_windows
@@ -45,8 +48,9 @@ from narrows.data import locate
 from narrows.errors import ConfigError
 from narrows.latent.convert import SMALLEST, parse_preset
 from narrows.llm import LLM
+from narrows.model import hub
 
-PARTS = ("bytes", "text", "choices", "quality", "retrieval", "time")
+PARTS = ("bytes", "text", "choices", "quality", "retrieval", "time", "stock")
 PEERS = ("snapkv@0.5", "spindle:preset=tuned@0.5", "kivi:bits=4", "kivi:bits=2")
 
 
@@ -59,6 +63,7 @@ def run(
     also: Sequence[Path] = (),
     peers: Sequence[str] = PEERS,
     parts: Sequence[str] = PARTS,
+    vllm: bool = False,
     text: str = "own",
     looked_at: int = 32,
     windows: int = 32,
@@ -82,15 +87,18 @@ def run(
     Args:
         model: is converted; what all others are compared with.
         data: benchmark data; None as ``data.locate``.
-        sizes: of keys and values to convert to; None: all pairs of quarters of the model's heads.
+        sizes: of keys and values to convert to; None: all pairs of quarters of the model's heads;
+            empty: only those of ``also`` are measured.
         presets: see ``latent.convert.parse_preset``; one conversion each for every size.
         also: folders of converted models.
         peers: cache specs of the base, evicting ones with a share of bytes (``snapkv@0.5``);
             ``none`` or nothing measures models alone.
-        parts: of PARTS. Peers have no ``text`` and no ``choices``.
+        parts: of PARTS. Peers have no ``text``, no ``choices`` and no ``stock``.
+        vllm: exports also in vLLM's CPU build, in an environment of its own.
         text: that conversions look at, see ``texts.gather``; ``looked_at`` windows of it.
         windows: of ``tokens`` tokens: of each source of text in the part ``text``, of all together
-            in ``quality``, where the last ``decoded`` of them are fed one by one.
+            in ``quality``, where the last ``decoded`` of them are fed one by one, and in
+            ``stock``, where they are written.
         choices: items of each multiple-choice task.
         needles: context lengths with a planted fact; ``probes`` of each task at each of ``depths``.
         lengths: contexts behind which decoding, and prompts whose reading, is timed.
@@ -106,6 +114,8 @@ def run(
         depths, probes, lengths, rounds, steps = (0.5,), 1, (320,), 1, 2
     peers = [p for p in peers if p != "none"]
     _check(parts, presets, peers, choices, rounds, steps, lengths)
+    if "stock" in parts and sizes is not None and not (sizes or also):
+        raise ConfigError("stock: there is nothing to export; give sizes, also, or other parts")
     folder = locate(data)
     llm = LLM(model, draft="none", dtype=dtype, device=device)
     base = Candidate(llm.model, BASE, llm.model)
@@ -147,6 +157,8 @@ def run(
         rows += bench.retrieval(needles, depths, probes)
     if "time" in parts:
         rows += bench.time(lengths, rounds, steps)
+    if "stock" in parts:
+        rows += bench.stock(windows, tokens, decoded, vllm=vllm)
     facts = {c.method: c.facts for c in candidates}
     told = [{**r, **facts.get(r["method"], {}), "bench": "latent"} for r in rows]
     return with_provenance(told, provenance(seed))
@@ -289,6 +301,22 @@ class _Bench:
                 rows += prefill_rows(self.subjects, prompt, [BASE], rounds=rounds, **self.named)
                 progress.advance()
         return rows
+
+    def stock(self, windows: int, tokens: int, decoded: int, *, vllm: bool) -> list[Row]:
+        """Exports in engines that know nothing of us: the first window is predicted, and in vLLM
+        all of them are continued."""
+        texts = read_windows(self.folder, self.base.model, windows, tokens, self.seed)
+        sample = Sample(texts[0], [ids[:-decoded] for ids in texts], decoded)
+        with Progress("stock", visible=self.show_progress) as progress:
+            progress.expect(len(self.candidates) - 1)
+            return stock_rows(
+                self.candidates[1:],
+                hub.resolve(self.base.model.name),
+                sample,
+                vllm=vllm,
+                advance=progress.advance,
+                **self.named,
+            )
 
 
 def _check(

@@ -64,7 +64,9 @@ def token_bytes(model: FlatModel) -> int:
 
 
 def parse_sizes(text: str) -> list[Size]:
-    """``32x16,48x48`` as sizes of keys and of values. Raises ConfigError."""
+    """``32x16,48x48`` as sizes of keys and of values; ``none`` is no size. Raises ConfigError."""
+    if text == "none":
+        return []
     sizes = []
     for each in text.split(","):
         qk, _, vo = each.strip().partition("x")

@@ -1,5 +1,5 @@
-"""Rivals that cannot share our environment: each runs in one of its own, under the user's cache
-folder, through a program beside this file."""
+"""Rivals that cannot share our process, nor most of them our environment: those run in one of
+their own, under the user's cache folder. Each is a program beside this file."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import venv
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from narrows.bench import kvpress_job, llmlingua_job, vllm_job
+from narrows.bench import kvpress_job, llmlingua_job, stock_job, vllm_job, vllm_stock_job
 from narrows.errors import ConfigError, ModelError
 from narrows.model import hub
 
 
 @dataclass(frozen=True, slots=True)
 class Rival:
-    """A package with an environment of its own.
+    """A package in a process, and mostly an environment, of its own.
 
     Attributes:
         name: for people.
-        packages: what is installed, pinned; the first one names the environment.
+        packages: what is installed, pinned; the first one names the environment. Without
+            any it is ours.
         program: run with the job's file and the answer's file as its arguments.
         unwanted: removed again after the installation.
         variables: of the program's environment.
@@ -44,6 +46,8 @@ class Rival:
     def environment(self, root: Path | None = None) -> Path:
         """The environment's Python program, made on the first call (several minutes, some
         gigabytes). Safe against two processes at once. Raises ConfigError if it cannot be made."""
+        if not self.packages:
+            return Path(sys.executable)
         root = root or hub.cache_dir() / "peers"
         folder = root / self.packages[0].replace("==", "-")
         ready = root / f"{self.packages[0]}.ready"
@@ -155,6 +159,13 @@ VLLM = Rival(
     unwanted=("torchvision", "torchaudio", "torchcodec"),
     variables={"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "4"},  # GiB
 )
+VLLM_STOCK = replace(
+    VLLM,
+    program=vllm_stock_job.__file__,
+    variables={**VLLM.variables, "VLLM_CPU_KVCACHE_SPACE": "1"},
+)
+"""The same environment, for what vLLM writes rather than how fast."""
+TRANSFORMERS = Rival(name="transformers", packages=(), program=stock_job.__file__)
 LLMLINGUA = Rival(
     name="LLMLingua",
     # Its caches are tuples, which later releases of transformers no longer take.

@@ -76,6 +76,13 @@ def repeated_row(
     )
 
 
+def absent_row(bench: str, *, why: str, **named: Any) -> Row:
+    """A number that was not measured, and ``why``; all else as in ``row``."""
+    nothing = math.nan
+    told = row(bench, value=nothing, interval=(nothing, nothing), spread="none", n=0, **named)
+    return {**told, "why": why}
+
+
 def with_provenance(rows: Iterable[Row], facts: Mapping[str, Any]) -> list[Row]:
     """The rows, each with the facts of its run (see ``provenance``)."""
     return [{**r, **facts} for r in rows]
@@ -116,7 +123,8 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> Table:
 
 def pivot(rows: Sequence[Row], title: str, where: Sequence[str]) -> Table:
     """A rich table with a line a method and a column a measure: metric with unit, and the values
-    of those ``where`` fields that differ between the rows. Cells are value and interval."""
+    of those ``where`` fields that differ between the rows. Cells are value and interval, or why
+    there is none."""
     from rich.table import Table
 
     telling = [w for w in where if len({str(r.get(w)) for r in rows}) > 1]
@@ -124,10 +132,8 @@ def pivot(rows: Sequence[Row], title: str, where: Sequence[str]) -> Table:
     columns: dict[str, None] = {}
     for r in rows:
         parts = [f"{r['metric']} ({r['unit']})", *(f"{w} {r[w]}" for w in telling if w in r)]
-        low, high = r["interval"]
-        cell = f"{r['value']:.4g}" + (f"\n{low:.3g} to {high:.3g}" if low < high else "")
         columns[", ".join(parts)] = None
-        cells.setdefault(r["method"], {})[", ".join(parts)] = cell
+        cells.setdefault(r["method"], {})[", ".join(parts)] = r.get("why") or _cell(r)
     result = Table(title=title, show_lines=True)
     result.add_column("method")
     for name in columns:
@@ -135,6 +141,11 @@ def pivot(rows: Sequence[Row], title: str, where: Sequence[str]) -> Table:
     for method, line in cells.items():
         result.add_row(method, *(line.get(name, "") for name in columns))
     return result
+
+
+def _cell(r: Row) -> str:
+    low, high = r["interval"]
+    return f"{r['value']:.4g}" + (f"\n{low:.3g} to {high:.3g}" if low < high else "")
 
 
 PLACES = ("source", "question", "task", "length")

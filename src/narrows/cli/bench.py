@@ -275,7 +275,7 @@ def latent(
     data: Data = None,
     sizes: Annotated[
         str | None,
-        typer.Option(help="Key and value sizes, 32x32,48x16; default: pairs of quarters."),
+        typer.Option(help="Key and value sizes, 32x32,48x16, or none; default: pairs of quarters."),
     ] = None,
     preset: Annotated[
         list[str] | None, typer.Option(help="As of convert kv-latent. Repeatable; default tuned.")
@@ -293,9 +293,12 @@ def latent(
     part: Annotated[
         list[str] | None,
         typer.Option(
-            help="bytes, text, choices, quality, retrieval, time. Repeatable; default all."
+            help="bytes, text, choices, quality, retrieval, time, stock. Repeatable; default all."
         ),
     ] = None,
+    vllm: Annotated[
+        bool, typer.Option(help="Stock exports also in vLLM's CPU build, in its own place.")
+    ] = False,
     text: Text = "own",
     windows: Annotated[int, typer.Option(help="Of text, each from another document.")] = 32,
     window_tokens: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
@@ -315,7 +318,8 @@ def latent(
     json_file: Out = None,
     plot: Picture = None,
 ) -> None:
-    """KV-Latent conversions beside their base: bytes, text, choices, retrieval, time."""
+    """KV-Latent conversions beside their base: bytes, text, choices, retrieval, time; and their
+    stock exports elsewhere."""
     from narrows.bench import latent as bench
     from narrows.bench import latent_figure, report
     from narrows.bench.latent_models import parse_sizes
@@ -326,6 +330,7 @@ def latent(
         model=model,
         data=data,
         sizes=None if sizes is None else parse_sizes(sizes),
+        vllm=vllm,
         text=text,
         windows=windows,
         tokens=window_tokens,

@@ -23,12 +23,9 @@ def stock(
     out: Annotated[Path, typer.Option(help="New folder for the stock checkpoint.")],
 ) -> None:
     """A KV-Latent model of equal key and value sizes, for plain transformers or vLLM."""
-    from narrows.latent import checkpoint
-    from narrows.latent.stock import to_stock
+    from narrows.latent.stock import export_stock
     from narrows.model.folder import check_folder
 
     check_folder(converted)
-    checkpoint.check_place(out)
-    model = to_stock(checkpoint.load(converted))
-    checkpoint.write(model, converted, out)
+    model = export_stock(converted, out)
     write(f"{out}: {model.config.architectures[0]}, heads of {model.config.head_dim}\n")

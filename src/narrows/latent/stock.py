@@ -7,6 +7,7 @@ engine that knows the family, ``head_dim`` and ``longrope`` can serve it: transf
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from narrows.errors import ConfigError
+from narrows.latent import checkpoint
 from narrows.model.adapter import family_of
 from narrows.model.latent import is_converted, value_head_dim
 
@@ -40,3 +42,12 @@ def to_stock(model: Any) -> Any:
     made.tie_weights()
     made.base_model.rotary_emb = type(model.base_model.rotary_emb)(stock)
     return made.eval()
+
+
+def export_stock(converted: Path, out: Path) -> Any:
+    """Write the stock model of the converted one in folder ``converted`` as folder ``out``, and
+    return it. Raises as ``to_stock``, ``checkpoint.load`` and ``checkpoint.write``."""
+    checkpoint.check_place(out)
+    model = to_stock(checkpoint.load(converted))
+    checkpoint.write(model, converted, out)
+    return model

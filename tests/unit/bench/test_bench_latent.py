@@ -20,6 +20,8 @@ from narrows.model.flat import FlatModel
 
 PEERS = ["streaming@0.5", "kivi:bits=4,value_group=32"]
 MADE = ["32x32 tuned", "16x32 tuned", "32x32 paper", "16x32 paper"]
+PARTS = [part for part in latent.PARTS if part != "stock"]
+"""What compares with the base; the command's test has the other."""
 NUMBERS = 4 * 2 * 32
 """In the base's cache for one token."""
 SIZES = {
@@ -71,6 +73,7 @@ def rows(wide, texts, healed):
         presets=["tuned", "paper"],
         also=[healed],
         peers=PEERS,
+        parts=PARTS,
         dtype="float32",
         show_progress=False,
         **SIZES,
@@ -79,7 +82,7 @@ def rows(wide, texts, healed):
 
 def test_rows_hold_every_part_for_every_subject_and_their_origin(rows):
     models = {BASE, "16x32 mine", *MADE}
-    for part in latent.PARTS:
+    for part in PARTS:
         peers = set() if part in ("text", "choices") else set(PEERS)
         assert {r["method"] for r in pick(rows, part=part)} == models | peers
     for r in rows:
@@ -255,6 +258,7 @@ def test_data_without_a_field_is_refused(texts, tmp_path):
 
 def test_sizes_are_read_and_default_to_quarters():
     assert parse_sizes("32x16, 48x48,32x16") == [(32, 16), (48, 48)]
+    assert parse_sizes("none") == []
     assert len(quarters(64)) == 15
     assert (64, 64) not in quarters(64)
     assert {(16, 64), (64, 16), (48, 32)} <= set(quarters(64))
@@ -277,6 +281,7 @@ def test_sizes_are_read_and_default_to_quarters():
         {"choices": 0},
         {"rounds": 0},
         {"lengths": [0]},
+        {"sizes": [], "parts": ["bytes", "stock"]},
     ],
 )
 def test_bad_options_are_refused_before_anything_is_loaded(wrong, texts):
@@ -322,7 +327,7 @@ def test_the_picture_maps_each_preset_and_draws_what_loses_something(rows, tmp_p
 
 def test_tables_tell_the_sources_of_text_apart(rows):
     tables = {t.title: t for t in report.tables(rows)}
-    assert {*latent.PARTS, f"text, versus {BASE}"} <= set(tables)
+    assert {*PARTS, f"text, versus {BASE}"} <= set(tables)
     names = [c.header for c in tables["text"].columns]
     assert "perplexity (1), source wikitext2/articles" in names
 
@@ -336,7 +341,16 @@ def test_the_command_writes_rows_and_a_picture(wide, texts, healed, tmp_path, ca
     assert done.value.code == 0
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert {r["part"] for r in found} == set(latent.PARTS)
-    assert {r["method"] for r in found} == {BASE, "16x16 tuned", "16x32 mine", PEERS[0]}
+    made = {"16x16 tuned", "16x32 mine"}
+    assert {r["method"] for r in found} == {BASE, PEERS[0], *made}
+    assert {r["method"] for r in pick(found, part="stock")} == made
+    for r in pick(found, part="stock"):
+        assert (r["versus"], r["dtype"]) == ("transformers", "float32")
+        if r["qk"] != r["vo"]:
+            assert (r["why"], r["value"], r["n"]) == ("keys have 16 numbers and values 32", None, 0)
+        elif r["metric"] == "max_logit_difference":
+            assert r["value"] < 1e-3
+            assert r["n"] == 320
     assert plot.exists()
     printed = capsys.readouterr().out
     assert all(part in printed for part in latent.PARTS)
@@ -346,6 +360,7 @@ def test_the_command_writes_rows_and_a_picture(wide, texts, healed, tmp_path, ca
     "words",
     [
         ["--sizes", "16"],
+        ["--sizes", "none"],
         ["--sizes", "16x16", "--preset", "best"],
         ["--sizes", "16x16", "--needle-lengths", "many"],
         ["--sizes", "16x16", "--also", "/nowhere"],
