@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,7 +20,18 @@ from narrows.cli.options import (
     write,
 )
 
+if TYPE_CHECKING:
+    from narrows.bench.progress import Progress
+    from narrows.train.speech import SpeechSet
+
 app = typer.Typer(help="Train small parts for a model.", no_args_is_help=True)
+
+Clips = Annotated[
+    int, typer.Option(help="Stretches of the data folder's texts spoken to learn from.")
+]
+Held = Annotated[
+    int, typer.Option(help="Stretches with a question, of other articles, spoken to measure.")
+]
 
 
 @app.command("specformer")
@@ -219,12 +230,8 @@ def kv_latent(
 def clsr(
     out: Annotated[Path, typer.Option(help="Folder for the recogniser; a run there goes on.")],
     data: Data = None,
-    clips: Annotated[
-        int, typer.Option(help="Stretches of the data folder's texts spoken to learn from.")
-    ] = 6000,
-    held: Annotated[
-        int, typer.Option(help="Stretches with a question, of other articles, spoken to measure.")
-    ] = 256,
+    clips: Clips = 6000,
+    held: Held = 256,
     steps: Annotated[int, typer.Option(help="Updates for recognition.")] = 4000,
     joint_steps: Annotated[
         int, typer.Option(help="Updates with the contrastive loss after that; 0 for none.")
@@ -251,13 +258,10 @@ def clsr(
     It learns from synthetic voices, which need flite and espeak-ng; what they say and what the
     speech encoder makes of it is kept in the folder."""
     from narrows.bench.progress import Progress
-    from narrows.data import locate
     from narrows.retrieve.rank import Embedder
-    from narrows.retrieve.speech_encoder import SpeechEncoder
     from narrows.train import clsr
+    from narrows.train.hearing import draw
     from narrows.train.loop import LoopOptions, processes
-    from narrows.train.speech import speak_all
-    from narrows.train.spoken_text import stretches
 
     goal = clsr.Goal(sampling=sampling)
     stages = [("recognition", goal, LoopOptions(steps=steps, rate=rate, save_every=save_every))]
@@ -271,21 +275,12 @@ def clsr(
         options = LoopOptions(steps=joint_steps, rate=joint_rate, save_every=save_every)
         stages.append(("joint", joint, options))
     check_places(out)
-    texts = stretches(locate(data), seed)
-    learnt = [one for one in texts if not one.held][:clips]
-    measured = [one for one in texts if one.held and one.question][:held]
     crew = processes(device)
     first = crew.is_main_process
-    encoder = SpeechEncoder.load()
     with Progress("speech, then updates", visible=first) as progress:
-        progress.expect(len(learnt) + len(measured) + steps + joint_steps)
+        progress.expect(steps + joint_steps)
         with crew.main_process_first():
-            spoken = speak_all(
-                learnt, encoder, out / "work" / "train", seed=seed, on_done=progress.advance
-            )
-            kept = speak_all(
-                measured, encoder, out / "work" / "held", seed=seed, on_done=progress.advance
-            )
+            spoken, kept = _speech(out, data, clips, held, seed, progress)
         history = clsr.run(
             Embedder.load(device=device),
             spoken,
@@ -299,9 +294,97 @@ def clsr(
         )
     if not first:
         return
-    clsr.draw(history, out / "curves.png")
+    draw(history, out / "curves.png")
     last = history[-1]
     write(
         f"{out}: on held-out articles and voices {last['word_error']:.1%} of words wrong, "
-        f"{last['found']:.1%} of questions find their clip among {len(measured)}\n"
+        f"{last['found']:.1%} of questions find their clip among {len(kept)}\n"
     )
+
+
+@app.command("dual")
+def dual(
+    out: Annotated[Path, typer.Option(help="Folder for the dual encoder; a run there goes on.")],
+    speech: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a run, such as train clsr's, to learn from the same speech by the same "
+            "--clips, --held and --seed; default: OUT."
+        ),
+    ] = None,
+    data: Data = None,
+    clips: Clips = 6000,
+    held: Held = 256,
+    steps: Annotated[int, typer.Option(help="Updates.")] = 2000,
+    batch: Annotated[int, typer.Option(help="Clips of an update.")] = 64,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-4,
+    captions: Annotated[
+        bool, typer.Option(help="Pair every clip with its own words too, not only its question.")
+    ] = True,
+    temperature: Annotated[float, typer.Option(help="Of the contrastive loss.")] = 0.05,
+    negatives: Annotated[
+        str, typer.Option(help="Texts clips are told from: the batch's, or all of training.")
+    ] = "all",
+    blocks: Annotated[int, typer.Option(help="Of the transformer.")] = 3,
+    save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 100,
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of weights, voices and order.")] = 0,
+) -> None:
+    """A dual encoder, which makes vectors of speech without words, for `narrows listen`: what CLSR
+    is to be compared with. It learns from synthetic voices, as `narrows train clsr` does."""
+    from narrows.bench.progress import Progress
+    from narrows.retrieve.rank import Embedder
+    from narrows.train.dual import DualGoal, run
+    from narrows.train.hearing import draw
+    from narrows.train.loop import LoopOptions, processes
+
+    goal = DualGoal(captions=captions, temperature=temperature, negatives=negatives)  # type: ignore[arg-type]
+    options = LoopOptions(steps=steps, rate=rate, save_every=save_every)
+    check_places(out)
+    crew = processes(device)
+    first = crew.is_main_process
+    with Progress("speech, then updates", visible=first) as progress:
+        progress.expect(steps)
+        with crew.main_process_first():
+            spoken, kept = _speech(speech or out, data, clips, held, seed, progress)
+        history = run(
+            Embedder.load(device=device),
+            spoken,
+            kept,
+            out,
+            goal,
+            options,
+            batch=batch,
+            seed=seed,
+            on_step=lambda step, told: progress.advance(),
+            blocks=blocks,
+        )
+    if not first:
+        return
+    draw(history, out / "curves.png")
+    write(
+        f"{out}: on held-out articles and voices {history[-1]['found']:.1%} of questions find "
+        f"their clip among {len(kept)}\n"
+    )
+
+
+def _speech(
+    run: Path, data: Path | None, clips: int, held: int, seed: int, progress: Progress
+) -> tuple[SpeechSet, SpeechSet]:
+    """Clips to learn from and clips to measure on, spoken into the folder of a run as far as they
+    are not there."""
+    from narrows.data import locate
+    from narrows.retrieve.speech_encoder import SpeechEncoder
+    from narrows.train.speech import speak_all
+    from narrows.train.spoken_text import stretches
+
+    texts = stretches(locate(data), seed)
+    learnt = [one for one in texts if not one.held][:clips]
+    measured = [one for one in texts if one.held and one.question][:held]
+    progress.expect(len(learnt) + len(measured))
+    encoder = SpeechEncoder.load()
+    spoken, kept = (
+        speak_all(some, encoder, run / "work" / name, seed=seed, on_done=progress.advance)
+        for name, some in (("train", learnt), ("held", measured))
+    )
+    return spoken, kept

@@ -32,23 +32,18 @@ from torch.nn.functional import dropout, linear, scaled_dot_product_attention
 
 from narrows.config import Settings
 from narrows.errors import ConfigError, ModelError
-from narrows.model import fetch, hub
 from narrows.model.saved import load_config, load_module, save_module
-from narrows.retrieve.audio import RATE, Wave
+from narrows.retrieve.audio import Wave
 from narrows.retrieve.cif import Fired, Tail, fire, spans
-from narrows.retrieve.clips import LEAST_S
 from narrows.retrieve.hearing import Heard
-from narrows.retrieve.rank import ENCODER, Embedder, checked_question
-from narrows.retrieve.speech_encoder import STATE_SECONDS, SpeechEncoder
+from narrows.retrieve.rank import ENCODER, Embedder
+from narrows.retrieve.speech_encoder import STATE_SECONDS
+from narrows.retrieve.speech_head import STRIDE, HeadBackend, by_length, framed, padded
 from narrows.retrieve.transcribe import RECOGNISER
 
 WEIGHTS, NAME = "clsr.safetensors", "recogniser"
-STRIDE = 2
-"""States of the speech encoder a frame."""
 USUAL_WEIGHT = 0.18
 """Of a frame before training: word pieces a frame of 40 ms in ordinary speech."""
-BATCH = 16
-"""Clips recognised at once."""
 
 
 class ClsrConfig(Settings):
@@ -198,12 +193,8 @@ class Recogniser(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def frames(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """States ``[B, T, state_size]``, of which ``mask`` bool ``[B, T]`` are not padding, as
-        frames ``[B, ceil(T / 2), width]`` and their mask. What stands in padding is not read."""
-        states = states.masked_fill(~mask[:, :, None], 0.0)
-        frames = self.narrow(states.transpose(1, 2)).relu().transpose(1, 2)
-        real = mask[:, ::STRIDE]
-        return self.frame_norm(frames).masked_fill(~real[:, :, None], 0.0), real
+        """Frames of states and which are not padding, see ``framed``."""
+        return framed(states, mask, self.narrow, self.frame_norm)
 
     def fired(
         self, frames: Tensor, real: Tensor, targets: Tensor | None = None
@@ -242,10 +233,8 @@ class Recogniser(nn.Module):
         as many as its own weights fire. A clip's result does not depend on its neighbours beyond
         rounding."""
         assert not self.training
-        order = sorted(range(len(states)), key=lambda i: len(states[i]))
         found: dict[int, Written] = {}
-        for first in range(0, len(order), BATCH):
-            chosen = order[first : first + BATCH]
+        for chosen in by_length(states):
             found |= zip(chosen, self._recognise([states[i] for i in chosen]), strict=True)
         return [found[i] for i in range(len(states))]
 
@@ -294,30 +283,10 @@ class Written:
     sure: list[float]
 
 
-def padded(
-    states: Sequence[Tensor], device: torch.device | str | None = None
-) -> tuple[Tensor, Tensor]:
-    """Clips of states ``[T, size]`` as one batch float32 ``[B, T, size]``, and which of it is not
-    padding, bool ``[B, T]``."""
-    batch = nn.utils.rnn.pad_sequence([s.float() for s in states], batch_first=True).to(device)
-    lengths = torch.tensor([len(s) for s in states], device=device)
-    return batch, torch.arange(batch.shape[1], device=device) < lengths[:, None]
+class ClsrBackend(HeadBackend):
+    """Searches what a recogniser reads into the pieces of its text encoder. See ``HeadBackend``."""
 
-
-class ClsrBackend:
-    """Searches what a recogniser reads into the pieces of its text encoder. See
-    ``hearing.Backend``.
-
-    Args:
-        folder: the recogniser's, loaded at first use with the encoders its config names.
-
-    Raises ModelError or ConfigError, when it is used.
-    """
-
-    verbatim = False
-
-    def __init__(self, folder: str) -> None:
-        self._folder = Path(folder)
+    name, weights = "clsr", WEIGHTS
 
     @cached_property
     def config(self) -> ClsrConfig:
@@ -325,40 +294,16 @@ class ClsrBackend:
         return load_config(self._folder, ClsrConfig, NAME)
 
     @cached_property
-    def speech(self) -> SpeechEncoder:
-        """The speech encoder."""
-        return SpeechEncoder.load(self.config.speech_encoder)
-
-    @cached_property
-    def embedder(self) -> Embedder:
-        """The text encoder."""
-        return Embedder.load(self.config.text_encoder)
-
-    @cached_property
     def recogniser(self) -> Recogniser:
-        """What stands between the two."""
+        """What stands between the two encoders."""
         module = Recogniser.load(self._folder, Pieces.of(self.embedder))
         return module.to(module.table.device)
-
-    @cached_property
-    def hears(self) -> str:
-        """See ``hearing.Backend``."""
-        encoder = self.config.speech_encoder
-        own = fetch.sha256(self._folder / WEIGHTS)[:16]
-        return f"{encoder} {hub.revision(hub.resolve(encoder))} clsr {own}"
-
-    @cached_property
-    def encodes(self) -> str:
-        """See ``hearing.Backend``."""
-        encoder = self.config.text_encoder
-        return f"{encoder} {hub.revision(hub.resolve(encoder))}"
 
     def write(self, waves: Sequence[Wave]) -> list[Written]:
         """The pieces said in each clip, with their times. In a clip shorter than LEAST_S nothing
         is said."""
-        long = [i for i, wave in enumerate(waves) if len(wave) >= LEAST_S * RATE]
-        made = self.recogniser.recognise([self.speech.encode(waves[i]) for i in long])
-        found = dict(zip(long, made, strict=True))
+        states = self.states(waves)
+        found = dict(zip(states, self.recogniser.recognise([*states.values()]), strict=True))
         return [found.get(i, Written([], [], [])) for i in range(len(waves))]
 
     def hear(self, waves: Sequence[Wave]) -> list[Heard]:
@@ -369,11 +314,6 @@ class ClsrBackend:
             Heard(in_words(ids, self.embedder), np.array(ids, np.int32), vector)
             for ids, vector in zip(pieces, vectors, strict=True)
         ]
-
-    def embed(self, question: str) -> NDArray[np.float32]:
-        """See ``hearing.Backend``."""
-        vector: NDArray[np.float32] = self.embedder.embed([checked_question(question)])[0]
-        return vector
 
 
 def in_words(ids: Sequence[int], text: Embedder) -> str:

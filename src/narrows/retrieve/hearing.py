@@ -53,3 +53,4 @@ models are loaded when they are first used."""
 
 BACKENDS.add("transcript", "narrows.retrieve.transcribe:TranscriptBackend")
 BACKENDS.add("clsr", "narrows.retrieve.clsr:ClsrBackend")
+BACKENDS.add("dual", "narrows.retrieve.dual:DualBackend")

@@ -8,10 +8,9 @@ transcripts, of which its public predecessors hold no code either.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -20,18 +19,17 @@ from torch.nn.functional import cross_entropy
 
 from narrows.config import Settings
 from narrows.errors import InputError
-from narrows.figure import new_figure, save_figure
 from narrows.retrieve.clsr import (
     ClsrConfig,
     Pieces,
     Recogniser,
     embedded,
     in_words,
-    padded,
 )
 from narrows.retrieve.rank import Embedder
-from narrows.train.loop import LoopOptions, chosen, processes, train
-from narrows.train.speech import Clip
+from narrows.retrieve.speech_head import padded
+from narrows.train.hearing import Counterparts, Negatives, Objective, Questions, Speech
+from narrows.train.loop import LoopOptions, processes, train
 from narrows.train.textlike import Adaptor, Reading, read_as_text, text_like
 
 Positions = Literal["any", "errors"]
@@ -58,22 +56,13 @@ class Goal(Settings):
     reading: Reading = "logits"
     adaptor: Adaptor = "quantised"
     temperature: Annotated[float, Field(gt=0.0)] = 0.02
-    negatives: Literal["batch", "all"] = "batch"
+    negatives: Negatives = "batch"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.quantity + self.contrast > 1 + 1e-9:
             raise ValueError("quantity and contrast must not exceed 1 together")
         return self
-
-
-class Speech(Protocol):
-    """Clips with their states, see ``narrows.train.speech.SpeechSet``."""
-
-    clips: list[Clip]
-
-    def states(self, index: int) -> Tensor:
-        """``[T, state_size]``."""
 
 
 def run(
@@ -132,17 +121,16 @@ def run(
     return history
 
 
-class ClsrObjective:
-    """The joint loss of sheet section 4, over ``batch`` clips a step.
+class ClsrObjective(Objective):
+    """The joint loss of sheet section 4.
 
     Args:
-        module: trained in place; float32.
         text: frozen.
-        speech: see ``run``.
         goal: what is weighed how.
-        seed: of the order of clips, of dropout and of sampled positions; what a step does depends
-            on its number only.
+        module, speech, batch, seed: see ``Objective``.
     """
+
+    module: Recogniser
 
     def __init__(
         self,
@@ -154,44 +142,25 @@ class ClsrObjective:
         batch: int = 32,
         seed: int = 0,
     ) -> None:
-        self.module, self.text, self.speech, self.goal = module, text, speech, goal
-        self.batch, self.seed = batch, seed
+        self.text, self.goal = text, goal
         unknown = text.tokenizer.unk_token_id
         self.targets = [torch.tensor(piece_ids(clip.words, text)) for clip in speech.clips]
-        self.usable = [
+        usable = [
             i
             for i, (ids, clip) in enumerate(zip(self.targets, speech.clips, strict=True))
             if len(ids) and unknown not in ids and (clip.question or not goal.contrast)
         ]
-        if not self.usable:
-            raise InputError("no clip can be learnt from: none has the words or question it needs")
-        self.places: dict[str, int] = {}
+        super().__init__(module, speech, usable, batch=batch, seed=seed)
         if goal.contrast:
-            asked = dict.fromkeys(speech.clips[i].question for i in self.usable)
+            asked = dict.fromkeys(speech.clips[i].question for i in usable)
             self.places = {question: place for place, question in enumerate(asked)}
-            self.questions = torch.from_numpy(text.embed(list(asked))).to(module.table.device)
-
-    @property
-    def digest(self) -> str:
-        """Tells what is learnt from apart."""
-        told = "\0".join(self.speech.clips[i].words for i in self.usable)
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
-
-    def chosen(self, step: int) -> list[int]:
-        """The clips of a step."""
-        return [self.usable[i] for i in chosen(step, len(self.usable), self.batch, self.seed)]
-
-    def gradients(self, step: int) -> dict[str, float]:
-        """Add the gradients of a step's clips; the parts of the loss, unweighted, and the share of
-        pieces that the first pass got wrong."""
-        torch.manual_seed(self.seed * 1_000_003 + step)
-        self.module.train()
-        loss, told = self.loss(self.chosen(step))
-        loss.backward()  # type: ignore[no-untyped-call]
-        return {"loss": float(loss.detach()), **told}
+            vectors = torch.from_numpy(text.embed(list(asked))).to(module.table.device)
+            apart = torch.arange(len(asked), device=vectors.device)
+            self.questions = Counterparts(vectors, apart, goal.temperature, goal.negatives)
 
     def loss(self, picked: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-        """The loss of clips, with gradients, and its parts."""
+        """The loss of clips, with gradients, its parts, unweighted, and the share of pieces that
+        the first pass got ``wrong``."""
         module, goal = self.module, self.goal
         device = module.table.device
         states, mask = padded([self.speech.states(i) for i in picked], device)
@@ -229,14 +198,9 @@ class ClsrObjective:
         )
         with torch.autocast(scores.device.type, torch.bfloat16):
             clips = read_as_text(embeds, counts.tolist(), self.text)
-        asked = torch.tensor([self.places[self.speech.clips[i].question] for i in picked])
-        asked = asked.to(scores.device)
-        others = None
-        if goal.negatives == "all":
-            absent = torch.ones(len(self.questions), dtype=torch.bool, device=scores.device)
-            absent[asked] = False
-            others = self.questions[absent]
-        return info_nce(clips, self.questions[asked], asked, goal.temperature, others)
+        return self.questions.contrast(
+            clips, [self.places[self.speech.clips[i].question] for i in picked]
+        )
 
 
 def sampled(
@@ -260,50 +224,19 @@ def sampled(
     return torch.where(take[:, :, None], given, embeds)
 
 
-def info_nce(
-    clips: Tensor,
-    questions: Tensor,
-    groups: Tensor,
-    temperature: float,
-    others: Tensor | None = None,
-) -> Tensor:
-    """Mean of both directions' cross-entropy of telling pairs of unit vectors ``[B, width]`` from
-    each other.
-
-    Pairs of one group, int64 ``[B]``, are alike: none is a wrong answer to another, and together
-    they weigh as much as one pair, as right answers and as wrong ones. ``others`` ``[M, width]``
-    are more questions, to none of these clips.
-    """
-    same = groups[:, None] == groups
-    copies = same.sum(1).float()
-    itself = torch.eye(len(groups), dtype=torch.bool, device=groups.device)
-    cosines = clips @ questions.T / temperature
-    to_questions, to_clips = (
-        torch.where(itself, scores, (scores - copies.log()).masked_fill(same, -math.inf))
-        for scores in (cosines, cosines.T)
-    )
-    if others is not None:
-        to_questions = torch.cat([to_questions, clips @ others.T / temperature], 1)
-    right = torch.arange(len(groups), device=groups.device)
-    losses = sum(cross_entropy(s, right, reduction="none") for s in (to_questions, to_clips))
-    return (losses / copies).sum() / (1 / copies).sum() / 2
-
-
 class HeldOut:
     """Measures a recogniser on clips it has not learnt from, as it is used: with as many tokens as
     its own weights fire."""
 
     def __init__(self, module: Recogniser, text: Embedder, held: Speech) -> None:
         self.module, self.text, self.held = module, text, held
-        self.asked = sorted({clip.question for clip in held.clips if clip.question})
-        self.questions = text.embed(self.asked)
+        self.questions = Questions(held.clips, text)
         self.pieces = [piece_ids(clip.words, text) for clip in held.clips]
         self.words = [in_words(ids, text).split() for ids in self.pieces]
 
     def measure(self) -> dict[str, float]:
         """Errors a word piece and a word, tokens fired a token said, and, if clips are held that
-        have a question, ``found``: the share of questions to which the nearest of all clips is
-        theirs, or one of theirs."""
+        have a question, the share of questions ``found``, see ``Questions``."""
         self.module.eval()
         count = len(self.held.clips)
         heard = [h.ids for h in self.module.recognise([self.held.states(i) for i in range(count)])]
@@ -313,11 +246,8 @@ class HeldOut:
             "word_error": error_rate(words, self.words),
             "fired": sum(map(len, heard)) / sum(map(len, self.pieces)),
         }
-        if self.asked:
-            cosines = self.questions @ embedded(heard, self.text).T
-            nearest = [self.held.clips[i].question for i in cosines.argmax(1)]
-            right = sum(a == b for a, b in zip(nearest, self.asked, strict=True))
-            told["found"] = right / len(self.asked)
+        if self.questions.texts:
+            told["found"] = self.questions.found(embedded(heard, self.text))
         return told
 
 
@@ -340,24 +270,3 @@ def edits(found: Sequence[Any], right: Sequence[Any]) -> int:
         for j, other in enumerate(right, 1):
             corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (one != other))
     return row[-1]
-
-
-def draw(history: Sequence[dict[str, Any]], path: Path) -> None:
-    """The parts of the loss over the updates of all stages, and what was measured on held-out
-    clips. Raises as ``new_figure`` and ``save_figure``."""
-    figure = new_figure(11, 4.5)
-    left, right = figure.subplots(1, 2)
-    numbered = list(enumerate(history))
-    for part in ("recognition", "quantity", "contrast", "wrong"):
-        points = [(n, row[part]) for n, row in numbered if part in row]
-        if points:
-            left.plot(*zip(*points, strict=True), label=part, lw=0.8)
-    left.set(xlabel="update", ylabel="training: parts of the loss", yscale="log")
-    left.legend()
-    for part in ("piece_error", "word_error", "fired", "found"):
-        points = [(n, row[part]) for n, row in numbered if part in row]
-        if points:
-            right.plot(*zip(*points, strict=True), "-o", ms=3, label=part.replace("_", " "))
-    right.set(xlabel="update", ylabel="held-out articles and voices", ylim=(0, None))
-    right.legend()
-    save_figure(figure, path)

@@ -25,9 +25,9 @@ from narrows.retrieve.clsr import (
     Written,
     embedded,
     in_words,
-    padded,
 )
 from narrows.retrieve.hearing import BACKENDS
+from narrows.retrieve.speech_head import padded
 from tiny_speech import LETTERS, SPECIAL, STATE, WORDS, clips, embedder, recogniser, text_encoder
 
 LENGTHS = [40, 7, 23, 1, 90, 8]

@@ -13,19 +13,18 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, normalize
 
 from narrows.errors import ConfigError, InputError
-from narrows.retrieve.clsr import padded
+from narrows.retrieve.speech_head import padded
 from narrows.train.clsr import (
     ClsrObjective,
     Goal,
     HeldOut,
-    draw,
     edits,
     error_rate,
-    info_nce,
     piece_ids,
     run,
     sampled,
 )
+from narrows.train.hearing import draw, info_nce
 from narrows.train.loop import CHECKPOINT, LoopOptions, train
 from narrows.train.speech import Clip
 from tiny_speech import STATE, WORDS, recogniser, text_encoder
