@@ -1,9 +1,10 @@
-"""A tiny text encoder with word pieces, and a recogniser that writes in them."""
+"""A tiny text encoder with word pieces, a recogniser that writes in them, and a dual encoder."""
 
 from __future__ import annotations
 
 import functools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from narrows.retrieve.clsr import ClsrConfig, Pieces, Recogniser
+from narrows.retrieve.dual import DualConfig, DualEncoder
 from narrows.retrieve.rank import Embedder
+from narrows.train.speech import Clip
 
 SPECIAL = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [
@@ -81,10 +84,47 @@ def recogniser(seed: int = 0, **changes: object) -> Recogniser:
     return Recogniser(config, pieces).eval()
 
 
+def dual(seed: int = 0, **changes: object) -> DualEncoder:
+    pieces = Pieces.of(text_encoder())
+    sizes = {"state_size": STATE, "width": 16, "blocks": 2, "heads": 2, "inner": 32}
+    config = DualConfig(
+        **{**sizes, "text_width": WIDTH, "vocabulary": pieces.digest, "kernel": 3, **changes}
+    )
+    torch.manual_seed(seed)
+    return DualEncoder(config, pieces).eval()
+
+
 def clips(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:
     """Random states."""
     maker = torch.Generator().manual_seed(seed)
     return [torch.randn(n, STATE, generator=maker) for n in lengths]
+
+
+@dataclass
+class Made:
+    """Clips whose states spell their words: each word has a vector of its own, for a while."""
+
+    clips: list[Clip]
+    noise: float = 0.1
+
+    def states(self, index: int) -> torch.Tensor:
+        maker = torch.Generator().manual_seed(7)
+        shapes = torch.randn(len(WORDS), STATE, generator=maker)
+        told = [WORDS.index(word) for word in self.clips[index].words.split()]
+        long = torch.cat([shapes[w].expand(6 + w % 3, STATE) for w in told])
+        own = torch.Generator().manual_seed(index)
+        return (long + self.noise * torch.randn(long.shape, generator=own)).half()
+
+
+def speech(count: int = 8, seed: int = 0, length: int = 4) -> Made:
+    """Each clip's question is its own words."""
+    maker = torch.Generator().manual_seed(seed)
+    clips = []
+    for number in range(count):
+        drawn = torch.randperm(len(WORDS), generator=maker)[:length].tolist()
+        words = " ".join(WORDS[i] for i in drawn)
+        clips.append(Clip(words, "", str(number), words, False))
+    return Made(clips)
 
 
 def spoken_data(folder: Path) -> Path:

@@ -315,8 +315,8 @@ def dual(
     data: Data = None,
     clips: Clips = 6000,
     held: Held = 256,
-    steps: Annotated[int, typer.Option(help="Updates.")] = 2000,
-    batch: Annotated[int, typer.Option(help="Clips of an update.")] = 64,
+    steps: Annotated[int, typer.Option(help="Updates.")] = 3000,
+    batch: Annotated[int, typer.Option(help="Clips of an update.")] = 32,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-4,
     captions: Annotated[
         bool, typer.Option(help="Pair every clip with its own words too, not only its question.")

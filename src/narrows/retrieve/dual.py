@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import gelu, normalize
+from torch.nn.functional import dropout, gelu, normalize
 
 from narrows.config import Settings
 from narrows.errors import ConfigError, ModelError
@@ -60,12 +60,33 @@ class DualConfig(Settings):
         return self
 
 
+class Block(nn.Module):
+    """A transformer block, norms first. Dropout is of what is added only, as in CLSR's blocks:
+    dropped attention weights would have to be written out."""
+
+    def __init__(self, config: DualConfig) -> None:
+        super().__init__()
+        size, self.dropout = config.width, config.dropout
+        self.first_norm, self.second_norm = nn.LayerNorm(size), nn.LayerNorm(size)
+        self.attend = nn.MultiheadAttention(size, config.heads, batch_first=True)
+        self.up = nn.Linear(size, config.inner)
+        self.down = nn.Linear(config.inner, size)
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """``x`` ``[B, T, width]``, of which ``real`` bool ``[B, T]`` are not padding."""
+        y = self.first_norm(x)
+        mixed, _ = self.attend(y, y, y, key_padding_mask=~real, need_weights=False)
+        x = x + dropout(mixed, self.dropout, self.training)
+        y = self.down(gelu(self.up(self.second_norm(x))))
+        return x + dropout(y, self.dropout, self.training)
+
+
 class DualEncoder(nn.Module):
     """From states of a speech encoder to vectors of a text encoder.
 
-    Frames of two states, a depthwise convolution that says where in the clip they stand to each
-    other, transformer blocks, then a mean of the frames, weighted by each head for its own share of
-    the channels, and a projection.
+    Frames of two states as CLSR's, to each of which a depthwise convolution adds what is around it,
+    transformer blocks, then a mean of the frames, which every head weighs for its own share of the
+    channels, and a projection.
 
     Args:
         config: see DualConfig.
@@ -88,20 +109,9 @@ class DualEncoder(nn.Module):
         self.neighbours = nn.Conv1d(
             size, size, config.kernel, padding=config.kernel // 2, groups=size
         )
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                size,
-                config.heads,
-                config.inner,
-                config.dropout,
-                gelu,
-                batch_first=True,
-                norm_first=True,
-            )
-            for _ in range(config.blocks)
-        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.out_norm = nn.LayerNorm(size)
-        self.weigh = nn.Linear(size, config.heads)
+        self.weigh = nn.Linear(size, config.heads, bias=False)
         self.project = nn.Linear(size, config.text_width)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
@@ -110,7 +120,7 @@ class DualEncoder(nn.Module):
         x, real = framed(states, mask, self.narrow, self.frame_norm)
         x = x + gelu(self.neighbours(x.transpose(1, 2))).transpose(1, 2)
         for block in self.blocks:
-            x = block(x, src_key_padding_mask=~real)
+            x = block(x, real)
         x = self.out_norm(x)
         shares = self.weigh(x).float().masked_fill(~real[:, :, None], float("-inf")).softmax(1)
         parts = x.float().unflatten(-1, (self.config.heads, -1))

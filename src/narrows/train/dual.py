@@ -44,7 +44,7 @@ def run(
     goal: DualGoal,
     options: LoopOptions,
     *,
-    batch: int = 64,
+    batch: int = 32,
     seed: int = 0,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, told: None,
     **changes: Any,
@@ -111,7 +111,7 @@ class DualObjective(Objective):
         speech: Speech,
         goal: DualGoal,
         *,
-        batch: int = 64,
+        batch: int = 32,
         seed: int = 0,
     ) -> None:
         self.told = [
@@ -132,14 +132,15 @@ class DualObjective(Objective):
         )
 
     def loss(self, picked: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-        """The loss of clips, with gradients; there is nothing more to tell."""
+        """The loss of clips, with gradients, all of which is its part ``contrast``."""
         device = self.module.project.weight.device
         states, mask = padded([self.speech.states(i) for i in picked], device)
         with torch.autocast(device.type, torch.bfloat16):
             vectors = self.module(states, mask)
         rows = [row for row, i in enumerate(picked) for _ in self.told[i]]
         places = [self.places[one] for i in picked for one in self.told[i]]
-        return self.texts.contrast(vectors[rows], places), {}
+        loss = self.texts.contrast(vectors[rows], places)
+        return loss, {"contrast": float(loss.detach())}
 
 
 def grouped(told: Sequence[Sequence[str]]) -> dict[str, int]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 
 from narrows.errors import ConfigError, InputError
 from narrows.retrieve.speech_head import padded
@@ -24,38 +23,12 @@ from narrows.train.clsr import (
     run,
     sampled,
 )
-from narrows.train.hearing import draw, info_nce
+from narrows.train.hearing import draw
 from narrows.train.loop import CHECKPOINT, LoopOptions, train
 from narrows.train.speech import Clip
-from tiny_speech import STATE, WORDS, recogniser, text_encoder
+from tiny_speech import STATE, Made, recogniser, speech, text_encoder
 
 STEADY = {"dropout": 0.0}
-
-
-@dataclass
-class Made:
-    """Clips whose states spell their words: each word has a vector of its own, for a while."""
-
-    clips: list[Clip]
-    noise: float = 0.1
-
-    def states(self, index):
-        maker = torch.Generator().manual_seed(7)
-        shapes = torch.randn(len(WORDS), STATE, generator=maker)
-        told = [WORDS.index(word) for word in self.clips[index].words.split()]
-        long = torch.cat([shapes[w].expand(6 + w % 3, STATE) for w in told])
-        own = torch.Generator().manual_seed(index)
-        return (long + self.noise * torch.randn(long.shape, generator=own)).half()
-
-
-def speech(count=8, seed=0, length=4):
-    maker = torch.Generator().manual_seed(seed)
-    clips = []
-    for number in range(count):
-        drawn = torch.randperm(len(WORDS), generator=maker)[:length].tolist()
-        words = " ".join(WORDS[i] for i in drawn)
-        clips.append(Clip(words, "", str(number), words, False))
-    return Made(clips)
 
 
 def objective(module, made=None, batch=4, **goal):
@@ -112,45 +85,6 @@ def test_no_sampling_is_one_pass():
 
 
 # ---------------------------------------------------------------------------------- the losses
-
-
-def vectors(count, seed=0):
-    torch.manual_seed(seed)
-    return normalize(torch.randn(count, 5), dim=1), normalize(torch.randn(count, 5), dim=1)
-
-
-def test_info_nce_by_hand():
-    clips, questions = vectors(3)
-    scores = (clips @ questions.T / 0.1).tolist()
-    total = 0.0
-    for i in range(3):
-        row = sum(math.exp(s) for s in scores[i])
-        column = sum(math.exp(scores[j][i]) for j in range(3))
-        total -= math.log(math.exp(scores[i][i]) / row) + math.log(math.exp(scores[i][i]) / column)
-    apart = torch.arange(3)
-    loss = info_nce(clips, questions, apart, 0.1)
-    assert float(loss) == pytest.approx(total / 6, rel=1e-5)
-    torch.testing.assert_close(info_nce(questions, clips, apart, 0.1), loss)
-    assert float(info_nce(clips[:1], questions[:1], apart[:1], 0.1)) == 0.0
-
-
-def test_copies_of_a_clip_change_nothing():
-    clips, questions = vectors(3)
-    again = torch.tensor([0, 1, 2, 0, 0])
-    one = info_nce(clips, questions, torch.arange(3), 0.1)
-    many = info_nce(clips[again], questions[again], again, 0.1)
-    torch.testing.assert_close(many, one)
-    assert float(info_nce(*vectors(4), torch.zeros(4), 0.1)) == pytest.approx(0.0, abs=1e-6)
-
-
-def test_more_questions_are_more_negatives():
-    clips, questions = vectors(3)
-    apart = torch.arange(3)
-    more = vectors(6, seed=1)[1]
-    with_more = info_nce(clips, questions, apart, 0.1, more)
-    wide = cross_entropy(clips @ torch.cat([questions, more]).T / 0.1, apart)
-    narrow = cross_entropy(questions @ clips.T / 0.1, apart)
-    torch.testing.assert_close(with_more, (wide + narrow) / 2)
 
 
 def test_the_length_loss_pulls_towards_the_target():
