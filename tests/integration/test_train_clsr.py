@@ -1,4 +1,4 @@
-"""Training a recogniser from the command line, then listening with it."""
+"""Training what hears from the command line, then listening with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = ["--clips=6", "--held=3", "--batch=2", "--blocks=1", "--save-every=2", "
 
 
 def train(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["narrows", "train", "clsr", *arguments])
+    monkeypatch.setattr(sys, "argv", ["narrows", "train", *arguments])
     try:
         cli.main()
     except SystemExit as stop:
@@ -30,7 +30,7 @@ def train(monkeypatch, *arguments):
 
 
 @pytest.mark.model
-def test_a_recogniser_from_the_command_line(tmp_path, monkeypatch, capfd):
+def test_a_recogniser_and_a_dual_encoder_from_the_command_line(tmp_path, monkeypatch, capfd):
     if not (shutil.which(FLITE) and shutil.which(ESPEAK)):
         pytest.skip("flite or espeak-ng is not installed")
     try:
@@ -38,7 +38,7 @@ def test_a_recogniser_from_the_command_line(tmp_path, monkeypatch, capfd):
     except ModelError as error:
         pytest.skip(str(error))
     data, out = spoken_data(tmp_path / "data"), tmp_path / "out"
-    places = ("--out", str(out), "--data", str(data), *SMALL)
+    places = ("clsr", "--out", str(out), "--data", str(data), *SMALL)
     assert train(monkeypatch, *places, "--steps", "2", "--joint-steps", "1") == 0
     assert "of questions find their clip among 3" in capfd.readouterr().out
     assert (out / "curves.png").stat().st_size > 1000
@@ -51,3 +51,19 @@ def test_a_recogniser_from_the_command_line(tmp_path, monkeypatch, capfd):
     assert heard.vector.shape == backend.embed("How old is the harbour?").shape == (384,)
     assert nothing.text == ""
     assert backend.hears.startswith("whisper-base ")
+    # A dual encoder learns from the same speech.
+    other = tmp_path / "dual"
+    places = ("dual", "--out", str(other), "--data", str(data), "--speech", str(out), *SMALL)
+    assert train(monkeypatch, *places, "--steps", "2") == 0
+    assert "of questions find their clip among 3" in capfd.readouterr().out
+    assert sorted(path.name for path in (other / "work").iterdir()) == ["pairs"]
+    assert train(monkeypatch, *places, "--steps", "2", "--clips", "5") == 2
+    assert "made from other texts" in capfd.readouterr().err
+    assert train(monkeypatch, *places, "--steps", "2", "--speech", str(data)) == 2
+    assert "holds no speech" in capfd.readouterr().err
+    backend = build(BACKENDS, f"dual:folder={other}")
+    heard, nothing = backend.hear([wave, np.zeros(RATE // 100, np.float32)])
+    assert heard.vector.shape == backend.embed("How old is the harbour?").shape == (384,)
+    assert heard.vector.any()
+    assert not nothing.vector.any()
+    assert " dual " in backend.hears

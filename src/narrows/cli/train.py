@@ -333,6 +333,7 @@ def dual(
     """A dual encoder, which makes vectors of speech without words, for `narrows listen`: what CLSR
     is to be compared with. It learns from synthetic voices, as `narrows train clsr` does."""
     from narrows.bench.progress import Progress
+    from narrows.errors import ConfigError
     from narrows.retrieve.rank import Embedder
     from narrows.train.dual import DualGoal, run
     from narrows.train.hearing import draw
@@ -341,6 +342,8 @@ def dual(
     goal = DualGoal(captions=captions, temperature=temperature, negatives=negatives)  # type: ignore[arg-type]
     options = LoopOptions(steps=steps, rate=rate, save_every=save_every)
     check_places(out)
+    if speech is not None and not (speech / "work").is_dir():
+        raise ConfigError(f"{speech} holds no speech: give the folder of a run that made some")
     crew = processes(device)
     first = crew.is_main_process
     with Progress("speech, then updates", visible=first) as progress:
