@@ -85,7 +85,8 @@ class Hearing:
 
     def first(self, count: int) -> Hearing:
         """The same of the first ``count`` clips."""
-        return Hearing(self.name, self.clips[:count], self.heard[:count], self.asked.__getitem__)
+        some = self.clips[:count], self.heard[:count]
+        return Hearing(self.name, *some, self.asked.__getitem__, verbatim=self.verbatim)
 
     def best(self, question: str, k: int) -> list[int]:
         """The ``k`` best clips for one of their questions, in the usual mode."""
