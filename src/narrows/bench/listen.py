@@ -8,7 +8,7 @@ compute for an hour of sound. ``oracle`` reads what was said instead of hearing 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ import numpy as np
 
 from narrows.bench.listen_answers import answer_rows
 from narrows.bench.listen_cost import hear_rows, index_rows, search_rows
-from narrows.bench.listen_find import Hearing, find_rows, gap_rows, word_rows
+from narrows.bench.listen_find import Hearing, find_rows, gap_rows, share_rows, word_rows
 from narrows.bench.progress import Progress
 from narrows.bench.provenance import provenance
 from narrows.bench.report import Row, with_provenance
-from narrows.bench.spoken import Spoken, digits, human, noisy, synthetic
+from narrows.bench.spoken import Spoken, digits, human, misheard, noisy, synthetic
 from narrows.data import locate
 from narrows.errors import ConfigError
 from narrows.listen import BATCH
@@ -31,7 +31,7 @@ from narrows.retrieve.speech_index import HEADER, Origin, Recording, SpeechIndex
 from narrows.retrieve.transcribe import TranscriptBackend
 
 ORACLE = "oracle"
-PARTS = ("find", "words", "answers", "time", "search", "index")
+PARTS = ("find", "words", "errors", "answers", "time", "search", "index")
 QUIET = "none"
 PART = 64
 """Clips kept together."""
@@ -47,6 +47,7 @@ def run(
     noises: Sequence[float] = (10.0, 0.0),
     noisy_clips: int = 300,
     spoken_digits: int = 60,
+    misheard_texts: int = 400,
     answers: int = 100,
     model: str = "smollm2-135m",
     timed_clips: int = 24,
@@ -69,6 +70,7 @@ def run(
         noises: decibels of the voice above noise, in which the first ``noisy_clips`` are heard too,
             for ``find`` and ``words``.
         spoken_digits: recordings of single digits whose words are counted too.
+        misheard_texts: passages that other recognisers wrote, searched in ``errors``.
         answers: questions a ``model`` answers from the best clips.
         timed_clips, rounds: clips heard in a round of timing, and rounds.
         searched: clips in the collection whose search is timed.
@@ -81,6 +83,7 @@ def run(
     """
     if quick:
         clips, sizes, noises, noisy_clips, spoken_digits, answers = 3, (2,), noises[:1], 2, 1, 2
+        misheard_texts = 5
         timed_clips, rounds, searched, minutes = 2, 1, 50, (1,)
     ears = _ears(backends)
     _check(parts, clips, sizes, rounds, minutes)
@@ -106,6 +109,8 @@ def run(
             rows += bench.find(hearings, (), noise)
         if "words" in parts:
             rows += bench.words(hearings, noise)
+    if "errors" in parts:
+        rows += bench.errors(misheard(folder, misheard_texts, seed))
     heard = {name: ear for name, ear in ears.items() if name != ORACLE}
     where = {"model": ENCODER}
     if "time" in parts:
@@ -189,6 +194,16 @@ class _Bench:
         told: dict[str, Any] = {"noise": noise, "model": ENCODER, "seed": self.seed}
         written = [h for h in hearings if h.name != ORACLE and len(h.modes) > 1]
         return [row for hearing in written for row in word_rows(hearing, **told)]
+
+    def errors(self, texts: Mapping[str, Sequence[Spoken]]) -> list[Row]:
+        """Rows of what is found among texts in which so many words are wrong."""
+        ear = _Oracle()
+        rows: list[Row] = []
+        for name, clips in texts.items():
+            heard = ear.read([clip.text for clip in clips])
+            for found in Hearing(name, clips, heard, ear.embed).clips_of_questions():
+                rows += share_rows(found, seed=self.seed, part="errors", model=ENCODER)
+        return rows
 
 
 class _Oracle(TranscriptBackend):

@@ -130,15 +130,37 @@ class Hearing:
         return made
 
 
+def share_rows(one: Found, *, seed: int, part: str = "find", **where: Any) -> list[Row]:
+    """Rows of the shares of queries whose right one stands within some places, and of the mean
+    reciprocal rank."""
+    measures = {f"recall@{k}": [float(r <= k) for r in one.ranks] for k in WITHIN}
+    measures["mrr"] = [1 / r for r in one.ranks]
+    groups = [query.clip.article for query in one.queries]
+    told = {"direction": one.direction, "size": one.size, **where}
+    return [
+        row(
+            "listen",
+            method=one.method,
+            metric=metric,
+            unit="share",
+            value=fmean(values),
+            interval=bootstrap(values, groups, seed=seed),
+            n=len(values),
+            part=part,
+            **told,
+        )
+        for metric, values in measures.items()
+    ]
+
+
 def find_rows(found: Iterable[Found], *, seed: int, **where: Any) -> list[Row]:
-    """Rows of the shares found within some places and of the mean reciprocal rank: of all, and of
-    questions also by the voice and length of their clip."""
+    """``share_rows`` of all, and of questions also by the voice and length of their clip."""
     rows: list[Row] = []
     for one in found:
-        rows += _share_rows(one, seed, **where)
+        rows += share_rows(one, seed=seed, **where)
         if one.direction == "question":
             for field, value, chosen in _parts(one.queries):
-                rows += _share_rows(one.part(chosen), seed, **{field: value}, **where)
+                rows += share_rows(one.part(chosen), seed=seed, **{field: value}, **where)
     return rows
 
 
@@ -199,27 +221,6 @@ def _parts(queries: Sequence[Query]) -> Iterator[tuple[str, str, list[int]]]:
         inside = [i for i, q in enumerate(queries) if low <= q.clip.seconds < high]
         if inside:
             yield "length", f"{low:g} to {high:g} s", inside
-
-
-def _share_rows(one: Found, seed: int, **where: Any) -> list[Row]:
-    measures = {f"recall@{k}": [float(r <= k) for r in one.ranks] for k in WITHIN}
-    measures["mrr"] = [1 / r for r in one.ranks]
-    groups = [query.clip.article for query in one.queries]
-    told = {"direction": one.direction, "size": one.size, **where}
-    return [
-        row(
-            "listen",
-            method=one.method,
-            metric=metric,
-            unit="share",
-            value=fmean(values),
-            interval=bootstrap(values, groups, seed=seed),
-            n=len(values),
-            part="find",
-            **told,
-        )
-        for metric, values in measures.items()
-    ]
 
 
 def _gap_row(one: Found, theirs: Found, seed: int, **where: Any) -> Row:

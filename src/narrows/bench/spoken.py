@@ -27,6 +27,9 @@ HUMAN, DIGITS = "ljspeech", "fsdd"
 TILT = 1.0
 """Of the noise: its power falls as the frequency rises."""
 
+WRITTEN_WRONG = (23, 44, 54)
+"""Per cent of words, in Spoken-SQuAD's three versions."""
+
 Question = tuple[str, tuple[str, ...]]
 """What is asked, and the right answers; none are known of the human voices."""
 
@@ -98,6 +101,25 @@ def digits(data: Path, count: int, seed: int) -> list[Spoken]:
             return made
     except (OSError, tarfile.TarError) as error:
         raise InputError(f"cannot read {packed}: {error}") from None
+
+
+def misheard(data: Path, count: int, seed: int) -> dict[str, list[Spoken]]:
+    """``count`` passages of Spoken-SQuAD as other recognisers wrote them, at each of three shares
+    of wrong words, without their sound. Raises InputError where they are missing."""
+    questions: dict[str, list[Question]] = {}
+    for row in read_rows(find(data, "spoken_squad/questions")):
+        asked = (row["question"], tuple(row["answers"]))
+        questions.setdefault(row["pid"], []).append(asked)
+    rows = [r for r in read_rows(find(data, "spoken_squad/passages")) if r["pid"] in questions]
+    rows = random.Random(seed).sample(rows, min(count, len(rows)))
+    nothing = np.zeros(0, np.float32)
+    return {
+        f"{share} % of words wrong": [
+            Spoken(row[f"asr_wer{share}"], "", row["title"], tuple(questions[row["pid"]]), nothing)
+            for row in rows
+        ]
+        for share in WRITTEN_WRONG
+    }
 
 
 def noisy(clips: list[Spoken], decibels: float | None, seed: int) -> list[Spoken]:

@@ -364,7 +364,9 @@ def listen(
     data: Data = None,
     part: Annotated[
         list[str] | None,
-        typer.Option(help="find, words, answers, time, search, index. Repeatable; default all."),
+        typer.Option(
+            help="find, words, errors, answers, time, search, index. Repeatable; default all."
+        ),
     ] = None,
     clips: Annotated[int, typer.Option(help="Clips of synthetic voices, with questions.")] = 720,
     sizes: Annotated[str, typer.Option(help="Smaller collections searched too.")] = "100,300",

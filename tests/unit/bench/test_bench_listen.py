@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from narrows.bench import listen, listen_answers, listen_cost, spoken
-from narrows.bench.listen_find import Hearing, find_rows, gap_rows, word_rows
+from narrows.bench.listen_find import Hearing, find_rows, gap_rows, share_rows, word_rows
 from narrows.bench.spoken import Spoken, digits, human, noisy, synthetic
 from narrows.errors import ConfigError, InputError
 from narrows.retrieve.audio import RATE
@@ -162,6 +162,22 @@ def test_an_hour_costs_what_it_costs(clips):
         "a", Ear(), ["the bread"], ["bread"], 30, rounds=1, seed=0, model="m"
     )
     assert [r["size"] for r in searched] == [30] * 4
+
+
+def test_texts_with_more_words_wrong_are_found_less(data_folder):
+    """By words alone, which needs no model (sheet oracle 28)."""
+    found = []
+    for name, clips in spoken.misheard(data_folder, 150, 0).items():
+        nothing = np.zeros(0, np.int32)
+        heard = [Heard(c.text, nothing, np.zeros(1, np.float32)) for c in clips]
+        hearing = Hearing(name, clips, heard, lambda question: np.zeros(1, np.float32))
+        assert hearing.clips[0].questions
+        (words,) = [f for f in hearing.clips_of_questions() if f.method.endswith("words")]
+        (row,) = pick(share_rows(words, seed=0, part="errors", model="m"), metric="recall@1")
+        assert row["n"] > 150
+        found.append(row["value"])
+    assert found == sorted(found, reverse=True)
+    assert found[0] > found[2] + 0.1
 
 
 @pytest.fixture
