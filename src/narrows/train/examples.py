@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from narrows.config import SamplingParams
-from narrows.errors import InputError, ModelError
-from narrows.files import replacing
+from narrows.errors import InputError
 from narrows.llm import LLM
+from narrows.train.kept import Tensors, kept
 
 PART = 64
 """Prompts answered in one batch and kept in one file."""
@@ -46,15 +45,13 @@ def answer_all(
 
     Raises InputError if ``folder`` holds another run's parts, ModelError if one is damaged.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     examples = []
     for first in range(0, len(prompts), PART):
         path = folder / f"part-{first // PART:05d}.safetensors"
         some = prompts[first : first + PART]
         origin = _origin(llm, some, max_tokens, longest)
-        if not path.exists():
-            _write(path, _answer(llm, some, max_tokens, longest), origin)
-        examples += _read(path, origin)
+        make = partial(_answered, llm, some, max_tokens, longest)
+        examples += _unpacked(kept(path, origin, make))
         on_done(len(some))
     if not examples:
         raise InputError(f"no prompt is short enough to be answered in {longest} tokens")
@@ -70,7 +67,7 @@ def _origin(llm: LLM, prompts: Sequence[str], max_tokens: int, longest: int) -> 
     return f"{llm.model.fingerprint} {digest(prompts)} {max_tokens} {longest}"
 
 
-def _answer(llm: LLM, prompts: Sequence[str], max_tokens: int, longest: int) -> list[Example]:
+def _answered(llm: LLM, prompts: Sequence[str], max_tokens: int, longest: int) -> Tensors:
     asked = [llm.chat_ids([{"role": "user", "content": p}]) for p in prompts]
     asked = [ids for ids in asked if len(ids) + SHORTEST <= longest]
     requests = [
@@ -79,36 +76,25 @@ def _answer(llm: LLM, prompts: Sequence[str], max_tokens: int, longest: int) -> 
     ]
     for _ in llm.engine.run():
         pass
-    return [
-        Example([*ids, *request.generated], len(ids))
-        for ids, request in zip(asked, requests, strict=True)
-        if len(request.generated) >= SHORTEST
-    ]
+    return _packed(
+        [
+            Example([*ids, *request.generated], len(ids))
+            for ids, request in zip(asked, requests, strict=True)
+            if len(request.generated) >= SHORTEST
+        ]
+    )
 
 
-def _write(path: Path, examples: list[Example], origin: str) -> None:
-    tokens = torch.tensor([t for e in examples for t in e.tokens], dtype=torch.int32)
-    lengths = torch.tensor([len(e.tokens) for e in examples], dtype=torch.int32)
-    starts = torch.tensor([e.start for e in examples], dtype=torch.int32)
-    tensors = {"tokens": tokens, "lengths": lengths, "starts": starts}
-    with replacing(path) as beside:
-        save_file(tensors, beside, metadata={"origin": origin})
+def _packed(examples: list[Example]) -> Tensors:
+    return {
+        "tokens": torch.tensor([t for e in examples for t in e.tokens], dtype=torch.int32),
+        "lengths": torch.tensor([len(e.tokens) for e in examples], dtype=torch.int32),
+        "starts": torch.tensor([e.start for e in examples], dtype=torch.int32),
+    }
 
 
-def _read(path: Path, origin: str) -> list[Example]:
-    try:
-        with safe_open(path, "pt") as file:
-            told = (file.metadata() or {}).get("origin")
-            tokens, lengths, starts = (
-                file.get_tensor(name).tolist() for name in ("tokens", "lengths", "starts")
-            )
-    except Exception as error:
-        raise ModelError(f"{path} is damaged ({error}); delete it to make it again") from None
-    if told != origin:
-        raise InputError(
-            f"{path} was made by another model, from other prompts or with other lengths; give "
-            "another folder"
-        )
+def _unpacked(tensors: Tensors) -> list[Example]:
+    tokens, lengths, starts = (tensors[name].tolist() for name in ("tokens", "lengths", "starts"))
     examples, at = [], 0
     for length, start in zip(lengths, starts, strict=True):
         examples.append(Example(tokens[at : at + length], start))

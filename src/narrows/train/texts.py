@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from narrows.config import SamplingParams
 from narrows.data import find, locate, read_rows
-from narrows.errors import InputError, ModelError
-from narrows.files import replacing
+from narrows.errors import InputError
 from narrows.llm import LLM
+from narrows.train.kept import kept as kept_tensors
 
 PLAIN = (".txt", ".md")
 ROWS = (".jsonl", ".jsonl.gz")
@@ -148,25 +146,10 @@ def windows(
 
 
 def kept(path: Path, origin: str, make: Callable[[], list[list[int]]]) -> list[list[int]]:
-    """What ``make`` gives, windows of equal length, kept in a safetensors file so that a run that
-    was stopped goes on with the same. ``origin`` names them. Raises InputError for a file of
-    another origin, ModelError for one that is damaged."""
-    if path.exists():
-        try:
-            with safe_open(path, "pt") as file:
-                told = (file.metadata() or {}).get("origin")
-                found: list[list[int]] = file.get_tensor("tokens").tolist()
-        except Exception as error:
-            raise ModelError(f"{path} is damaged ({error}); delete it to make it again") from None
-        if told != origin:
-            raise InputError(f"{path} holds other text than this run's; give another folder")
-        return found
-    made = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
-        tokens = torch.tensor(made, dtype=torch.int32)
-        save_file({"tokens": tokens}, beside, metadata={"origin": origin})
-    return made
+    """What ``make`` gives, windows of equal length, see ``train.kept``."""
+    found = kept_tensors(path, origin, lambda: {"tokens": torch.tensor(make(), dtype=torch.int32)})
+    windows: list[list[int]] = found["tokens"].tolist()
+    return windows
 
 
 def digest(windows: Iterable[Iterable[int]]) -> str:

@@ -60,7 +60,7 @@ def test_prompts_without_room_are_left_out(tmp_path):
 
 def test_other_answers_and_damaged_ones_are_refused(tmp_path):
     answer_all(TinyLLM(), ["one", "two"], tmp_path, max_tokens=7)
-    with pytest.raises(InputError, match="other prompts"):
+    with pytest.raises(InputError, match="other texts"):
         answer_all(TinyLLM(), ["one", "three"], tmp_path, max_tokens=7)
     path = tmp_path / "part-00000.safetensors"
     path.write_bytes(path.read_bytes()[:50])
