@@ -44,6 +44,12 @@ def read_bandwidth(device: torch.device, *, size: int = 1 << 30, repeats: int = 
     return best
 
 
+def most_memory() -> int:
+    """Bytes of the most memory that this process has held. Raises OSError where the system cannot
+    tell."""
+    return _status("VmHWM")
+
+
 def added_memory(call: Callable[[], object], device: torch.device) -> int | None:
     """Bytes by which the peak during ``call`` exceeded what was held before: of the process on
     the CPU, of torch's allocator on CUDA. None where the system cannot tell."""
@@ -59,7 +65,7 @@ def added_memory(call: Callable[[], object], device: torch.device) -> int | None
     except OSError:
         return None
     call()
-    return max(0, _status("VmHWM") - before)
+    return max(0, most_memory() - before)
 
 
 def _give_back_free_memory() -> None:

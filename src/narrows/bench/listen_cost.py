@@ -3,7 +3,6 @@ index, with the memory that takes."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,14 @@ from narrows.retrieve.speech_index import Recording
 from narrows.retrieve.speech_search import MODES, SpeechSearch
 
 HOUR = 3600.0
+PROGRAM = """
+import atexit
+from narrows.bench.limits import most_memory
+from narrows.cli import main
+atexit.register(lambda: print(most_memory()))
+main()
+"""
+"""Our command line, which at its end tells the most bytes it held."""
 PAUSE_S = 0.6
 """Silence between the clips of a long recording."""
 SEARCHED = 20
@@ -139,13 +146,12 @@ def index_rows(
     return rows
 
 
-def _measured(command: Sequence[str]) -> tuple[float, float]:
-    """Seconds a program takes, and the most MiB it holds."""
+def _measured(words: Sequence[str]) -> tuple[float, float]:
+    """Seconds a command of ours takes in a process of its own, and the most MiB it holds."""
     started = time.perf_counter()
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert running.stderr is not None
-    told = running.stderr.read().decode(errors="replace").strip()
-    _, status, usage = os.wait4(running.pid, 0)
-    if status:
-        raise ConfigError(f"indexing failed: {told.splitlines()[-1] if told else status}")
-    return time.perf_counter() - started, usage.ru_maxrss / 1024
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        told = done.stderr.strip().splitlines()
+        raise ConfigError(f"indexing failed: {told[-1] if told else done.returncode}")
+    return seconds, int(done.stdout.split()[-1]) / 2**20
