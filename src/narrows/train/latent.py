@@ -300,9 +300,10 @@ def check_teacher(config: Any, teacher: FlatModel) -> None:
 def draw(history: Sequence[dict[str, Any]], path: Path) -> None:
     """Loss of each stage over its tokens, and divergence from the teacher where it was measured.
     Raises as ``new_figure`` and ``save_figure``."""
-    figure = new_figure(11, 4.5)
-    left, middle, right = figure.subplots(1, 3)
-    for axes, stage in ((left, "layers"), (middle, "whole")):
+    stages = list(dict.fromkeys(row["stage"] for row in history))
+    figure = new_figure(3.7 * (len(stages) + 1), 4.5)
+    *losses, right = figure.subplots(1, len(stages) + 1)
+    for axes, stage in zip(losses, stages, strict=True):
         rows = [row for row in history if row["stage"] == stage]
         axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], lw=0.8)
         axes.set(title=stage, xlabel="update", ylabel="loss")
