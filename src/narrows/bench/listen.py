@@ -145,14 +145,21 @@ COLUMNS = ("part", "method", "versus", "noise", "voice", "size", "minutes")
 
 
 def curves(rows: Sequence[Row]) -> list[Row]:
-    """The rows to draw: questions that find their clip at once, over noise, a panel a voice."""
-    return [
+    """The rows to draw: questions that find their clip at once by a backend's usual search, over
+    noise, a panel a voice, in the collection that was heard in noise too."""
+    asked = [
         r
         for r in rows
-        if r["metric"] == "recall@1"
-        and r["direction"] == "question"
-        and "voice" in r
-        and r["size"] == max(one["size"] for one in rows if one["part"] == "find")
+        if r["metric"] == "recall@1" and r["part"] == "find" and r["direction"] == "question"
+    ]
+    fused = {r["method"].rpartition(" ")[0] for r in asked if r["method"].endswith(" fused")}
+    sizes = [r["size"] for r in asked if r["noise"] != QUIET] or [r["size"] for r in asked]
+    return [
+        r
+        for r in asked
+        if "voice" in r
+        and r["size"] == max(sizes)
+        and (r["method"].endswith(" fused") or r["method"].rpartition(" ")[0] not in fused)
     ]
 
 

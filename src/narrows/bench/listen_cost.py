@@ -126,17 +126,9 @@ def index_rows(
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / "long.wav"
             write_wav(made, np.concatenate(parts))
-            command = [sys.executable, "-c", "from narrows.cli import main; main()"]
-            command += [
-                "listen",
-                "index",
-                str(made),
-                "-o",
-                str(Path(folder) / "index"),
-                "--backend",
-                spec,
-            ]
-            seconds, peak = _measured(command)
+            index = str(Path(folder) / "index")
+            words = ["listen", "index", str(made), "--backend", spec, "-o", index]
+            seconds, peak = _measured(words)
         told = {"part": "index", "minutes": length, **where}
         fast = [samples / RATE / seconds]
         rows += [

@@ -12,7 +12,7 @@ from narrows.bench import listen, listen_answers, listen_cost, spoken
 from narrows.bench.listen_find import Hearing, find_rows, gap_rows, share_rows, word_rows
 from narrows.bench.spoken import Spoken, digits, human, noisy, synthetic
 from narrows.errors import ConfigError, InputError
-from narrows.retrieve.audio import RATE
+from narrows.retrieve.audio import RATE, seconds_of
 from narrows.retrieve.hearing import Heard
 from tiny_ear import WORDS, Ear, instead_of_models, talk
 
@@ -178,6 +178,29 @@ def test_texts_with_more_words_wrong_are_found_less(data_folder):
         found.append(row["value"])
     assert found == sorted(found, reverse=True)
     assert found[0] > found[2] + 0.1
+
+
+def test_a_long_recording_is_indexed_by_the_command_line(clips, monkeypatch):
+    asked = []
+
+    def measured(words):
+        asked.append((words, seconds_of(words[2])))
+        return 6.0, 100.0
+
+    monkeypatch.setattr(listen_cost, "_measured", measured)
+    rows = listen_cost.index_rows("transcript", clips, [1, 2], model="m")
+    assert [words[:2] for words, _ in asked] == [["listen", "index"]] * 2
+    assert [round(seconds / 60) for _, seconds in asked] == [1, 2]
+    values = [r["value"] for r in rows]
+    assert values == pytest.approx([10.0, 100.0, 20.0, 100.0], rel=0.05)
+
+
+def test_a_command_of_ours_is_timed_and_weighed():
+    seconds, peak = listen_cost._measured(["listen", "--help"])
+    assert seconds > 0
+    assert 10 < peak < 4000
+    with pytest.raises(ConfigError, match=r"indexing failed: .*nowhere"):
+        listen_cost._measured(["listen", "index", "nowhere.wav", "-o", "nowhere"])
 
 
 @pytest.fixture
