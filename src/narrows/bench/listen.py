@@ -86,7 +86,8 @@ def run(
         misheard_texts = 5
         timed_clips, rounds, searched, minutes = 2, 1, 50, (1,)
     ears = _ears(backends)
-    _check(parts, clips, sizes, rounds, minutes)
+    counts = (clips, noisy_clips, misheard_texts, answers, timed_clips, rounds, searched)
+    _check(parts, (*counts, *sizes, *minutes))
     folder = locate(data)
     people = human(folder)[:3] if quick else human(folder)
     spoken = people + synthetic(folder, clips, seed)
@@ -254,11 +255,11 @@ def _ears(backends: Sequence[str]) -> dict[str, Backend]:
     return {spec: _Oracle() if spec == ORACLE else build(BACKENDS, spec) for spec in backends}
 
 
-def _check(
-    parts: Sequence[str], clips: int, sizes: Sequence[int], rounds: int, minutes: Sequence[int]
-) -> None:
+def _check(parts: Sequence[str], counts: Sequence[int]) -> None:
     unknown = [p for p in parts if p not in PARTS]
     if unknown:
         raise ConfigError(f"unknown part {unknown[0]!r} (known: {', '.join(PARTS)})")
-    if min(clips, rounds, *sizes, *minutes) < 1:
-        raise ConfigError("clips, rounds, sizes and minutes must be at least 1")
+    if min(counts) < 1:
+        raise ConfigError(
+            f"all counts, sizes and minutes must be at least 1 (given: {min(counts)})"
+        )

@@ -269,6 +269,7 @@ def test_a_run_is_taken_up_again(options, tmp_path, monkeypatch):
         ({"backends": ["whisper"]}, "unknown listening backend"),
         ({"parts": ["finding"]}, "unknown part 'finding'"),
         ({"quick": False, "clips": 0}, "must be at least 1"),
+        ({"quick": False, "answers": 0}, "must be at least 1"),
     ],
 )
 def test_bad_options(options, wrong, told):
