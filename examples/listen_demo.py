@@ -23,7 +23,7 @@ TEXT = Path(__file__).with_name("state_of_the_union.txt")
 SPEECH, INDEX = Path("build/speech.wav"), "build/speech.index"
 MINUTES = 30
 PAUSE_S = 0.7
-QUESTION = "What should be achieved with a man on the moon?"
+QUESTION = "What goal did Kennedy set about landing a man on the moon?"
 PROGRAM = "from narrows.cli import main; main()"
 
 
