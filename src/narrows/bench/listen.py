@@ -89,8 +89,10 @@ def run(
     counts = (clips, noisy_clips, misheard_texts, answers, timed_clips, rounds, searched)
     _check(parts, (*counts, *sizes, *minutes))
     folder = locate(data)
-    people = human(folder)[:3] if quick else human(folder)
-    spoken = people + synthetic(folder, clips, seed)
+    spoken: list[Spoken] = []
+    if set(parts) - {"errors"}:  # which are texts: nobody need speak for minutes
+        people = human(folder)
+        spoken = (people[:3] if quick else people) + synthetic(folder, clips, seed)
     rows: list[Row] = []
     bench = _Bench(ears, seed, work, show_progress)
     if {"find", "words", "answers"} & set(parts):
