@@ -52,15 +52,19 @@ def load_module(
     """The module that ``save_module`` wrote, in float32; ``make`` builds it from its config,
     ``name`` is what errors call it.
 
-    Raises ModelError if it is not there, not whole or not of its config.
+    Raises ModelError if it is not there, not whole or not of its config, or ``make`` refuses that
+    by a ConfigError.
     """
     config = load_config(folder, config_type, name)
     try:
         found = load_file(folder / weights)
     except Exception as error:
         raise ModelError(f"cannot read a {name} from {folder}: {error}") from None
-    with torch.device("meta"):
-        module = make(config)
+    try:
+        with torch.device("meta"):
+            module = make(config)
+    except ConfigError as error:
+        raise ModelError(f"{folder}: {error}") from None
     expected = {k: v.shape for k, v in module.state_dict().items()}
     if {k: v.shape for k, v in found.items()} != expected:
         raise ModelError(f"the weights in {folder} do not belong to its {CONFIG}")

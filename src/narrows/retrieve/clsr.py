@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear, scaled_dot_product_attention
 
 from narrows.config import Settings
-from narrows.errors import ConfigError, ModelError
+from narrows.errors import ConfigError
 from narrows.model.saved import load_config, load_module, save_module
 from narrows.retrieve.audio import Wave
 from narrows.retrieve.cif import Fired, Tail, fire, spans
@@ -264,12 +264,7 @@ class Recogniser(nn.Module):
     def load(cls, folder: Path, pieces: Pieces) -> Recogniser:
         """What ``save`` wrote, in float32, for the text encoder of these ``pieces``. Raises
         ModelError if it is not there, not whole, not of its config or of another vocabulary."""
-        try:
-            module = load_module(
-                lambda config: cls(config, pieces), ClsrConfig, folder, WEIGHTS, NAME
-            )
-        except ConfigError as error:
-            raise ModelError(f"{folder}: {error}") from None
+        module = load_module(lambda config: cls(config, pieces), ClsrConfig, folder, WEIGHTS, NAME)
         return module.eval()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, normalize
 
 from narrows.config import Settings
-from narrows.errors import ConfigError, ModelError
+from narrows.errors import ConfigError
 from narrows.model.saved import load_config, load_module, save_module
 from narrows.retrieve.audio import Wave
 from narrows.retrieve.clsr import Pieces
@@ -146,12 +146,7 @@ class DualEncoder(nn.Module):
     def load(cls, folder: Path, pieces: Pieces) -> DualEncoder:
         """What ``save`` wrote, in float32, for the text encoder of these ``pieces``. Raises
         ModelError if it is not there, not whole, not of its config or for another text encoder."""
-        try:
-            module = load_module(
-                lambda config: cls(config, pieces), DualConfig, folder, WEIGHTS, NAME
-            )
-        except ConfigError as error:
-            raise ModelError(f"{folder}: {error}") from None
+        module = load_module(lambda config: cls(config, pieces), DualConfig, folder, WEIGHTS, NAME)
         return module.eval()
 
 
