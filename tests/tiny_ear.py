@@ -44,6 +44,9 @@ class Ear:
         vector = np.array([float(word in question.lower()) for word in WORDS.values()], np.float32)
         return vector / max(1.0, float(np.linalg.norm(vector)))
 
+    def pieces(self, question: str) -> list[int]:
+        return [place for place, word in enumerate(WORDS.values()) if word in question.lower()]
+
     def _heard(self, word: str) -> Heard:
         place = list(WORDS.values()).index(word)
         return Heard(f"the {word}", np.array([place], np.int32), self.embed(word))

@@ -110,10 +110,16 @@ class Made:
     def states(self, index: int) -> torch.Tensor:
         maker = torch.Generator().manual_seed(7)
         shapes = torch.randn(len(WORDS), STATE, generator=maker)
-        told = [WORDS.index(word) for word in self.clips[index].words.split()]
-        long = torch.cat([shapes[w].expand(6 + w % 3, STATE) for w in told])
+        long = torch.cat([shapes[w].expand(6 + w % 3, STATE) for w in self.places(index)])
         own = torch.Generator().manual_seed(index)
         return (long + self.noise * torch.randn(long.shape, generator=own)).half()
+
+    def places(self, index: int) -> list[int]:
+        """Which words a clip says."""
+        return [WORDS.index(word) for word in self.clips[index].words.split()]
+
+    def length(self, index: int) -> int:
+        return len(self.states(index))
 
 
 def speech(count: int = 8, seed: int = 0, length: int = 4) -> Made:

@@ -76,7 +76,7 @@ class Listener:
 
     def __init__(self, recordings: Sequence[Recording], backend: Backend) -> None:
         self._recordings = recordings
-        self._clips = SpeechSearch(recordings)
+        self._clips = SpeechSearch(recordings, backend.pieces)
         self._backend = backend
 
     @classmethod

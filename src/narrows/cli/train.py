@@ -232,6 +232,10 @@ def clsr(
     data: Data = None,
     clips: Clips = 6000,
     held: Held = 256,
+    letter_steps: Annotated[
+        int, typer.Option(help="Extension: updates for letters before all else; 0 for none.")
+    ] = 800,
+    letter_rate: Annotated[float, typer.Option(help="Their highest learning rate.")] = 3e-3,
     steps: Annotated[int, typer.Option(help="Updates for recognition.")] = 4000,
     joint_steps: Annotated[
         int, typer.Option(help="Updates with the contrastive loss after that; 0 for none.")
@@ -250,6 +254,12 @@ def clsr(
         str, typer.Option(help="batch, or all: an extension, every training question.")
     ] = "all",
     blocks: Annotated[int, typer.Option(help="Of the decoder.")] = 3,
+    near: Annotated[
+        int, typer.Option(help="Extension: convolutions over states before frames are made.")
+    ] = 2,
+    spelling: Annotated[
+        bool, typer.Option(help="Extension: write pieces by how they are spelt, too.")
+    ] = True,
     save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 100,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of weights, voices and order.")] = 0,
@@ -263,6 +273,9 @@ def clsr(
     from narrows.train.hearing import draw
     from narrows.train.loop import LoopOptions, processes
 
+    letters = None
+    if letter_steps:
+        letters = LoopOptions(steps=letter_steps, rate=letter_rate, save_every=save_every)
     goal = clsr.Goal(sampling=sampling)
     stages = [("recognition", goal, LoopOptions(steps=steps, rate=rate, save_every=save_every))]
     if joint_steps:
@@ -278,7 +291,7 @@ def clsr(
     crew = processes(device)
     first = crew.is_main_process
     with Progress("speech, then updates", visible=first) as progress:
-        progress.expect(steps + joint_steps)
+        progress.expect(letter_steps + steps + joint_steps)
         with crew.main_process_first():
             spoken, kept = _speech(out, data, clips, held, seed, progress)
         history = clsr.run(
@@ -287,10 +300,13 @@ def clsr(
             kept,
             out,
             stages,
+            letters=letters,
             batch=batch,
             seed=seed,
             on_step=lambda step, told: progress.advance(),
             blocks=blocks,
+            near=near,
+            spelling=spelling,
         )
     if not first:
         return

@@ -25,11 +25,12 @@ ROUNDING = 1e-5
 class Fired(NamedTuple):
     """What ``fire`` gives: ``shares`` ``[B, N, T]``, how much of each frame each token takes, zero
     behind an item's last token; ``counts`` int64 ``[B]``, its tokens; ``totals`` ``[B]``, the sum
-    of its weights as they were given, for the length loss."""
+    of its ``weights`` ``[B, T]`` as they were given, 0 in padding, for the length loss."""
 
     shares: Tensor
     counts: Tensor
     totals: Tensor
+    weights: Tensor
 
 
 def fire(
@@ -55,7 +56,8 @@ def fire(
     Sums are made in float64, since where a token ends depends on all weights before it; the result
     is in the dtype of ``weights``.
     """
-    poured = weights.double().masked_fill(~mask, 0.0)
+    weights = weights.masked_fill(~mask, 0.0)
+    poured = weights.double()
     totals = poured.sum(1)
     if targets is None:
         counts = (totals / bucket + FILLED[tail] + ROUNDING).floor().long()
@@ -73,7 +75,7 @@ def fire(
     if targets is None and tail == "rescale":
         filled = shares.sum(2, keepdim=True)
         shares = torch.where(filled > 0, shares * (bucket / filled.clamp(min=1e-300)), shares)
-    return Fired(shares.to(weights.dtype), counts, totals.to(weights.dtype))
+    return Fired(shares.to(weights.dtype), counts, totals.to(weights.dtype), weights)
 
 
 def spans(shares: Tensor) -> Tensor:

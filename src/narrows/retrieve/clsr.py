@@ -28,20 +28,25 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear, scaled_dot_product_attention
+from torch.nn.functional import dropout, gelu, linear, scaled_dot_product_attention
 
 from narrows.config import Settings
 from narrows.errors import ConfigError
 from narrows.model.saved import load_config, load_module, save_module
 from narrows.retrieve.audio import Wave
 from narrows.retrieve.cif import Fired, Tail, fire, spans
-from narrows.retrieve.hearing import Heard
+from narrows.retrieve.hearing import Guesses, Heard
 from narrows.retrieve.rank import ENCODER, Embedder
 from narrows.retrieve.speech_encoder import STATE_SECONDS
 from narrows.retrieve.speech_head import STRIDE, HeadBackend, by_length, framed, padded
+from narrows.retrieve.spelling import spelt
 from narrows.retrieve.transcribe import RECOGNISER
 
 WEIGHTS, NAME = "clsr.safetensors", "recogniser"
+NEAR = 5
+"""States that a convolution of ``ClsrConfig.near`` looks at."""
+GUESSES = 8
+"""Pieces that are told of each token, the written one first."""
 USUAL_WEIGHT = 0.18
 """Of a frame before training: word pieces a frame of 40 ms in ordinary speech."""
 
@@ -50,10 +55,12 @@ class ClsrConfig(Settings):
     """Sizes of a recogniser and what it belongs to.
 
     ``state_size`` and ``state_seconds`` are the speech encoder's, ``width`` and ``vocab_size`` the
-    text encoder's; ``vocabulary`` is the digest of its word pieces, see ``Pieces``.
+    text encoder's; ``vocabulary`` is the digest of its word pieces, see ``Pieces``. Extensions:
+    ``near`` convolutions over neighbouring states come before frames are made; ``spelling`` writes
+    pieces also by how they are spelt, see ``narrows.retrieve.spelling``.
     """
 
-    vocab_size: Annotated[int, Field(ge=2)]
+    vocab_size: Annotated[int, Field(ge=GUESSES)]
     vocabulary: str
     state_size: Annotated[int, Field(ge=1)] = 512
     state_seconds: Annotated[float, Field(gt=0.0)] = STATE_SECONDS
@@ -64,6 +71,8 @@ class ClsrConfig(Settings):
     kernel: Annotated[int, Field(ge=1)] = 11
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     tail: Tail = "zero_frame"
+    near: Annotated[int, Field(ge=0)] = 0
+    spelling: bool = False
     speech_encoder: str = RECOGNISER
     text_encoder: str = ENCODER
 
@@ -80,11 +89,13 @@ class ClsrConfig(Settings):
 class Pieces:
     """The word pieces of a text encoder: ``table`` float32 ``[vocab, width]`` embeds them,
     ``special`` bool ``[vocab]`` marks those that are never spoken (``[PAD]``, ``[unused1]``, ...),
-    ``digest`` tells vocabularies apart, id for id, and tables: a recogniser writes by the one it
-    was trained with, though what it wrote can be embedded by any encoder of the same pieces."""
+    ``names`` says what each is, ``digest`` tells vocabularies apart, id for id, and tables: a
+    recogniser writes by the one it was trained with, though what it wrote can be embedded by any
+    encoder of the same pieces."""
 
     table: Tensor
     special: Tensor
+    names: tuple[str, ...]
     digest: str
 
     @classmethod
@@ -92,12 +103,14 @@ class Pieces:
         """The encoder's own."""
         ids = encoder.tokenizer.get_vocab()
         named = sorted(ids, key=lambda piece: ids[piece])
+        at = {place: piece for piece, place in ids.items()}
         table = encoder.model.embeddings.word_embeddings.weight.detach().float()
         digest = hashlib.sha256("\n".join(f"{ids[p]} {p}" for p in named).encode())
         digest.update(table.cpu().numpy().tobytes())
         special = torch.ones(len(table), dtype=torch.bool)
         special[[ids[p] for p in named if not re.fullmatch(r"\[.+\]", p)]] = False
-        return cls(table, special.to(table.device), digest.hexdigest()[:16])
+        names = tuple(at.get(i, "") for i in range(len(table)))
+        return cls(table, special.to(table.device), names, digest.hexdigest()[:16])
 
 
 class Memory(NamedTuple):
@@ -164,6 +177,7 @@ class Recogniser(nn.Module):
 
     table: Tensor
     special: Tensor
+    spelt: Tensor
 
     def __init__(self, config: ClsrConfig, pieces: Pieces) -> None:
         super().__init__()
@@ -179,7 +193,11 @@ class Recogniser(nn.Module):
         self.register_buffer("table", pieces.table, persistent=False)
         self.register_buffer("special", pieces.special, persistent=False)
         size = config.width
-        self.narrow = nn.Conv1d(config.state_size, size, 3, stride=STRIDE, padding=1)
+        sizes = [config.state_size, *[size] * config.near]
+        self.near = nn.ModuleList(
+            nn.Conv1d(one, size, NEAR, padding=NEAR // 2) for one in sizes[: config.near]
+        )
+        self.narrow = nn.Conv1d(sizes[-1], size, 3, stride=STRIDE, padding=1)
         self.frame_norm = nn.LayerNorm(size)
         self.weigh_near = nn.Conv1d(size, size, 3, padding=1)
         self.weigh = nn.Linear(size, 1)
@@ -191,10 +209,28 @@ class Recogniser(nn.Module):
         self.out_norm = nn.LayerNorm(size)
         self.scale = nn.Parameter(torch.ones(()))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        if config.spelling:
+            runs = spelt(pieces.names).to(pieces.table.device)
+            self.register_buffer("spelt", runs, persistent=False)
+            self.runs = nn.Parameter(torch.zeros(runs.shape[1], size))
+        self._written: Tensor | None = None
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; what was worked out of weights that may now change is let go."""
+        self._written = None
+        return super().train(mode)
+
+    def refined(self, states: Tensor, mask: Tensor) -> Tensor:
+        """States ``[B, T, state_size]`` behind the ``near`` convolutions ``[B, T, width]``; as they
+        were where there are none. What stands in padding is not read."""
+        for layer in self.near:
+            states = states.masked_fill(~mask[:, :, None], 0.0)
+            states = gelu(layer(states.transpose(1, 2))).transpose(1, 2)
+        return states
 
     def frames(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Frames of states and which are not padding, see ``framed``."""
-        return framed(states, mask, self.narrow, self.frame_norm)
+        return framed(self.refined(states, mask), mask, self.narrow, self.frame_norm)
 
     def fired(
         self, frames: Tensor, real: Tensor, targets: Tensor | None = None
@@ -225,7 +261,23 @@ class Recogniser(nn.Module):
 
     def scores(self, x: Tensor) -> Tensor:
         """Float32 scores of all pieces, special ones too, ``[R, vocab]``."""
-        return linear(x * self.scale, self.table, self.bias).float()
+        return linear(x, self.written(), self.bias).float()
+
+    def written(self) -> Tensor:
+        """The output layer ``[vocab, width]``: the table times its scale, and what spelling adds;
+        worked out once where weights do not change."""
+        if self.training:
+            return self._write()
+        if self._written is None:
+            self._written = self._write()
+        return self._written
+
+    def _write(self) -> Tensor:
+        written = self.table * self.scale
+        if not self.config.spelling:
+            return written
+        with torch.autocast(written.device.type, enabled=False):  # has no sparse products
+            return written + self.spelt @ self.runs
 
     @torch.inference_mode()
     def recognise(self, states: Sequence[Tensor]) -> list[Written]:
@@ -234,7 +286,7 @@ class Recogniser(nn.Module):
         rounding."""
         assert not self.training
         found: dict[int, Written] = {}
-        for chosen in by_length(states):
+        for chosen in by_length([*map(len, states)]):
             found |= zip(chosen, self._recognise([states[i] for i in chosen]), strict=True)
         return [found[i] for i in range(len(states))]
 
@@ -243,15 +295,14 @@ class Recogniser(nn.Module):
         embeds, fired = self.fired(frames, real)
         counts: list[int] = fired.counts.tolist()
         if not any(counts):
-            return [Written([], [], []) for _ in states]
+            return [SILENT for _ in states]
         x = self.decode(embeds, fired.counts, self.remember(frames, real))
         scores = self.scores(x).masked_fill_(self.special, -math.inf)
-        ids = scores.argmax(1)
-        sure = scores.softmax(1).gather(1, ids[:, None])[:, 0]
+        best = scores.softmax(1).topk(GUESSES)
         seconds = spans(fired.shares).double() * STRIDE * self.config.state_seconds
         heard = []
-        parts = torch.split(ids, counts), torch.split(sure, counts), seconds.tolist()
-        for own, chances, spanned in zip(*parts, strict=True):
+        parts = (torch.split(part, counts) for part in (best.indices, best.values))
+        for own, chances, spanned in zip(*parts, seconds.tolist(), strict=True):
             times = [(start, stop) for start, stop in spanned[: len(own)]]
             heard.append(Written(own.tolist(), times, chances.tolist()))
         return heard
@@ -270,12 +321,21 @@ class Recogniser(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was recognised in a clip: ``ids`` of word pieces, and for each its ``times``, first and
-    last second within the clip, and its probability ``sure``. All empty where nothing was said."""
+    """What was recognised in a clip, token by token: ``guesses`` of it, GUESSES ids of word pieces,
+    the likeliest first, its ``times``, first and last second within the clip, and the
+    probabilities, ``chances``, of the guesses. All empty where nothing was said."""
 
-    ids: list[int]
+    guesses: list[list[int]]
     times: list[tuple[float, float]]
-    sure: list[float]
+    chances: list[list[float]]
+
+    @property
+    def ids(self) -> list[int]:
+        """The word pieces that are written."""
+        return [own[0] for own in self.guesses]
+
+
+SILENT = Written([], [], [])
 
 
 class ClsrBackend(HeadBackend):
@@ -299,16 +359,19 @@ class ClsrBackend(HeadBackend):
         is said."""
         states = self.states(waves)
         found = dict(zip(states, self.recogniser.recognise([*states.values()]), strict=True))
-        return [found.get(i, Written([], [], [])) for i in range(len(waves))]
+        return [found.get(i, SILENT) for i in range(len(waves))]
 
     def hear(self, waves: Sequence[Wave]) -> list[Heard]:
         """See ``hearing.Backend``."""
-        pieces = [one.ids for one in self.write(waves)]
-        vectors = embedded(pieces, self.embedder)
-        return [
-            Heard(in_words(ids, self.embedder), np.array(ids, np.int32), vector)
-            for ids, vector in zip(pieces, vectors, strict=True)
-        ]
+        written = self.write(waves)
+        vectors = embedded([one.ids for one in written], self.embedder)
+        heard = []
+        for one, vector in zip(written, vectors, strict=True):
+            ids = np.array(one.guesses, np.int32).reshape(-1, GUESSES)
+            guesses = Guesses(ids, np.array(one.chances, np.float16).reshape(ids.shape))
+            tokens = np.array(one.ids, np.int32)
+            heard.append(Heard(in_words(one.ids, self.embedder), tokens, vector, guesses))
+        return heard
 
 
 def in_words(ids: Sequence[int], text: Embedder) -> str:

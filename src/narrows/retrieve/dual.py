@@ -133,7 +133,7 @@ class DualEncoder(nn.Module):
         clip's vector does not depend on its neighbours beyond rounding."""
         assert not self.training
         vectors = np.zeros((len(states), self.config.text_width), np.float32)
-        for chosen in by_length(states):
+        for chosen in by_length([*map(len, states)]):
             batch = padded([states[i] for i in chosen], self.project.weight.device)
             vectors[chosen] = self(*batch).cpu().numpy()
         return vectors

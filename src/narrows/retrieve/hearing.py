@@ -14,14 +14,24 @@ from narrows.retrieve.audio import Wave
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Guesses:
+    """What each of the ``n`` tokens of a clip may be: ``ids`` int32 ``[n, k]`` of word pieces, the
+    likeliest first, and their ``chances`` float16 ``[n, k]``."""
+
+    ids: NDArray[np.int32]
+    chances: NDArray[np.float16]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Heard:
     """What was made of one clip: its ``text``, that as ``tokens`` int32 ``[n]`` of the text
     encoder without special ones, and a unit ``vector`` float32 ``[d]``; zeros where nothing was
-    said."""
+    said. A recogniser that has more than one ``guesses`` of each token may give them."""
 
     text: str
     tokens: NDArray[np.int32]
     vector: NDArray[np.float32]
+    guesses: Guesses | None = None
 
 
 class Backend(Protocol):
@@ -45,6 +55,9 @@ class Backend(Protocol):
 
     def embed(self, question: str) -> NDArray[np.float32]:
         """The unit vector ``[d]`` of a question. Raises InputError for an empty one."""
+
+    def pieces(self, question: str) -> list[int]:
+        """The word pieces of a question, as those of ``Heard.tokens``."""
 
 
 BACKENDS: Registry[Callable[..., Backend]] = Registry("listening backend")

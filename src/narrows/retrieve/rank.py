@@ -96,6 +96,11 @@ class Embedder:
         model = weights_from_folder(BertModel, folder)
         return cls(model.to(device), tokenizer)
 
+    def pieces(self, text: str) -> list[int]:
+        """Ids of the word pieces of a text, without special ones."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return ids
+
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unit vectors ``[len(texts), hidden_size]``: the mean over each text's tokens.

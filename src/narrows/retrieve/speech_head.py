@@ -105,6 +105,10 @@ class HeadBackend(ABC):
         vector: NDArray[np.float32] = self.embedder.embed([checked_question(question)])[0]
         return vector
 
+    def pieces(self, question: str) -> list[int]:
+        """See ``hearing.Backend``."""
+        return self.embedder.pieces(question)
+
 
 def framed(
     states: Tensor, mask: Tensor, narrow: nn.Conv1d, norm: nn.LayerNorm
@@ -128,8 +132,8 @@ def padded(
     return batch, torch.arange(batch.shape[1], device=device) < lengths[:, None]
 
 
-def by_length(states: Sequence[Tensor]) -> Iterator[list[int]]:
+def by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
     """The numbers of all clips, up to BATCH of like length at a time: little of them is padding."""
-    order = sorted(range(len(states)), key=lambda i: len(states[i]))
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for first in range(0, len(order), BATCH):
         yield order[first : first + BATCH]

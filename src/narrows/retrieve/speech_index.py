@@ -24,11 +24,13 @@ from safetensors.numpy import load, save
 
 from narrows.errors import ConfigError, InputError, reason
 from narrows.files import replacing
-from narrows.retrieve.hearing import Heard
+from narrows.retrieve.hearing import Guesses, Heard
 
 HEADER = "index.json"
 FORMAT = "narrows speech index"
 VERSION = 1
+NAMES = ("ids", "chances")
+"""The parts of ``Guesses``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -243,6 +245,12 @@ def _packed(recording: Recording) -> bytes:
         "text": np.frombuffer(b"".join(texts), np.uint8),
         "text_ends": _ends(texts),
     }
+    guesses = [heard.guesses for heard in recording.heard if heard.guesses is not None]
+    if guesses and len(guesses) == len(recording.heard):
+        width = max(one.ids.shape[1] for one in guesses)
+        for name in NAMES:
+            rows = [getattr(one, name).reshape(-1, width) for one in guesses]
+            arrays[f"guessed_{name}"] = np.concatenate(rows)
     packed: bytes = save(arrays, {"recording": recording.digest})
     return packed
 
@@ -259,7 +267,11 @@ def _load(path: Path, entry: Entry) -> Recording:
         arrays = load(data)
         tokens = np.split(arrays["tokens"], arrays["token_ends"])[: entry.clips]
         texts = [t.tobytes().decode() for t in np.split(arrays["text"], arrays["text_ends"])]
-        rows = zip(texts[: entry.clips], tokens, arrays["vectors"], strict=True)
+        guesses: Sequence[Guesses | None] = [None] * entry.clips
+        if "guessed_ids" in arrays:
+            cuts = [np.split(arrays[f"guessed_{n}"], arrays["token_ends"]) for n in NAMES]
+            guesses = [Guesses(*own) for own in zip(*cuts, strict=True)][: entry.clips]
+        rows = zip(texts[: entry.clips], tokens, arrays["vectors"], guesses, strict=True)
         heard = [Heard(*row) for row in rows]
         return Recording(entry.digest, entry.name, entry.seconds, arrays["times"], heard)
     except (OSError, SafetensorError, ValueError, KeyError) as error:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from narrows.errors import ConfigError
-from narrows.retrieve.rank import BM25
+from narrows.retrieve.guessed import GuessedBM25
+from narrows.retrieve.rank import BM25, checked_question
 from narrows.retrieve.speech_index import Recording
 
 MODES = ("fused", "vectors", "words")
@@ -46,9 +47,20 @@ class Hit:
 
 
 class SpeechSearch:
-    """Searches the clips of ``recordings`` in which something was said."""
+    """Searches the clips of ``recordings`` in which something was said.
 
-    def __init__(self, recordings: Sequence[Recording]) -> None:
+    Args:
+        recordings: what is searched.
+        pieces: puts a question into word pieces as those of the clips. Where clips have guesses
+            of theirs, words are then looked for among all of these, see ``GuessedBM25``.
+    """
+
+    def __init__(
+        self,
+        recordings: Sequence[Recording],
+        pieces: Callable[[str], list[int]] | None = None,
+    ) -> None:
+        self._pieces = pieces
         self._clips = [
             (recording, i)
             for recording in recordings
@@ -122,7 +134,13 @@ class SpeechSearch:
 
     @cached_property
     def _words(self) -> Callable[[str], NDArray[np.float64]]:
-        return BM25().over([recording.heard[i].text for recording, i in self._clips])
+        heard = [recording.heard[i] for recording, i in self._clips]
+        guesses = [one.guesses for one in heard if one.guesses is not None]
+        pieces = self._pieces
+        if pieces is None or len(guesses) < len(heard):
+            return BM25().over([one.text for one in heard])
+        guessed = GuessedBM25(guesses)
+        return lambda question: guessed.score(pieces(checked_question(question)))
 
     def _hit(self, number: int, score: float) -> Hit:
         recording, i = self._clips[number]

@@ -193,7 +193,11 @@ class TranscriptBackend:
         in its vector."""
         vectors = self.embedder.embed(texts)
         return [
-            Heard(text, self._tokens(text), vector if text else np.zeros_like(vector))
+            Heard(
+                text,
+                np.array(self.embedder.pieces(text), np.int32),
+                vector if text else np.zeros_like(vector),
+            )
             for text, vector in zip(texts, vectors, strict=True)
         ]
 
@@ -202,6 +206,6 @@ class TranscriptBackend:
         vector: NDArray[np.float32] = self.embedder.embed([checked_question(question)])[0]
         return vector
 
-    def _tokens(self, text: str) -> NDArray[np.int32]:
-        ids = self.embedder.tokenizer.encode(text, add_special_tokens=False)
-        return np.array(ids, np.int32)
+    def pieces(self, question: str) -> list[int]:
+        """See ``hearing.Backend``."""
+        return self.embedder.pieces(question)

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from narrows.config import Settings
 from narrows.errors import InputError
+from narrows.retrieve.cif import Fired
 from narrows.retrieve.clsr import (
     ClsrConfig,
     Pieces,
@@ -27,8 +28,9 @@ from narrows.retrieve.clsr import (
     in_words,
 )
 from narrows.retrieve.rank import Embedder
-from narrows.retrieve.speech_head import padded
+from narrows.retrieve.speech_head import STRIDE, padded
 from narrows.train.hearing import Counterparts, Negatives, Objective, Questions, Speech
+from narrows.train.letters import LettersObjective
 from narrows.train.loop import LoopOptions, processes, train
 from narrows.train.textlike import Adaptor, Reading, read_as_text, text_like
 
@@ -72,6 +74,7 @@ def run(
     out: Path,
     stages: Sequence[tuple[str, Goal, LoopOptions]],
     *,
+    letters: LoopOptions | None = None,
     batch: int = 32,
     seed: int = 0,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, told: None,
@@ -88,6 +91,8 @@ def run(
         held: what is measured on at every checkpoint.
         stages: one after the other, each with a name, which is that of its folder in ``out``'s
             ``work``.
+        letters: of a stage before them, in which the convolutions over states learn letters, and
+            so where every token ends, see ``narrows.train.letters``; None for none.
         batch: clips of an update.
         changes: of the recogniser's config.
 
@@ -103,19 +108,32 @@ def run(
     check = HeldOut(module, text, held)
     history: list[dict[str, Any]] = []
     before = config.model_dump_json()
-    for name, goal, options in stages:
-        objective = ClsrObjective(module, text, speech, goal, batch=batch, seed=seed)
-        before = f"{before} {objective.digest} {goal.model_dump_json()} {batch} {seed}"
+
+    def learn(name: str, objective: Objective, told: str, options: LoopOptions) -> None:
+        nonlocal before
+        before = f"{before} {objective.digest} {told} {batch} {seed}"
         rows = train(
-            module,
+            objective.module,
             objective.gradients,
             out / "work" / name,
             options,
             data=hashlib.sha256(before.encode()).hexdigest()[:16],
-            check=check.measure,
+            check=check.measure if objective.module is module else None,
             on_step=on_step,
         )
-        history += [{**row, "stage": name} for row in rows]
+        history.extend({**row, "stage": name} for row in rows)
+
+    ends = None
+    if letters is not None:
+        lesson = LettersObjective(module, speech, batch=batch, seed=seed)
+        learn("letters", lesson, "", letters)
+        names = [
+            text.tokenizer.convert_ids_to_tokens(piece_ids(c.words, text)) for c in speech.clips
+        ]
+        ends = lesson.kept_ends(names, out / "work" / "ends.safetensors", before)
+    for name, goal, options in stages:
+        objective = ClsrObjective(module, text, speech, goal, ends=ends, batch=batch, seed=seed)
+        learn(name, objective, goal.model_dump_json(), options)
     if processes(pieces.table.device).is_main_process:
         module.eval().save(out)
     return history
@@ -127,6 +145,8 @@ class ClsrObjective(Objective):
     Args:
         text: frozen.
         goal: what is weighed how.
+        ends: of each clip, the state at which each of its tokens ends, int64 ``[n]``, where that
+            is known. Quantity is then counted token by token: an extension.
         module, speech, batch, seed: see ``Objective``.
     """
 
@@ -139,10 +159,11 @@ class ClsrObjective(Objective):
         speech: Speech,
         goal: Goal,
         *,
+        ends: Sequence[Tensor] | None = None,
         batch: int = 32,
         seed: int = 0,
     ) -> None:
-        self.text, self.goal = text, goal
+        self.text, self.goal, self.ends = text, goal, ends
         unknown = text.tokenizer.unk_token_id
         self.targets = [torch.tensor(piece_ids(clip.words, text)) for clip in speech.clips]
         usable = [
@@ -177,7 +198,10 @@ class ClsrObjective(Objective):
             embeds = sampled(embeds, counts, wrong, module.table[wanted], goal)
             scores = module.scores(module.decode(embeds, counts, memory))
         recognition = cross_entropy(scores, wanted, label_smoothing=goal.smoothing)
-        quantity = (fired.totals - counts).abs().sum() / counts.sum()
+        if self.ends is None:
+            quantity = (fired.totals - counts).abs().sum() / counts.sum()
+        else:
+            quantity = uneven(fired, counts, [self.ends[i] for i in picked])
         told = {"recognition": recognition, "quantity": quantity, "wrong": wrong.float().mean()}
         loss = (1 - goal.quantity - goal.contrast) * recognition + goal.quantity * quantity
         if goal.contrast:
@@ -224,6 +248,21 @@ def sampled(
     return torch.where(take[:, :, None], given, embeds)
 
 
+def uneven(fired: Fired, counts: Tensor, ends: Sequence[Tensor]) -> Tensor:
+    """How far the weights within each token are from one, a token; within the clip, from the number
+    of tokens, where it is not known when they end. See ``ClsrObjective`` for the arguments."""
+    sums = torch.nn.functional.pad(fired.weights.cumsum(1), (1, 0))
+    missing = torch.zeros((), device=sums.device)
+    for own, count, stops in zip(sums, counts, ends, strict=True):
+        if len(stops):
+            frames = (stops.to(own.device) + STRIDE // 2) // STRIDE
+            inside = own[frames.clamp(max=len(own) - 1)].diff(prepend=own[:1])
+            missing = missing + (inside - 1).abs().sum()
+        else:
+            missing = missing + (own[-1] - count).abs()
+    return missing / counts.sum()
+
+
 class HeldOut:
     """Measures a recogniser on clips it has not learnt from, as it is used: with as many tokens as
     its own weights fire."""
@@ -253,7 +292,7 @@ class HeldOut:
 
 def piece_ids(words: str, text: Embedder) -> list[int]:
     """The word pieces that a clip of ``words`` is to be read as."""
-    return text.tokenizer.encode(words, add_special_tokens=False)  # type: ignore[no-any-return]
+    return text.pieces(words)
 
 
 def error_rate(found: Sequence[Sequence[Any]], right: Sequence[Sequence[Any]]) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from narrows.train.loop import chosen
 from narrows.train.speech import Clip
 
 Negatives = Literal["batch", "all"]
+POOL = 16
+"""Updates whose clips are drawn together, at most; fewer than an epoch's."""
 
 
 class Speech(Protocol):
@@ -34,6 +37,9 @@ class Speech(Protocol):
 
     def states(self, index: int) -> Tensor:
         """``[T, state_size]``."""
+
+    def length(self, index: int) -> int:
+        """``T``."""
 
 
 class Objective(ABC):
@@ -68,8 +74,15 @@ class Objective(ABC):
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def chosen(self, step: int) -> list[int]:
-        """The clips of a step."""
-        return [self.usable[i] for i in chosen(step, len(self.usable), self.batch, self.seed)]
+        """The clips of a step, of like length, so that little of a batch is padding: clips are
+        drawn for up to POOL steps together, sorted, cut into batches, and these taken in random
+        order."""
+        steps = max(1, min(POOL, len(self.usable) // self.batch))
+        pool, place = divmod(step, steps)
+        drawn = chosen(pool, len(self.usable), self.batch * steps, self.seed)
+        ordered = sorted((self.usable[i] for i in drawn), key=self.speech.length)
+        turns = random.Random(self.seed * 1_000_003 + pool).sample(range(steps), steps)
+        return ordered[turns[place] * self.batch :][: self.batch]
 
     def gradients(self, step: int) -> dict[str, float]:
         """Add the gradients of a step's clips; the loss and what is told of it."""
@@ -159,7 +172,7 @@ def draw(history: Sequence[dict[str, Any]], path: Path) -> None:
     figure = new_figure(11, 4.5)
     left, right = figure.subplots(1, 2)
     numbered = list(enumerate(history))
-    for part in ("recognition", "quantity", "contrast", "wrong"):
+    for part in ("letters", "recognition", "quantity", "contrast", "wrong"):
         points = [(n, row[part]) for n, row in numbered if part in row]
         if points:
             left.plot(*zip(*points, strict=True), label=part, lw=0.8)

@@ -94,6 +94,11 @@ class SpeechSet:
         states: Tensor = self._files[number][start:stop]
         return states
 
+    def length(self, index: int) -> int:
+        """``T``."""
+        _, start, stop = self._places[index]
+        return stop - start
+
 
 def speak_all(
     stretches: Sequence[Stretch],

@@ -47,7 +47,7 @@ def test_a_clip_is_heard_alike_whatever_its_neighbours():
         (alone,) = made.recognise([own])
         assert alone.ids == one.ids
         assert alone.times == one.times
-        assert alone.sure == pytest.approx(one.sure, abs=1e-5)
+        assert np.array(alone.chances) == pytest.approx(np.array(one.chances), abs=1e-5)
 
 
 def test_padding_is_never_read():
@@ -72,12 +72,12 @@ def test_times_sureness_and_special_pieces():
     with torch.no_grad():
         made.bias[made.special] = 50.0  # would always win
     for one, states in zip(made.recognise(clips(LENGTHS)), clips(LENGTHS), strict=True):
-        assert len(one.ids) == len(one.times) == len(one.sure)
+        assert len(one.ids) == len(one.times) == len(one.chances)
         assert not made.special[one.ids].any()
         assert all(0 <= start < stop for start, stop in one.times)
         assert all(a[0] <= b[0] for a, b in zip(one.times, one.times[1:], strict=False))
         assert all(stop <= math.ceil(len(states) / 2) * 0.04 + 1e-9 for _, stop in one.times)
-        assert all(0 < chance <= 1 for chance in one.sure)
+        assert all(0 < chance <= 1 for chances in one.chances for chance in chances)
 
 
 def test_silence_is_nothing_heard():

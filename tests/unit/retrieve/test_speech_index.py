@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from narrows import files
 from narrows.errors import ConfigError, InputError
-from narrows.retrieve.hearing import Heard
+from narrows.retrieve.hearing import Guesses, Heard
 from narrows.retrieve.speech_index import HEADER, Entry, Origin, Recording, SpeechIndex
 
 ORIGIN = Origin("fake", "ear 1", "mind 1")
@@ -42,6 +43,24 @@ def same(one: Recording, other: Recording) -> None:
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_array_equal(a.vector, b.vector)
         assert (a.tokens.dtype, a.vector.dtype) == (b.tokens.dtype, b.vector.dtype)
+        assert (a.guesses is None) == (b.guesses is None)
+        if a.guesses is not None:
+            for part in ("ids", "chances"):
+                theirs = getattr(b.guesses, part)
+                np.testing.assert_array_equal(getattr(a.guesses, part), theirs)
+                assert getattr(a.guesses, part).dtype == theirs.dtype
+
+
+def guessed(seed: int) -> Recording:
+    """The same with three guesses of every token; in one clip nothing was said."""
+    made = recording(seed)
+    rng = np.random.default_rng(seed)
+    heard = []
+    for one in made.heard:
+        size = (len(one.tokens), 3)
+        told = Guesses(rng.integers(0, 9, size).astype("i4"), rng.random(size).astype("f2"))
+        heard.append(replace(one, guesses=told))
+    return replace(made, heard=heard)
 
 
 def names(index: SpeechIndex) -> list[str]:
@@ -54,6 +73,14 @@ def index(tmp_path: Path) -> SpeechIndex:
     made.add(recording(1))
     made.add(recording(2))
     return made
+
+
+def test_guesses_are_kept(index: SpeechIndex) -> None:
+    index.add(guessed(3))
+    index.add(recording(4, clips=0))
+    again = SpeechIndex.open(index.folder)
+    same(again.recording(f"{3:064d}"), guessed(3))
+    same(again.recording(f"{1:064d}"), recording(1))
 
 
 def test_what_is_put_in_comes_out(index: SpeechIndex) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -200,11 +201,20 @@ def test_a_run_goes_on_as_if_never_stopped(tmp_path):
         assert torch.equal(value, cut[name])
 
 
-def test_every_epoch_reads_every_clip_once():
+def test_all_clips_are_read_equally_often_and_those_of_like_length_together():
     made = objective(recogniser(), batch=3)
-    read = [i for step in range(8) for i in made.chosen(step)]
-    for start in range(0, 24, 8):
-        assert sorted(read[start : start + 8]) == list(range(8))
+    lengths = [30, 10, 31, 11, 32, 12, 33, 13]
+    made.speech.length = lengths.__getitem__
+    batches = [made.chosen(step) for step in range(8)]
+    read = [i for batch in batches for i in batch]
+    assert sorted(read) == sorted(3 * [*range(8)])
+    assert [made.chosen(step) for step in range(8)] == batches
+    rising = []
+    for one, other in [*pairwise(batches)][::2]:  # two batches are a pool
+        pool = sorted(one + other, key=made.speech.length)
+        assert one + other in (pool, pool[3:] + pool[:3])
+        rising.append(one + other == pool)
+    assert len({*rising}) == 2
 
 
 # ------------------------------------------------------------------------------------ measures
