@@ -7,6 +7,9 @@ recogniser is trained on states of the same kind. The last sample is followed by
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from narrows.retrieve.clips import LONGEST_S
 from narrows.retrieve.transcribe import RECOGNISER
 
 STATE_SECONDS = 0.02
+CODE_LIMIT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
 class SpeechEncoder:
@@ -54,7 +58,10 @@ class SpeechEncoder:
             raise ModelError(
                 f"cannot read a Whisper model from {folder}: {reason(error)}"
             ) from None
-        return cls(model, name)
+        encoder = cls(model, name)
+        with _little_code_kept():
+            encoder.encode(np.zeros(RATE // 10, np.float32))
+        return encoder
 
     def encode(self, wave: Wave) -> Tensor:
         """States float32 ``[T, size]`` of a clip. Raises InputError if it is empty, longer than
@@ -72,3 +79,16 @@ class SpeechEncoder:
         batch = np.ascontiguousarray(mel[None], dtype=np.float32)
         states = self.model.encode(ctranslate2.StorageView.from_array(batch), to_cpu=True)
         return torch.from_numpy(np.array(states)[0])
+
+
+@contextmanager
+def _little_code_kept() -> Iterator[None]:
+    """Where a process first encodes: CTranslate2's oneDNN then reads how much code it may keep, and
+    would keep some for each of a thousand lengths of clip."""
+    before = os.environ.get(CODE_LIMIT)
+    os.environ.setdefault(CODE_LIMIT, "8")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[CODE_LIMIT]
