@@ -38,7 +38,11 @@ def test_a_recogniser_and_a_dual_encoder_from_the_command_line(tmp_path, monkeyp
     except ModelError as error:
         pytest.skip(str(error))
     data, out = spoken_data(tmp_path / "data"), tmp_path / "out"
-    places = ("clsr", "--out", str(out), "--data", str(data), *SMALL)
+    places = ("clsr", "--out", str(out), "--data", str(data), *SMALL, "--letter-steps", "2")
+    for refused, told in ((("--near", "0"), "--near 1"), (("--near=-1",), "near")):
+        assert train(monkeypatch, *places, *refused) == 2
+        assert told in capfd.readouterr().err
+        assert not out.exists()
     assert train(monkeypatch, *places, "--steps", "2", "--joint-steps", "1") == 0
     assert "of questions find their clip among 3" in capfd.readouterr().out
     assert (out / "curves.png").stat().st_size > 1000

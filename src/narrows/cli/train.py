@@ -268,12 +268,18 @@ def clsr(
     It learns from synthetic voices, which need flite and espeak-ng; what they say and what the
     speech encoder makes of it is kept in the folder."""
     from narrows.bench.progress import Progress
+    from narrows.errors import ConfigError
+    from narrows.retrieve.clsr import GUESSES, ClsrConfig
     from narrows.retrieve.rank import Embedder
     from narrows.train import clsr
     from narrows.train.hearing import draw
     from narrows.train.loop import LoopOptions, processes
 
     letters = None
+    if letter_steps and not near:
+        raise ConfigError("letters are learnt by convolutions: give --near 1, or --letter-steps 0")
+    shape: dict[str, Any] = {"blocks": blocks, "near": near, "spelling": spelling}
+    ClsrConfig(vocab_size=GUESSES, vocabulary="", **shape)  # refused before anything is spoken
     if letter_steps:
         letters = LoopOptions(steps=letter_steps, rate=letter_rate, save_every=save_every)
     goal = clsr.Goal(sampling=sampling)
@@ -304,9 +310,7 @@ def clsr(
             batch=batch,
             seed=seed,
             on_step=lambda step, told: progress.advance(),
-            blocks=blocks,
-            near=near,
-            spelling=spelling,
+            **shape,
         )
     if not first:
         return

@@ -43,6 +43,8 @@ from narrows.retrieve.spelling import spelt
 from narrows.retrieve.transcribe import RECOGNISER
 
 WEIGHTS, NAME = "clsr.safetensors", "recogniser"
+SHIPPED = Path(__file__).with_name("shipped") / "clsr"
+"""A recogniser that comes with the package; its card tells how it was made."""
 NEAR = 5
 """States that a convolution of ``ClsrConfig.near`` looks at."""
 GUESSES = 8
@@ -339,9 +341,16 @@ SILENT = Written([], [], [])
 
 
 class ClsrBackend(HeadBackend):
-    """Searches what a recogniser reads into the pieces of its text encoder. See ``HeadBackend``."""
+    """Searches what a recogniser reads into the pieces of its text encoder. See ``HeadBackend``.
+
+    Args:
+        folder: the recogniser's; the default is the shipped one.
+    """
 
     name, weights = "clsr", WEIGHTS
+
+    def __init__(self, folder: str = str(SHIPPED)) -> None:
+        super().__init__(folder)
 
     @cached_property
     def config(self) -> ClsrConfig:

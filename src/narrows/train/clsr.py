@@ -130,7 +130,8 @@ def run(
         names = [
             text.tokenizer.convert_ids_to_tokens(piece_ids(c.words, text)) for c in speech.clips
         ]
-        ends = lesson.kept_ends(names, out / "work" / "ends.safetensors", before)
+        with processes(pieces.table.device).main_process_first():
+            ends = lesson.kept_ends(names, out / "work" / "ends.safetensors", before)
     for name, goal, options in stages:
         objective = ClsrObjective(module, text, speech, goal, ends=ends, batch=batch, seed=seed)
         learn(name, objective, goal.model_dump_json(), options)
