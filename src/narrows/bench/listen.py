@@ -39,7 +39,7 @@ PART = 64
 
 def run(
     *,
-    backends: Sequence[str] = ("transcript", ORACLE),
+    backends: Sequence[str] = ("transcript", "clsr", ORACLE),
     data: Path | None = None,
     parts: Sequence[str] = PARTS,
     clips: int = 720,
@@ -185,7 +185,8 @@ class _Bench:
                 for first in range(0, len(clips), PART):
                     heard += _heard(clips[first : first + PART], ear, kept)
                     progress.advance(min(PART, len(clips) - first))
-                made.append(Hearing(name, clips, heard, ear.embed, verbatim=ear.verbatim))
+                split = ear.pieces
+                made.append(Hearing(name, clips, heard, ear.embed, split, verbatim=ear.verbatim))
         return made
 
     def find(self, hearings: Sequence[Hearing], sizes: Iterable[int], noise: str) -> list[Row]:

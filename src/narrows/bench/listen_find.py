@@ -30,6 +30,7 @@ SECONDS = (6.0, 12.0)
 
 Vector = NDArray[np.float32]
 Embed = Callable[[str], Vector]
+Split = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Found:
 
 class Hearing:
     """What one backend, called ``name``, ``heard`` of ``clips``; it puts questions into vectors by
-    ``embed``. ``verbatim`` as ``hearing.Backend`` has it."""
+    ``embed`` and into word pieces by ``pieces``. ``verbatim`` as ``hearing.Backend`` has it."""
 
     def __init__(
         self,
@@ -71,10 +72,12 @@ class Hearing:
         clips: Sequence[Spoken],
         heard: Sequence[Heard],
         embed: Embed,
+        pieces: Split | None = None,
         *,
         verbatim: bool = True,
     ) -> None:
         self.name, self.clips, self.heard, self.verbatim = name, clips, heard, verbatim
+        self.pieces = pieces
         asked = sorted({question for clip in clips for question, _ in clip.questions})
         self.asked = {question: embed(question) for question in asked}
 
@@ -86,7 +89,8 @@ class Hearing:
     def first(self, count: int) -> Hearing:
         """The same of the first ``count`` clips."""
         some = self.clips[:count], self.heard[:count]
-        return Hearing(self.name, *some, self.asked.__getitem__, verbatim=self.verbatim)
+        asked = self.asked.__getitem__
+        return Hearing(self.name, *some, asked, self.pieces, verbatim=self.verbatim)
 
     def best(self, question: str, k: int) -> list[int]:
         """The ``k`` best clips for one of their questions, in the usual mode."""
@@ -119,7 +123,7 @@ class Hearing:
 
     @cached_property
     def _search(self) -> SpeechSearch:
-        return _searching(self.heard)
+        return _searching(self.heard, self.pieces)
 
     def _found(self, direction: str, search: SpeechSearch, queries: list[Query]) -> list[Found]:
         made = []
@@ -202,8 +206,8 @@ def word_rows(hearing: Hearing, *, seed: int, **where: Any) -> list[Row]:
     ]
 
 
-def _searching(heard: Sequence[Heard]) -> SpeechSearch:
-    return SpeechSearch([Recording("", "", 0.0, np.zeros((len(heard), 2)), heard)])
+def _searching(heard: Sequence[Heard], pieces: Split | None = None) -> SpeechSearch:
+    return SpeechSearch([Recording("", "", 0.0, np.zeros((len(heard), 2)), heard)], pieces)
 
 
 def _rank(search: SpeechSearch, query: Query, mode: str) -> float:

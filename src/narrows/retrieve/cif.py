@@ -78,12 +78,13 @@ def fire(
     return Fired(shares.to(weights.dtype), counts, totals.to(weights.dtype), weights)
 
 
-def spans(shares: Tensor) -> Tensor:
+def spans(shares: Tensor, edge: float = 0.0) -> Tensor:
     """First frame of each token and the one behind its last, int64 ``[B, N, 2]``; both 0 for a
-    token that took nothing. Neighbours share the frame in which one ends and the next begins."""
-    taken = shares > 0
-    frames = torch.arange(1, shares.shape[2] + 1, device=shares.device)
-    last = (taken * frames).amax(2)
-    count = shares.shape[2]
-    first = count - (taken * frames.flip(0)).amax(2)
-    return torch.stack([torch.where(last > 0, first, 0), last], 2)
+    token that took nothing. Neighbours share the frame in which one ends and the next begins.
+    ``edge`` of what a token took is not looked at, before and behind: a pause gives the word
+    after it next to nothing, frame by frame."""
+    taken = shares.double().cumsum(2)
+    total = taken[:, :, -1:]
+    first = (taken <= edge * total).sum(2)
+    last = (taken < (1 - edge) * total).sum(2) + 1
+    return torch.stack([first, last], 2) * (total > 0)

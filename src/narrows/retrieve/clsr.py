@@ -47,8 +47,10 @@ SHIPPED = Path(__file__).with_name("shipped") / "clsr"
 """A recogniser that comes with the package; its card tells how it was made."""
 NEAR = 5
 """States that a convolution of ``ClsrConfig.near`` looks at."""
-GUESSES = 8
+GUESSES = 16
 """Pieces that are told of each token, the written one first."""
+EDGE = 0.1
+"""Of a token's weight, what does not count for when it is said; see ``spans``."""
 USUAL_WEIGHT = 0.18
 """Of a frame before training: word pieces a frame of 40 ms in ordinary speech."""
 
@@ -301,7 +303,7 @@ class Recogniser(nn.Module):
         x = self.decode(embeds, fired.counts, self.remember(frames, real))
         scores = self.scores(x).masked_fill_(self.special, -math.inf)
         best = scores.softmax(1).topk(GUESSES)
-        seconds = spans(fired.shares).double() * STRIDE * self.config.state_seconds
+        seconds = spans(fired.shares, EDGE).double() * STRIDE * self.config.state_seconds
         heard = []
         parts = (torch.split(part, counts) for part in (best.indices, best.values))
         for own, chances, spanned in zip(*parts, seconds.tolist(), strict=True):

@@ -22,6 +22,11 @@ WORDS = 0.04
 questions of articles that recognisers learn from. It finds more than summed reciprocal ranks do
 (as Bruch, Gai and Ingber found, 2023), since it knows by how much a clip is ahead."""
 
+GUESSED_WORDS = 0.2
+"""The same of BM25 over guesses, chosen alike."""
+GUESSED_CLIPS = 30_000
+"""Clips up to which guesses are looked among: each has hundreds, and all of them are sorted."""
+
 EXACT = 1_000_000
 """Clips up to which every vector is looked at; among more, faiss finds CANDIDATES near ones."""
 CANDIDATES = 1000
@@ -52,7 +57,8 @@ class SpeechSearch:
     Args:
         recordings: what is searched.
         pieces: puts a question into word pieces as those of the clips. Where clips have guesses
-            of theirs, words are then looked for among all of these, see ``GuessedBM25``.
+            of theirs, words are then looked for among all of these, see ``GuessedBM25``, in up to
+            GUESSED_CLIPS of them.
     """
 
     def __init__(
@@ -85,7 +91,7 @@ class SpeechSearch:
             mode: ``"vectors"`` scores by cosine, in one matrix product over all clips, or among
                 more than EXACT of them over the CANDIDATES that a graph of neighbours leads to;
                 ``"words"`` by BM25, and leaves out clips that share no word with the question;
-                ``"fused"`` by the cosine plus WORDS times BM25.
+                ``"fused"`` by the cosine plus WORDS, or GUESSED_WORDS, times BM25.
 
         Raises ConfigError for another mode, a ``k`` below 1 or where faiss is missing, InputError
         for an empty question.
@@ -103,7 +109,7 @@ class SpeechSearch:
         else:
             words, scores = self._words(question), self._cosines(vector)
             scores[(words > 0) & (scores == -np.inf)] = 0.0  # not looked at, but it has the words
-            scores += WORDS * words
+            scores += self._weight * words
         order = np.argsort(-scores, kind="stable")[:k]
         least = 0.0 if mode == "words" else -np.inf
         return [self._hit(i, scores[i]) for i in order if scores[i] > least]
@@ -135,12 +141,21 @@ class SpeechSearch:
     @cached_property
     def _words(self) -> Callable[[str], NDArray[np.float64]]:
         heard = [recording.heard[i] for recording, i in self._clips]
-        guesses = [one.guesses for one in heard if one.guesses is not None]
         pieces = self._pieces
-        if pieces is None or len(guesses) < len(heard):
+        if pieces is None or not self._guessed:
             return BM25().over([one.text for one in heard])
-        guessed = GuessedBM25(guesses)
+        guessed = GuessedBM25([one.guesses for one in heard if one.guesses is not None])
         return lambda question: guessed.score(pieces(checked_question(question)))
+
+    @property
+    def _weight(self) -> float:
+        return GUESSED_WORDS if self._guessed else WORDS
+
+    @cached_property
+    def _guessed(self) -> bool:
+        """Whether words are looked for among guesses."""
+        known = all(recording.heard[i].guesses is not None for recording, i in self._clips)
+        return self._pieces is not None and known and len(self) <= GUESSED_CLIPS
 
     def _hit(self, number: int, score: float) -> Hit:
         recording, i = self._clips[number]
