@@ -265,23 +265,20 @@ class Recogniser(nn.Module):
 
     def scores(self, x: Tensor) -> Tensor:
         """Float32 scores of all pieces, special ones too, ``[R, vocab]``."""
-        return linear(x, self.written(), self.bias).float()
+        if not self.config.spelling:  # the table is a constant: no gradient of its size is made
+            return linear(x * self.scale, self.table, self.bias).float()
+        return linear(x, self._spelling(), self.bias).float()
 
-    def written(self) -> Tensor:
-        """The output layer ``[vocab, width]``: the table times its scale, and what spelling adds;
-        worked out once where weights do not change."""
-        if self.training:
-            return self._write()
-        if self._written is None:
-            self._written = self._write()
-        return self._written
-
-    def _write(self) -> Tensor:
-        written = self.table * self.scale
-        if not self.config.spelling:
-            return written
-        with torch.autocast(written.device.type, enabled=False):  # has no sparse products
-            return written + self.spelt @ self.runs
+    def _spelling(self) -> Tensor:
+        """The output layer ``[vocab, width]`` with what spelling adds to the scaled table; worked
+        out once where weights do not change."""
+        if self._written is not None:
+            return self._written
+        with torch.autocast(self.table.device.type, enabled=False):  # has no sparse products
+            written = self.table * self.scale + self.spelt @ self.runs
+        if not self.training:
+            self._written = written
+        return written
 
     @torch.inference_mode()
     def recognise(self, states: Sequence[Tensor]) -> list[Written]:
