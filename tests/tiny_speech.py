@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from narrows.retrieve.clsr import ClsrConfig, Pieces, Recogniser
+from narrows.retrieve.deliberation import PROMPT, Decoder, Deliberation, DeliberationConfig
 from narrows.retrieve.dual import DualConfig, DualEncoder
 from narrows.retrieve.rank import Embedder
 from narrows.train.speech import Clip
@@ -92,6 +93,50 @@ def dual(seed: int = 0, **changes: object) -> DualEncoder:
     )
     torch.manual_seed(seed)
     return DualEncoder(config, pieces).eval()
+
+
+def whisper_weights(seed: int = 0, layers: int = 2) -> dict[str, torch.Tensor]:
+    """Of a tiny Whisper decoder of as many tokens as ``whisper_tokenizer`` knows, by CTranslate2's
+    names."""
+    maker = torch.Generator().manual_seed(seed)
+    inner, tokens = 3 * STATE, whisper_tokenizer().get_vocab_size()
+    shapes = {"embeddings/weight": (tokens, STATE), "position_encodings/encodings": (64, STATE)}
+    norms = ["layer_norm"]
+    for i in range(layers):
+        parts = {"self_attention": (3, 1), "attention": (1, 2, 1)}
+        for part, widths in parts.items():
+            for j, width in enumerate(widths):
+                shapes[f"layer_{i}/{part}/linear_{j}/weight"] = (width * STATE, STATE)
+        shapes[f"layer_{i}/ffn/linear_0/weight"] = (inner, STATE)
+        shapes[f"layer_{i}/ffn/linear_1/weight"] = (STATE, inner)
+        norms += [f"layer_{i}/{part}/layer_norm" for part in (*parts, "ffn")]
+    for name, shape in list(shapes.items()):
+        if "linear" in name:
+            shapes[name.replace("weight", "bias")] = shape[:1]
+    made = {name: torch.randn(shape, generator=maker) / 3 for name, shape in shapes.items()}
+    for name in norms:
+        made[f"{name}/gamma"] = 1 + torch.randn(STATE, generator=maker) / 3
+        made[f"{name}/beta"] = torch.randn(STATE, generator=maker) / 3
+    return {**made, "num_heads": torch.tensor(2, dtype=torch.int16)}
+
+
+def whisper_tokenizer() -> Tokenizer:
+    """A token for each letter, the blank, and each of a prompt."""
+    listed = [*" abcdefghijklmnopqrstuvwxyz", *PROMPT]
+    return Tokenizer(models.BPE({token: i for i, token in enumerate(listed)}, []))
+
+
+def whisper_decoder(seed: int = 0) -> Decoder:
+    pieces = Pieces.of(text_encoder())
+    return Decoder.of(whisper_weights(seed), whisper_tokenizer(), pieces)
+
+
+def deliberation(seed: int = 0, **changes: Any) -> Deliberation:
+    pieces = Pieces.of(text_encoder())
+    sizes = {"vocab_size": len(pieces.table), "width": WIDTH, "state_size": STATE, "rank": 2}
+    config = DeliberationConfig(**{"recogniser": "", **sizes, **changes})
+    torch.manual_seed(seed)
+    return Deliberation(config, pieces, whisper_decoder()).eval()
 
 
 def clips(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from narrows.bench.spoken import human
 from narrows.errors import ConfigError, InputError, ModelError
 from narrows.registry import build
 from narrows.retrieve.audio import RATE
-from narrows.retrieve.clsr import SHIPPED
+from narrows.retrieve.clsr_backend import SHIPPED
 from narrows.retrieve.hearing import BACKENDS
 from narrows.retrieve.speech_encoder import STATE_SECONDS
 from narrows.train.clsr import edits, error_rate, piece_ids

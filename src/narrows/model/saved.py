@@ -21,7 +21,14 @@ M = TypeVar("M", bound=nn.Module)
 C = TypeVar("C", bound=Settings)
 
 
-def save_module(module: nn.Module, config: Settings, folder: Path, weights: str) -> None:
+def save_module(
+    module: nn.Module,
+    config: Settings,
+    folder: Path,
+    weights: str,
+    *,
+    config_name: str = CONFIG,
+) -> None:
     """Write the weights as bfloat16 to the file ``weights`` of ``folder``, and the config, each
     beside and then renamed. Raises InputError."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -31,23 +38,29 @@ def save_module(module: nn.Module, config: Settings, folder: Path, weights: str)
     }
     with replacing(folder / weights) as beside:
         save_file(kept, beside)
-    with replacing(folder / CONFIG) as beside:
+    with replacing(folder / config_name) as beside:
         beside.write_text(config.model_dump_json(indent=1) + "\n")
 
 
-def load_config(folder: Path, config_type: type[C], name: str) -> C:
+def load_config(folder: Path, config_type: type[C], name: str, config_name: str = CONFIG) -> C:
     """The config that ``save_module`` wrote; ``name`` is what errors call the module. Raises
     ModelError."""
     try:
-        return config_type(**json.loads((folder / CONFIG).read_text()))
+        return config_type(**json.loads((folder / config_name).read_text()))
     except ConfigError as error:
-        raise ModelError(f"{folder / CONFIG} is not a {name}'s: {error}") from None
+        raise ModelError(f"{folder / config_name} is not a {name}'s: {error}") from None
     except Exception as error:
         raise ModelError(f"cannot read a {name} from {folder}: {error}") from None
 
 
 def load_module(
-    make: Callable[[C], M], config_type: type[C], folder: Path, weights: str, name: str
+    make: Callable[[C], M],
+    config_type: type[C],
+    folder: Path,
+    weights: str,
+    name: str,
+    *,
+    config_name: str = CONFIG,
 ) -> M:
     """The module that ``save_module`` wrote, in float32; ``make`` builds it from its config,
     ``name`` is what errors call it.
@@ -55,7 +68,7 @@ def load_module(
     Raises ModelError if it is not there, not whole or not of its config, or ``make`` refuses that
     by a ConfigError.
     """
-    config = load_config(folder, config_type, name)
+    config = load_config(folder, config_type, name, config_name)
     try:
         found = load_file(folder / weights)
     except Exception as error:
@@ -67,7 +80,7 @@ def load_module(
         raise ModelError(f"{folder}: {error}") from None
     expected = {k: v.shape for k, v in module.state_dict().items()}
     if {k: v.shape for k, v in found.items()} != expected:
-        raise ModelError(f"the weights in {folder} do not belong to its {CONFIG}")
+        raise ModelError(f"the weights in {folder} do not belong to its {config_name}")
     wide = {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
     module.load_state_dict(wide, assign=True)
     return module

@@ -17,9 +17,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, NamedTuple, Self
 
@@ -32,19 +31,15 @@ from torch.nn.functional import dropout, gelu, linear, scaled_dot_product_attent
 
 from narrows.config import Settings
 from narrows.errors import ConfigError
-from narrows.model.saved import load_config, load_module, save_module
-from narrows.retrieve.audio import Wave
+from narrows.model.saved import load_module, save_module
 from narrows.retrieve.cif import Fired, Tail, fire, spans
-from narrows.retrieve.hearing import Guesses, Heard
 from narrows.retrieve.rank import ENCODER, Embedder
 from narrows.retrieve.speech_encoder import STATE_SECONDS
-from narrows.retrieve.speech_head import STRIDE, HeadBackend, by_length, framed, padded
+from narrows.retrieve.speech_head import STRIDE, by_length, framed, padded
 from narrows.retrieve.spelling import spelt
 from narrows.retrieve.transcribe import RECOGNISER
 
 WEIGHTS, NAME = "clsr.safetensors", "recogniser"
-SHIPPED = Path(__file__).with_name("shipped") / "clsr"
-"""A recogniser that comes with the package; its card tells how it was made."""
 NEAR = 5
 """States that a convolution of ``ClsrConfig.near`` looks at."""
 GUESSES = 16
@@ -124,6 +119,26 @@ class Memory(NamedTuple):
     keys: Tensor
     values: Tensor
     mask: Tensor
+
+
+class Draft(NamedTuple):
+    """What a recogniser makes of a batch of clips, place by place: ``embeds`` ``[B, N, width]``,
+    what fired, ``vectors`` of the same shape, what the decoder made of them, 0 where there is no
+    place, and ``counts`` int64 ``[B]``, places of each clip."""
+
+    embeds: Tensor
+    vectors: Tensor
+    counts: Tensor
+
+    @property
+    def places(self) -> Tensor:
+        """Bool ``[B, N]``."""
+        return torch.arange(self.embeds.shape[1], device=self.counts.device) < self.counts[:, None]
+
+
+Revise = Callable[[Tensor, Tensor, Draft, Tensor], Tensor]
+"""Better scores ``[R, vocab]`` for all places of a draft, clip after clip: from the states and mask
+it was made from, the draft, and the recogniser's scores."""
 
 
 class FeedForward(nn.Module):
@@ -280,26 +295,41 @@ class Recogniser(nn.Module):
             self._written = written
         return written
 
+    def draft(
+        self, states: Tensor, mask: Tensor, targets: Tensor | None = None
+    ) -> tuple[Draft, Fired]:
+        """What is made of a batch of states ``[B, T, state_size]``, and how it fired; ``targets``
+        as ``fire`` has them."""
+        frames, real = self.frames(states, mask)
+        embeds, fired = self.fired(frames, real, targets)
+        draft = Draft(embeds, torch.zeros_like(embeds), fired.counts)
+        if embeds.shape[1]:  # else nothing fired
+            found = self.decode(embeds, fired.counts, self.remember(frames, real))
+            draft.vectors[draft.places] = found.to(embeds.dtype)
+        return draft, fired
+
     @torch.inference_mode()
-    def recognise(self, states: Sequence[Tensor]) -> list[Written]:
+    def recognise(self, states: Sequence[Tensor], revise: Revise | None = None) -> list[Written]:
         """What is said in clips of states ``[T, state_size]``, all word pieces of a clip at once,
-        as many as its own weights fire. A clip's result does not depend on its neighbours beyond
-        rounding."""
+        as many as its own weights fire; ``revise`` has the last word on which. A clip's result
+        does not depend on its neighbours beyond rounding."""
         assert not self.training
         found: dict[int, Written] = {}
         for chosen in by_length([*map(len, states)]):
-            found |= zip(chosen, self._recognise([states[i] for i in chosen]), strict=True)
+            written = self._recognise([states[i] for i in chosen], revise)
+            found |= zip(chosen, written, strict=True)
         return [found[i] for i in range(len(states))]
 
-    def _recognise(self, states: list[Tensor]) -> list[Written]:
-        frames, real = self.frames(*padded(states, self.table.device))
-        embeds, fired = self.fired(frames, real)
+    def _recognise(self, states: list[Tensor], revise: Revise | None) -> list[Written]:
+        batch, mask = padded(states, self.table.device)
+        draft, fired = self.draft(batch, mask)
         counts: list[int] = fired.counts.tolist()
         if not any(counts):
             return [SILENT for _ in states]
-        x = self.decode(embeds, fired.counts, self.remember(frames, real))
-        scores = self.scores(x).masked_fill_(self.special, -math.inf)
-        best = scores.softmax(1).topk(GUESSES)
+        scores = self.scores(draft.vectors[draft.places])
+        if revise is not None:
+            scores = revise(batch, mask, draft, scores)
+        best = scores.masked_fill(self.special, -math.inf).softmax(1).topk(GUESSES)
         seconds = spans(fired.shares, EDGE).double() * STRIDE * self.config.state_seconds
         heard = []
         parts = (torch.split(part, counts) for part in (best.indices, best.values))
@@ -337,49 +367,6 @@ class Written:
 
 
 SILENT = Written([], [], [])
-
-
-class ClsrBackend(HeadBackend):
-    """Searches what a recogniser reads into the pieces of its text encoder. See ``HeadBackend``.
-
-    Args:
-        folder: the recogniser's; the default is the shipped one.
-    """
-
-    name, weights = "clsr", WEIGHTS
-
-    def __init__(self, folder: str = str(SHIPPED)) -> None:
-        super().__init__(folder)
-
-    @cached_property
-    def config(self) -> ClsrConfig:
-        """The recogniser's."""
-        return load_config(self._folder, ClsrConfig, NAME)
-
-    @cached_property
-    def recogniser(self) -> Recogniser:
-        """What stands between the two encoders."""
-        module = Recogniser.load(self._folder, Pieces.of(self.embedder))
-        return module.to(module.table.device)
-
-    def write(self, waves: Sequence[Wave]) -> list[Written]:
-        """The pieces said in each clip, with their times. In a clip shorter than LEAST_S nothing
-        is said."""
-        states = self.states(waves)
-        found = dict(zip(states, self.recogniser.recognise([*states.values()]), strict=True))
-        return [found.get(i, SILENT) for i in range(len(waves))]
-
-    def hear(self, waves: Sequence[Wave]) -> list[Heard]:
-        """See ``hearing.Backend``."""
-        written = self.write(waves)
-        vectors = embedded([one.ids for one in written], self.embedder)
-        heard = []
-        for one, vector in zip(written, vectors, strict=True):
-            ids = np.array(one.guesses, np.int32).reshape(-1, GUESSES)
-            guesses = Guesses(ids, np.array(one.chances, np.float16).reshape(ids.shape))
-            tokens = np.array(one.ids, np.int32)
-            heard.append(Heard(in_words(one.ids, self.embedder), tokens, vector, guesses))
-        return heard
 
 
 def in_words(ids: Sequence[int], text: Embedder) -> str:

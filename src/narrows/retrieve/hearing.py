@@ -65,5 +65,5 @@ BACKENDS: Registry[Callable[..., Backend]] = Registry("listening backend")
 models are loaded when they are first used."""
 
 BACKENDS.add("transcript", "narrows.retrieve.transcribe:TranscriptBackend")
-BACKENDS.add("clsr", "narrows.retrieve.clsr:ClsrBackend")
+BACKENDS.add("clsr", "narrows.retrieve.clsr_backend:ClsrBackend")
 BACKENDS.add("dual", "narrows.retrieve.dual:DualBackend")

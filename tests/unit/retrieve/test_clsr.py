@@ -18,7 +18,6 @@ from narrows.retrieve.audio import RATE
 from narrows.retrieve.clips import LEAST_S
 from narrows.retrieve.clsr import (
     WEIGHTS,
-    ClsrBackend,
     ClsrConfig,
     Pieces,
     Recogniser,
@@ -26,6 +25,7 @@ from narrows.retrieve.clsr import (
     embedded,
     in_words,
 )
+from narrows.retrieve.clsr_backend import ClsrBackend
 from narrows.retrieve.hearing import BACKENDS
 from narrows.retrieve.speech_head import padded
 from tiny_speech import LETTERS, SPECIAL, STATE, WORDS, clips, embedder, recogniser, text_encoder
