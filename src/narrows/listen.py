@@ -12,21 +12,22 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from narrows.contracts import Document
+from narrows.errors import ConfigError
 from narrows.model.fetch import sha256
 from narrows.model.hub import cache_dir
 from narrows.registry import build
 from narrows.retrieve.audio import RATE, Wave, read_audio, read_spans, seconds_of
 from narrows.retrieve.clips import cut
-from narrows.retrieve.hearing import BACKENDS, Backend, Heard
+from narrows.retrieve.hearing import BACKENDS, NOTHING, Backend, Heard
 from narrows.retrieve.speech_index import HEADER, Origin, Recording, SpeechIndex
 from narrows.retrieve.speech_search import Hit, SpeechSearch
-from narrows.retrieve.transcribe import Transcriber
 from narrows.retrieve.voice import Silero
 
 DEFAULT_BACKEND = "transcript"
@@ -36,6 +37,9 @@ BATCH = 8
 
 PASSAGES = 3
 """Clips an answer is given from, up to a minute and a half of speech."""
+
+RERANKED = 10
+"""Clips that are transcribed for an answer, if the backend's text is not fit to answer from."""
 
 
 def index(
@@ -78,6 +82,7 @@ class Listener:
         self._recordings = recordings
         self._clips = SpeechSearch(recordings, backend.pieces)
         self._backend = backend
+        self._transcribed: dict[tuple[str, int], Heard] = {}
 
     @classmethod
     def open(cls, index: str | Path) -> Listener:
@@ -108,36 +113,77 @@ class Listener:
             recordings.append(replace(heard, name=os.path.abspath(file)))  # it may have moved
         return cls(recordings, ear)
 
-    def search(self, question: str, k: int = 5, *, mode: str = "fused") -> list[Hit]:
-        """See ``SpeechSearch.search``."""
-        return self._clips.search(question, self._backend.embed(question), k, mode=mode)
+    def search(
+        self, question: str, k: int = 5, *, mode: str = "fused", rerank: int = 0
+    ) -> list[Hit]:
+        """See ``SpeechSearch.search``. With ``rerank``, so many of the best clips are transcribed
+        by Whisper, once each, and these transcripts are searched as all clips were.
+
+        Raises ConfigError for ``rerank`` below 0 or where transcripts were searched already, and
+        as ``read_audio`` where a recording is needed again and is not as it was.
+        """
+        if rerank < 0:
+            raise ConfigError(f"rerank must be at least 0 (given: {rerank})")
+        if rerank and self._backend.verbatim:
+            raise ConfigError(
+                "rerank is for an index of other backends: this one holds transcripts already"
+            )
+        count = max(k, rerank) if rerank else k
+        hits = self._clips.search(question, self._backend.embed(question), count, mode=mode)
+        if not rerank:
+            return hits
+        found = SpeechSearch(self._again(hits))
+        return found.search(question, self._writer.embed(question), k, mode=mode)
 
     def passages(self, question: str, k: int = PASSAGES) -> list[tuple[Document, float]]:
         """The ``k`` best clips, in the order they were said, as documents called
         ``NAME START-END``, each with its score. Raises as ``search``, and as ``read_audio`` where
         the backend's text is not fit to be read and the recordings are needed again."""
-        hits = self.search(question, k)
+        rerank = 0 if self._backend.verbatim else max(k, RERANKED)
+        hits = self.search(question, k, rerank=rerank)
         documents: list[tuple[Document, float]] = []
         for recording in self._recordings:
             file = Path(recording.name)
             chosen = sorted((h for h in hits if h.name == recording.name), key=lambda h: h.clip)
-            texts = [h.text for h in chosen] if self._backend.verbatim else _written(file, chosen)
             documents += [
-                (Document(f"{file.name} {at(hit.start)}-{at(hit.end)}", text), hit.score)
-                for hit, text in zip(chosen, texts, strict=True)
-                if text
+                (Document(f"{file.name} {at(hit.start)}-{at(hit.end)}", hit.text), hit.score)
+                for hit in chosen
+                if hit.text
             ]
         return documents
 
+    @cached_property
+    def _writer(self) -> Backend:
+        """The recogniser that writes best."""
+        return build(BACKENDS, "transcript")
 
-def search(index: str | Path, question: str, k: int = 5, *, mode: str = "fused") -> list[Hit]:
-    """The ``k`` best clips of an index, best first; see ``SpeechSearch.search`` for ``mode``. For
-    many questions, keep a Listener.
+    def _again(self, hits: Sequence[Hit]) -> list[Recording]:
+        """The recordings of hits, in which only these were heard, and transcribed."""
+        made = []
+        for recording in self._recordings:
+            chosen = [hit for hit in hits if hit.digest == recording.digest]
+            new = [h for h in chosen if (h.digest, h.clip) not in self._transcribed]
+            if new:
+                waves = read_spans(Path(recording.name), [(h.start, h.end) for h in new])
+                for hit, heard in zip(new, self._writer.hear(waves), strict=True):
+                    self._transcribed[hit.digest, hit.clip] = heard
+            heard_again = [NOTHING] * len(recording.heard)
+            for hit in chosen:
+                heard_again[hit.clip] = self._transcribed[hit.digest, hit.clip]
+            made.append(replace(recording, heard=heard_again))
+        return made
+
+
+def search(
+    index: str | Path, question: str, k: int = 5, *, mode: str = "fused", rerank: int = 0
+) -> list[Hit]:
+    """The ``k`` best clips of an index, best first; see ``SpeechSearch.search`` for ``mode`` and
+    ``Listener.search`` for ``rerank``. For many questions, keep a Listener.
 
     Raises InputError for an empty question or an index that cannot be read, ConfigError for an
     option that cannot be or an index of another encoder, ModelError.
     """
-    return Listener.open(index).search(question, k, mode=mode)
+    return Listener.open(index).search(question, k, mode=mode, rerank=rerank)
 
 
 def at(seconds: float) -> str:
@@ -196,11 +242,3 @@ def _hear(
         times += [(clip.start, clip.end) for clip in batch]
     array = np.array(times).reshape(-1, 2)
     return Recording(digest, os.path.abspath(file), samples / RATE, array, heard)
-
-
-def _written(file: Path, hits: Sequence[Hit]) -> list[str]:
-    """What the recogniser that writes best makes of the clips."""
-    if not hits:
-        return []
-    waves = read_spans(file, [(hit.start, hit.end) for hit in hits])
-    return [transcript.text for transcript in Transcriber.load()(waves)]

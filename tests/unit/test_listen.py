@@ -12,8 +12,8 @@ from narrows import listen
 from narrows.errors import ConfigError, InputError
 from narrows.retrieve.audio import RATE, Wave
 from narrows.retrieve.clips import PAUSE_S
+from narrows.retrieve.hearing import Heard
 from narrows.retrieve.speech_index import SpeechIndex
-from narrows.retrieve.transcribe import Segment, Transcriber, Transcript
 from tiny_ear import Ear, instead_of_models, talk, word_of
 from tiny_sound import speak, write_wav
 
@@ -163,23 +163,40 @@ def test_passages_are_clips_in_the_order_they_were_said(
     assert sum(ear.clips for ear in ears) == 5  # heard once
 
 
-def test_hits_of_a_backend_that_spells_badly_are_transcribed(
-    talks: list[str], monkeypatch: pytest.MonkeyPatch
+def test_hits_of_a_backend_that_spells_badly_are_transcribed_and_ranked_again(
+    talks: list[str], ears: list[Ear], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
+    """The ear that transcribes hears "bridge" where the first heard bread, and nothing else."""
+    listener = listen.Listener.hear(talks, backend="transcript:verbatim=no")
+    (first,) = {id(ear): ear for ear in ears if ear.clips}.values()
+    usual = Ear._heard
 
-    def load() -> Any:
-        def write(waves: list[Wave]) -> list[Transcript]:
-            asked.extend(map(len, waves))
-            return [Transcript((Segment(0, 1, f"The {word_of(w)}!"),)) for w in waves]
+    def other(self: Ear, word: str) -> Heard:
+        if self.verbatim:
+            return usual(self, {"bread": "bridge"}.get(word, "penguin"))
+        return usual(self, word)
 
-        return write
+    monkeypatch.setattr(Ear, "_heard", other)
+    assert [hit.clip for hit in listener.search("bridge", 2)] == [1, 1]
+    (best, *_) = listener.search("bridge", 2, rerank=5)
+    assert (Path(best.name).name, best.clip, round(best.start)) == ("a.wav", 2, 7)
+    assert best.text == "the bridge"
+    assert first.clips == 5
+    (writer,) = (ear for ear in ears if ear.verbatim)
+    assert writer.clips == 5
+    # What is not among the clips that are transcribed is not found; each is transcribed once.
+    assert [hit.text for hit in listener.search("bridge", 1, rerank=3)] == ["the penguin"]
+    documents = [document.text for document, _ in listener.passages("bridge", 1)]
+    assert documents == ["the bridge"]
+    assert writer.clips == 5
 
-    monkeypatch.setattr(Transcriber, "load", load)
-    given = listen.Listener.hear(talks, backend="transcript:verbatim=no").passages("bridge", 2)
-    assert [document.text for document, _ in given] == ["The bridge!"] * 2
-    assert len(asked) == 2
-    assert max(asked) < 1.5 * RATE
+
+def test_only_what_is_badly_written_is_ranked_again(talks: list[str], tmp_path: Path) -> None:
+    listen.index(talks, tmp_path / "talks")
+    with pytest.raises(ConfigError, match="holds transcripts already"):
+        listen.search(tmp_path / "talks", "bridge", rerank=3)
+    with pytest.raises(ConfigError, match="rerank must be at least 0"):
+        listen.search(tmp_path / "talks", "bridge", rerank=-1)
 
 
 @pytest.mark.model

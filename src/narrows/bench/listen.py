@@ -35,6 +35,8 @@ PARTS = ("find", "words", "errors", "answers", "time", "search", "index")
 QUIET = "none"
 PART = 64
 """Clips kept together."""
+RERANKED = (10, 20)
+"""Clips that are ranked again by what the first backend, if it is verbatim, made of them."""
 
 
 def run(
@@ -193,6 +195,10 @@ class _Bench:
         """Rows of what is found by what."""
         told: dict[str, Any] = {"noise": noise, "model": ENCODER, "seed": self.seed}
         by_question = [found for h in hearings for found in h.clips_of_questions()]
+        first = hearings[0]
+        if first.verbatim:
+            others = [h for h in hearings if not h.verbatim]
+            by_question += [h.reranked(first, count) for h in others for count in RERANKED]
         rows = find_rows(by_question, **told)
         rows += find_rows([found for h in hearings for found in h.questions_of_clips()], **told)
         for size in sizes:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from narrows.bench.metrics import bootstrap, paired_bootstrap
 from narrows.bench.report import Row, row
 from narrows.bench.spoken import Spoken
-from narrows.retrieve.hearing import Heard
+from narrows.retrieve.hearing import NOTHING, Heard
 from narrows.retrieve.speech_index import Recording
 from narrows.retrieve.speech_search import MODES, SpeechSearch
 from narrows.train.clsr import edits
@@ -99,15 +99,19 @@ class Hearing:
 
     def clips_of_questions(self) -> list[Found]:
         """In each mode, where the first clip is that answers each question."""
+        return self._found("question", self._search, self._queries)
+
+    @cached_property
+    def _queries(self) -> list[Query]:
+        """The questions, and the clips that answer them."""
         answering: dict[str, set[int]] = {}
         for place, clip in enumerate(self.clips):
             for question, _ in clip.questions:
                 answering.setdefault(question, set()).add(place)
-        queries = [
+        return [
             Query(question, self.asked[question], frozenset(right), self.clips[min(right)])
             for question, right in answering.items()
         ]
-        return self._found("question", self._search, queries)
 
     def questions_of_clips(self) -> list[Found]:
         """In each mode, where the first question is that each clip answers."""
@@ -124,6 +128,19 @@ class Hearing:
     @cached_property
     def _search(self) -> SpeechSearch:
         return _searching(self.heard, self.pieces)
+
+    def reranked(self, writer: Hearing, count: int) -> Found:
+        """``clips_of_questions`` of the usual mode, with the best ``count`` clips ranked again by
+        what another backend made of them; the others are not found."""
+        ranks = []
+        for query in self._queries:
+            heard = [NOTHING] * len(self.heard)
+            for clip in self.best(query.text, count):
+                heard[clip] = writer.heard[clip]
+            own = replace(query, vector=writer.asked[query.text])
+            ranks.append(_rank(_searching(heard, writer.pieces), own, writer.modes[0]))
+        method = f"{self.name} {self.modes[0]}, {count} by {writer.name}"
+        return Found(method, "question", len(self.clips), self._queries, ranks)
 
     def _found(self, direction: str, search: SpeechSearch, queries: list[Query]) -> list[Found]:
         made = []

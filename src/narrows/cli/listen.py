@@ -69,6 +69,10 @@ def search(
     question: Annotated[str, typer.Argument(help="What to find.")],
     k: Annotated[int, typer.Option("-k", help="Most clips to show.")] = 5,
     mode: Annotated[str, typer.Option(help="fused, vectors or words.")] = "fused",
+    rerank: Annotated[
+        int,
+        typer.Option(help="Transcribe so many of the best clips by Whisper and rank them by that."),
+    ] = 0,
     play: Annotated[
         Path | None, typer.Option(help="Write the sound of the best clip here, as WAV.")
     ] = None,
@@ -80,7 +84,7 @@ def search(
     from narrows.retrieve.audio import read_spans, write_wav
 
     check_places(play)
-    hits = find(index, question, k, mode=mode)
+    hits = find(index, question, k, mode=mode, rerank=rerank)
     if play is not None and hits:
         best = hits[0]
         write_wav(play, read_spans(best.name, [(best.start, best.end)])[0])

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-from torch import Tensor
-
 from narrows.errors import ModelError
 
 WEIGHTS = "model.bin"
@@ -50,29 +47,6 @@ def variables(path: Path) -> dict[str, Variable]:
         raise ModelError(
             f"{path} is damaged or cut short: it is not the CTranslate2 model it should be"
         ) from error
-
-
-def tensors(path: Path, begin: str) -> dict[str, Tensor]:
-    """The variables of the file whose names start with ``begin``, by the rest of their names, those
-    of a floating-point type as float32. Raises as ``variables``, and ModelError for one that is
-    stored in fewer bits than 16."""
-    found = {}
-    with path.open("rb") as file:
-        for name, one in variables(path).items():
-            if not name.startswith(begin):
-                continue
-            if one.dtype == "int8" and one.shape:
-                raise ModelError(f"{path} holds codes of 8 bits; take the model in float16")
-            file.seek(one.offset)
-            values = torch.frombuffer(bytearray(file.read(one.nbytes)), dtype=_torch(one.dtype))
-            wide = values.float() if values.is_floating_point() else values
-            found[name.removeprefix(begin)] = wide.reshape(one.shape)
-    return found
-
-
-def _torch(dtype: str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, dtype)
-    return found
 
 
 def _variables(file: BinaryIO, size: int) -> dict[str, Variable]:

@@ -9,13 +9,17 @@ from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from narrows.config import Settings
 from narrows.errors import ConfigError, ModelError
 from narrows.files import replacing
 
 CONFIG = "config.json"
+SCALE = ":scale"
+"""Behind the name of a weight stored as codes: the name of their scales."""
+LARGEST = 127
+"""Of the codes."""
 
 M = TypeVar("M", bound=nn.Module)
 C = TypeVar("C", bound=Settings)
@@ -28,14 +32,21 @@ def save_module(
     weights: str,
     *,
     config_name: str = CONFIG,
+    eight_bits: bool = False,
 ) -> None:
-    """Write the weights as bfloat16 to the file ``weights`` of ``folder``, and the config, each
-    beside and then renamed. Raises InputError."""
+    """Write the weights to the file ``weights`` of ``folder``, and the config, each beside and then
+    renamed: as bfloat16, or, with ``eight_bits``, those of two or more dimensions as int8 codes
+    with a scale for each first index. Raises InputError."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {
-        k: (v.bfloat16() if v.is_floating_point() else v).contiguous()
-        for k, v in module.state_dict().items()
-    }
+    kept: dict[str, Tensor] = {}
+    for name, value in module.state_dict().items():
+        if eight_bits and value.ndim > 1 and value.is_floating_point():
+            scale = value.float().flatten(1).abs().amax(1).clamp(min=1e-30) / LARGEST
+            codes = (value.float().flatten(1) / scale[:, None]).round()
+            kept[name] = codes.to(torch.int8).view(value.shape)
+            kept[name + SCALE] = scale
+        else:
+            kept[name] = (value.bfloat16() if value.is_floating_point() else value).contiguous()
     with replacing(folder / weights) as beside:
         save_file(kept, beside)
     with replacing(folder / config_name) as beside:
@@ -78,9 +89,15 @@ def load_module(
             module = make(config)
     except ConfigError as error:
         raise ModelError(f"{folder}: {error}") from None
+    scales = {k.removesuffix(SCALE): found.pop(k) for k in list(found) if k.endswith(SCALE)}
     expected = {k: v.shape for k, v in module.state_dict().items()}
-    if {k: v.shape for k, v in found.items()} != expected:
+    fitting = {k: expected[k][:1] for k in scales if k in expected}
+    if {k: v.shape for k, v in found.items()} != expected or fitting != {
+        k: v.shape for k, v in scales.items()
+    }:
         raise ModelError(f"the weights in {folder} do not belong to its {config_name}")
     wide = {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
+    for name, scale in scales.items():
+        wide[name] = (found[name].float().flatten(1) * scale[:, None]).view(found[name].shape)
     module.load_state_dict(wide, assign=True)
     return module

@@ -80,7 +80,7 @@ class Decoder:
         """That of the model called ``name`` (see ``narrows.model.hub.resolve``). Raises
         ModelError."""
         folder = hub.resolve(name)
-        weights = ctranslate2.tensors(folder / ctranslate2.WEIGHTS, "decoder/")
+        weights = _weights(folder / ctranslate2.WEIGHTS, "decoder/")
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:
@@ -108,6 +108,26 @@ class Decoder:
     def layers(self) -> int:
         """How many it has."""
         return sum(key.endswith("/ffn/linear_0/weight") for key in self.weights)
+
+
+def _weights(path: Path, begin: str) -> dict[str, Tensor]:
+    """The variables of a CTranslate2 model whose names start with ``begin``, by the rest of their
+    names, those of a floating-point type as float32. Raises ModelError for one that is damaged or
+    stores weights as codes."""
+    found = {}
+    listed = ctranslate2.variables(path)
+    with path.open("rb") as file:
+        for name, one in listed.items():
+            if not name.startswith(begin):
+                continue
+            dtype: torch.dtype = getattr(torch, one.dtype)
+            if one.shape and not dtype.is_floating_point and name.endswith("weight"):
+                raise ModelError(f"{path} stores weights as {one.dtype} codes; take float16")
+            file.seek(one.offset)
+            values = torch.frombuffer(bytearray(file.read(one.nbytes)), dtype=dtype)
+            wide = values.float() if dtype.is_floating_point else values
+            found[name.removeprefix(begin)] = wide.reshape(one.shape)
+    return found
 
 
 class Adapted(nn.Module):
@@ -291,9 +311,9 @@ class Deliberation(nn.Module):
             return self(states, mask, draft, scores)  # type: ignore[no-any-return]
 
     def save(self, folder: Path) -> None:
-        """Write what is trained and the config beside a recogniser's, each beside and then
-        renamed."""
-        save_module(self, self.config, folder, WEIGHTS, config_name=CONFIG)
+        """Write what is trained, in 8 bits, and the config into a recogniser's folder, each beside
+        and then renamed."""
+        save_module(self, self.config, folder, WEIGHTS, config_name=CONFIG, eight_bits=True)
 
     @classmethod
     def load(cls, folder: Path, pieces: Pieces, recogniser: str) -> Deliberation:

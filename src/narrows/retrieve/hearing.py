@@ -34,6 +34,10 @@ class Heard:
     guesses: Guesses | None = None
 
 
+NOTHING = Heard("", np.zeros(0, np.int32), np.zeros(0, np.float32))
+"""Where nothing is said, or looked for."""
+
+
 class Backend(Protocol):
     """Hears clips, and puts questions where what was heard is."""
 

@@ -73,6 +73,18 @@ def test_a_wrong_word_is_a_wrong_clip(clips):
     assert {r.get("voice") or r["length"] for r in parts} == {"a", "b", "0 to 6 s"}
 
 
+def test_clips_are_ranked_again_by_what_another_made_of_them(clips):
+    ear = Ear()
+    heard = ear.hear([c.wave for c in clips])
+    right = Hearing("right", clips, heard, ear.embed)
+    wrong = Hearing("wrong", clips, heard[1:] + heard[:1], ear.embed)
+    first, second, all_three = (wrong.reranked(right, count) for count in (1, 2, 3))
+    assert all_three.method == "wrong fused, 3 by right"
+    assert all_three.ranks == [1.0] * 4
+    assert first.ranks == [math.inf] * 4  # the right clip is not among those looked at again
+    assert set(second.ranks) <= {1.0, math.inf}
+
+
 def test_what_was_not_heard_is_not_found(clips):
     nothing = Heard("", np.zeros(0, np.int32), np.zeros(len(KINDS), np.float32))
     ear = Ear()
