@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from narrows.retrieve.clsr import ClsrConfig, Pieces, Recogniser
-from narrows.retrieve.deliberation import PROMPT, Decoder, Deliberation, DeliberationConfig
+from narrows.retrieve.deliberation import PROMPT, Deliberation
 from narrows.retrieve.dual import DualConfig, DualEncoder
 from narrows.retrieve.rank import Embedder
 from narrows.train.speech import Clip
@@ -126,17 +126,9 @@ def whisper_tokenizer() -> Tokenizer:
     return Tokenizer(models.BPE({token: i for i, token in enumerate(listed)}, []))
 
 
-def whisper_decoder(seed: int = 0) -> Decoder:
-    pieces = Pieces.of(text_encoder())
-    return Decoder.of(whisper_weights(seed), whisper_tokenizer(), pieces)
-
-
-def deliberation(seed: int = 0, **changes: Any) -> Deliberation:
-    pieces = Pieces.of(text_encoder())
-    sizes = {"vocab_size": len(pieces.table), "width": WIDTH, "state_size": STATE, "rank": 2}
-    config = DeliberationConfig(**{"recogniser": "", **sizes, **changes})
-    torch.manual_seed(seed)
-    return Deliberation(config, pieces, whisper_decoder()).eval()
+def deliberation(seed: int = 0) -> Deliberation:
+    weights = whisper_weights(seed)
+    return Deliberation(weights, whisper_tokenizer(), Pieces.of(text_encoder())).eval()
 
 
 def clips(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:

@@ -240,13 +240,9 @@ def clsr(
     joint_steps: Annotated[
         int, typer.Option(help="Updates with the contrastive loss after that; 0 for none.")
     ] = 500,
-    second_steps: Annotated[
-        int, typer.Option(help="Extension: updates for a second pass after all else; 0 for none.")
-    ] = 2000,
     batch: Annotated[int, typer.Option(help="Clips of an update.")] = 32,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
     joint_rate: Annotated[float, typer.Option(help="That of the updates after it.")] = 1e-4,
-    second_rate: Annotated[float, typer.Option(help="That of the second pass.")] = 8e-4,
     sampling: Annotated[
         float, typer.Option(help="Share of the first pass's errors told before the second.")
     ] = 0.75,
@@ -275,7 +271,7 @@ def clsr(
     from narrows.errors import ConfigError
     from narrows.retrieve.clsr import GUESSES, ClsrConfig
     from narrows.retrieve.rank import Embedder
-    from narrows.train import clsr, deliberation
+    from narrows.train import clsr
     from narrows.train.hearing import draw
     from narrows.train.loop import LoopOptions, processes
 
@@ -301,12 +297,11 @@ def clsr(
     crew = processes(device)
     first = crew.is_main_process
     with Progress("speech, then updates", visible=first) as progress:
-        progress.expect(letter_steps + steps + joint_steps + second_steps)
+        progress.expect(letter_steps + steps + joint_steps)
         with crew.main_process_first():
             spoken, kept = _speech(out, data, clips, held, seed, progress)
-        text = Embedder.load(device=device)
         history = clsr.run(
-            text,
+            Embedder.load(device=device),
             spoken,
             kept,
             out,
@@ -317,18 +312,6 @@ def clsr(
             on_step=lambda step, told: progress.advance(),
             **shape,
         )
-        if second_steps:
-            crew.wait_for_everyone()  # the first process has written the recogniser
-            history += deliberation.run(
-                text,
-                spoken,
-                kept,
-                out,
-                LoopOptions(steps=second_steps, rate=second_rate, save_every=save_every),
-                batch=batch,
-                seed=seed,
-                on_step=lambda step, told: progress.advance(),
-            )
     if not first:
         return
     draw(history, out / "curves.png")

@@ -9,69 +9,45 @@ from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from narrows.config import Settings
 from narrows.errors import ConfigError, ModelError
 from narrows.files import replacing
 
 CONFIG = "config.json"
-SCALE = ":scale"
-"""Behind the name of a weight stored as codes: the name of their scales."""
-LARGEST = 127
-"""Of the codes."""
 
 M = TypeVar("M", bound=nn.Module)
 C = TypeVar("C", bound=Settings)
 
 
-def save_module(
-    module: nn.Module,
-    config: Settings,
-    folder: Path,
-    weights: str,
-    *,
-    config_name: str = CONFIG,
-    eight_bits: bool = False,
-) -> None:
-    """Write the weights to the file ``weights`` of ``folder``, and the config, each beside and then
-    renamed: as bfloat16, or, with ``eight_bits``, those of two or more dimensions as int8 codes
-    with a scale for each first index. Raises InputError."""
+def save_module(module: nn.Module, config: Settings, folder: Path, weights: str) -> None:
+    """Write the weights as bfloat16 to the file ``weights`` of ``folder``, and the config, each
+    beside and then renamed. Raises InputError."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept: dict[str, Tensor] = {}
-    for name, value in module.state_dict().items():
-        if eight_bits and value.ndim > 1 and value.is_floating_point():
-            scale = value.float().flatten(1).abs().amax(1).clamp(min=1e-30) / LARGEST
-            codes = (value.float().flatten(1) / scale[:, None]).round()
-            kept[name] = codes.to(torch.int8).view(value.shape)
-            kept[name + SCALE] = scale
-        else:
-            kept[name] = (value.bfloat16() if value.is_floating_point() else value).contiguous()
+    kept = {
+        k: (v.bfloat16() if v.is_floating_point() else v).contiguous()
+        for k, v in module.state_dict().items()
+    }
     with replacing(folder / weights) as beside:
         save_file(kept, beside)
-    with replacing(folder / config_name) as beside:
+    with replacing(folder / CONFIG) as beside:
         beside.write_text(config.model_dump_json(indent=1) + "\n")
 
 
-def load_config(folder: Path, config_type: type[C], name: str, config_name: str = CONFIG) -> C:
+def load_config(folder: Path, config_type: type[C], name: str) -> C:
     """The config that ``save_module`` wrote; ``name`` is what errors call the module. Raises
     ModelError."""
     try:
-        return config_type(**json.loads((folder / config_name).read_text()))
+        return config_type(**json.loads((folder / CONFIG).read_text()))
     except ConfigError as error:
-        raise ModelError(f"{folder / config_name} is not a {name}'s: {error}") from None
+        raise ModelError(f"{folder / CONFIG} is not a {name}'s: {error}") from None
     except Exception as error:
         raise ModelError(f"cannot read a {name} from {folder}: {error}") from None
 
 
 def load_module(
-    make: Callable[[C], M],
-    config_type: type[C],
-    folder: Path,
-    weights: str,
-    name: str,
-    *,
-    config_name: str = CONFIG,
+    make: Callable[[C], M], config_type: type[C], folder: Path, weights: str, name: str
 ) -> M:
     """The module that ``save_module`` wrote, in float32; ``make`` builds it from its config,
     ``name`` is what errors call it.
@@ -79,7 +55,7 @@ def load_module(
     Raises ModelError if it is not there, not whole or not of its config, or ``make`` refuses that
     by a ConfigError.
     """
-    config = load_config(folder, config_type, name, config_name)
+    config = load_config(folder, config_type, name)
     try:
         found = load_file(folder / weights)
     except Exception as error:
@@ -89,15 +65,9 @@ def load_module(
             module = make(config)
     except ConfigError as error:
         raise ModelError(f"{folder}: {error}") from None
-    scales = {k.removesuffix(SCALE): found.pop(k) for k in list(found) if k.endswith(SCALE)}
     expected = {k: v.shape for k, v in module.state_dict().items()}
-    fitting = {k: expected[k][:1] for k in scales if k in expected}
-    if {k: v.shape for k, v in found.items()} != expected or fitting != {
-        k: v.shape for k, v in scales.items()
-    }:
-        raise ModelError(f"the weights in {folder} do not belong to its {config_name}")
+    if {k: v.shape for k, v in found.items()} != expected:
+        raise ModelError(f"the weights in {folder} do not belong to its {CONFIG}")
     wide = {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
-    for name, scale in scales.items():
-        wide[name] = (found[name].float().flatten(1) * scale[:, None]).view(found[name].shape)
     module.load_state_dict(wide, assign=True)
     return module

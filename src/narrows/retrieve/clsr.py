@@ -339,8 +339,8 @@ class Recogniser(nn.Module):
         return heard
 
     def save(self, folder: Path) -> None:
-        """Write the weights in 8 bits and the config, each beside and then renamed."""
-        save_module(self, self.config, folder, WEIGHTS, eight_bits=True)
+        """Write the weights as bfloat16 and the config, each beside and then renamed."""
+        save_module(self, self.config, folder, WEIGHTS)
 
     @classmethod
     def load(cls, folder: Path, pieces: Pieces) -> Recogniser:

@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from narrows.errors import ConfigError
-from narrows.model import fetch
 from narrows.model.saved import load_config
-from narrows.retrieve import deliberation
 from narrows.retrieve.audio import Wave
 from narrows.retrieve.clsr import (
     GUESSES,
@@ -21,6 +19,7 @@ from narrows.retrieve.clsr import (
     ClsrConfig,
     Pieces,
     Recogniser,
+    Revise,
     Written,
     embedded,
     in_words,
@@ -38,27 +37,24 @@ class ClsrBackend(HeadBackend):
 
     Args:
         folder: the recogniser's; the default is the shipped one.
-        passes: 2 to have its drafts revised (``narrows.retrieve.deliberation``), 1 not to; default:
-            2 where the folder holds a second pass.
+        passes: 2 has its drafts revised by the decoder of its speech encoder, see
+            ``narrows.retrieve.deliberation``; 1 leaves them as the paper does.
 
     Raises ConfigError for another number of passes.
     """
 
     name, weights = "clsr", WEIGHTS
 
-    def __init__(self, folder: str = str(SHIPPED), passes: str | None = None) -> None:
+    def __init__(self, folder: str = str(SHIPPED), passes: str = "2") -> None:
         super().__init__(folder)
-        if passes not in (None, "1", "2"):
+        if passes not in ("1", "2"):
             raise ConfigError(f"passes must be 1 or 2 (given: {passes!r})")
-        there = (self._folder / deliberation.WEIGHTS).exists()
-        self._twice = passes == "2" or (passes is None and there)
+        self._twice = passes == "2"
 
     @cached_property
     def hears(self) -> str:
         """See ``hearing.Backend``."""
-        if not self._twice:
-            return super().hears
-        return f"{super().hears} {fetch.sha256(self._folder / deliberation.WEIGHTS)[:16]}"
+        return f"{super().hears} twice" if self._twice else super().hears
 
     @cached_property
     def config(self) -> ClsrConfig:
@@ -72,20 +68,23 @@ class ClsrBackend(HeadBackend):
         return module.to(module.table.device)
 
     @cached_property
-    def second(self) -> Deliberation | None:
+    def revise(self) -> Revise | None:
         """What reads its drafts again."""
         if not self._twice:
             return None
-        own = fetch.sha256(self._folder / WEIGHTS)
-        second = Deliberation.load(self._folder, Pieces.of(self.embedder), own)
-        return second.to(self.recogniser.table.device)
+        second = Deliberation.load(self.config.speech_encoder, Pieces.of(self.embedder))
+        if second.state_size != self.config.state_size:
+            raise ConfigError(
+                f"{self.config.speech_encoder} has states of {second.state_size} numbers and the "
+                f"recogniser in {self._folder} reads {self.config.state_size}; give passes=1"
+            )
+        return second
 
     def write(self, waves: Sequence[Wave]) -> list[Written]:
         """The pieces said in each clip, with their times. In a clip shorter than LEAST_S nothing
         is said."""
         states = self.states(waves)
-        revise = None if self.second is None else self.second.revise
-        written = self.recogniser.recognise([*states.values()], revise)
+        written = self.recogniser.recognise([*states.values()], self.revise)
         found = dict(zip(states, written, strict=True))
         return [found.get(i, SILENT) for i in range(len(waves))]
 

@@ -24,7 +24,6 @@ from narrows.retrieve.clsr import (
     ClsrConfig,
     Pieces,
     Recogniser,
-    Revise,
     embedded,
     in_words,
 )
@@ -33,7 +32,6 @@ from narrows.retrieve.speech_head import STRIDE, padded
 from narrows.train.hearing import Counterparts, Negatives, Objective, Questions, Speech
 from narrows.train.letters import LettersObjective
 from narrows.train.loop import LoopOptions, processes, train
-from narrows.train.speech import Clip
 from narrows.train.textlike import Adaptor, Reading, read_as_text, text_like
 
 Positions = Literal["any", "errors"]
@@ -167,9 +165,13 @@ class ClsrObjective(Objective):
         seed: int = 0,
     ) -> None:
         self.text, self.goal, self.ends = text, goal, ends
-        self.targets, usable = learnable(speech.clips, text)
-        if goal.contrast:
-            usable = [i for i in usable if speech.clips[i].question]
+        unknown = text.tokenizer.unk_token_id
+        self.targets = [torch.tensor(piece_ids(clip.words, text)) for clip in speech.clips]
+        usable = [
+            i
+            for i, (ids, clip) in enumerate(zip(self.targets, speech.clips, strict=True))
+            if len(ids) and unknown not in ids and (clip.question or not goal.contrast)
+        ]
         super().__init__(module, speech, usable, batch=batch, seed=seed)
         if goal.contrast:
             asked = dict.fromkeys(speech.clips[i].question for i in usable)
@@ -264,12 +266,10 @@ def uneven(fired: Fired, counts: Tensor, ends: Sequence[Tensor]) -> Tensor:
 
 class HeldOut:
     """Measures a recogniser on clips it has not learnt from, as it is used: with as many tokens as
-    its own weights fire. ``revise``: see ``Recogniser.recognise``."""
+    its own weights fire."""
 
-    def __init__(
-        self, module: Recogniser, text: Embedder, held: Speech, revise: Revise | None = None
-    ) -> None:
-        self.module, self.text, self.held, self.revise = module, text, held, revise
+    def __init__(self, module: Recogniser, text: Embedder, held: Speech) -> None:
+        self.module, self.text, self.held = module, text, held
         self.questions = Questions(held.clips, text)
         self.pieces = [piece_ids(clip.words, text) for clip in held.clips]
         self.words = [in_words(ids, text).split() for ids in self.pieces]
@@ -279,8 +279,7 @@ class HeldOut:
         have a question, the share of questions ``found``, see ``Questions``."""
         self.module.eval()
         count = len(self.held.clips)
-        states = [self.held.states(i) for i in range(count)]
-        heard = [h.ids for h in self.module.recognise(states, self.revise)]
+        heard = [h.ids for h in self.module.recognise([self.held.states(i) for i in range(count)])]
         words = [in_words(ids, self.text).split() for ids in heard]
         told = {
             "piece_error": error_rate(heard, self.pieces),
@@ -290,14 +289,6 @@ class HeldOut:
         if self.questions.texts:
             told["found"] = self.questions.found(embedded(heard, self.text))
         return told
-
-
-def learnable(clips: Sequence[Clip], text: Embedder) -> tuple[list[Tensor], list[int]]:
-    """The word pieces of each clip, int64 ``[n]``, and the numbers of the clips that have some and
-    are written in pieces that ``text`` knows."""
-    unknown = text.tokenizer.unk_token_id
-    pieces = [torch.tensor(piece_ids(clip.words, text)) for clip in clips]
-    return pieces, [i for i, ids in enumerate(pieces) if len(ids) and unknown not in ids]
 
 
 def piece_ids(words: str, text: Embedder) -> list[int]:

@@ -172,18 +172,10 @@ def draw(history: Sequence[dict[str, Any]], path: Path) -> None:
     figure = new_figure(11, 4.5)
     left, right = figure.subplots(1, 2)
     numbered = list(enumerate(history))
-    for part in (
-        "letters",
-        "recognition",
-        "quantity",
-        "contrast",
-        "wrong",
-        "second",
-        "second_wrong",
-    ):
+    for part in ("letters", "recognition", "quantity", "contrast", "wrong"):
         points = [(n, row[part]) for n, row in numbered if part in row]
         if points:
-            left.plot(*zip(*points, strict=True), label=part.replace("_", " "), lw=0.8)
+            left.plot(*zip(*points, strict=True), label=part, lw=0.8)
     left.set(xlabel="update", ylabel="training: parts of the loss", yscale="log")
     left.legend()
     for part in ("piece_error", "word_error", "fired", "found"):

@@ -155,7 +155,7 @@ def test_the_same_words_have_the_same_vector_heard_or_read():
 def backend(folder):
     """One whose speech encoder takes four samples for a state."""
     recogniser().save(folder)
-    made = ClsrBackend(str(folder))
+    made = ClsrBackend(str(folder), passes="1")
     made.__dict__["embedder"] = text_encoder()
     made.__dict__["speech"] = SimpleNamespace(encode=lambda w: torch.from_numpy(w).view(-1, STATE))
     return made
