@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,14 @@ RECOGNISER = "whisper-base"
 
 MAX_TOKENS = 224
 """Written for one clip at most, half of what Whisper could: what goes on longer goes in circles."""
+
+TAIL_S = 4.0
+"""Silence behind the longest clip of a batch, in seconds. Whisper itself fills every clip up to
+30 s: of short ones that takes more than half of the time, and as many words are wrong. Behind 2 s
+it still writes as well, but some noise is taken for speech."""
+
+FRAMES = 100
+"""Of Whisper's features, in a second."""
 
 NO_SPEECH, UNSURE = 0.6, -1.0
 """A clip is taken for silence above this probability of it, where the mean log-probability of what
@@ -76,9 +85,17 @@ class Transcriber:
         self._pipeline = BatchedInferencePipeline(model)
 
     @classmethod
-    def load(cls, name: str = RECOGNISER, *, language: str | None = None, beam: int = 1) -> Self:
+    def load(
+        cls,
+        name: str = RECOGNISER,
+        *,
+        language: str | None = None,
+        beam: int = 1,
+        tail: float = TAIL_S,
+    ) -> Self:
         """Load by name or folder (see ``narrows.model.hub.resolve``), onto CUDA where there is
-        one; in 8 bits on a CPU. Raises ModelError or ConfigError."""
+        one; in 8 bits on a CPU. ``tail``: see TAIL_S; 30 fills up as Whisper does. Raises
+        ModelError or ConfigError."""
         try:
             from faster_whisper import WhisperModel
         except ImportError:
@@ -92,6 +109,8 @@ class Transcriber:
             model = WhisperModel(str(folder), compute_type="auto", local_files_only=True)
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"cannot read the recogniser in {folder}: {reason(error)}") from error
+        encode = model.encode
+        model.encode = lambda features: encode(shortened(features, tail))
         return cls(model, language=language, beam=beam)
 
     def __call__(self, waves: Sequence[Wave]) -> list[Transcript]:
@@ -99,7 +118,7 @@ class Transcriber:
         if any(len(wave) > LONGEST_S * RATE for wave in waves):
             raise InputError(f"a clip is longer than {LONGEST_S:g} s; cut it into shorter ones")
         made = [Transcript() for _ in waves]
-        spoken = [i for i, wave in enumerate(waves) if len(wave) >= LEAST_S * RATE]
+        spoken = [i for i, w in enumerate(waves) if len(w) >= LEAST_S * RATE and w.any()]
         for start in range(0, len(spoken), self.batch):
             chosen = spoken[start : start + self.batch]
             for i, found in zip(chosen, self._batch([waves[i] for i in chosen]), strict=True):
@@ -137,14 +156,25 @@ class Transcriber:
         return [Transcript(tuple(segments)) for segments in found]
 
 
+def shortened(features: NDArray[np.float32], tail: float) -> NDArray[np.float32]:
+    """``[..., T]`` without the zeros that all clips are filled up with, up to ``tail`` seconds of
+    them and whole seconds in all: what runs them keeps code for every length."""
+    filled = np.flatnonzero(features.reshape(-1, features.shape[-1]).any(0))
+    if not len(filled):
+        return features
+    seconds = math.ceil((filled[-1] + 1) / FRAMES + tail)
+    return np.ascontiguousarray(features[..., : seconds * FRAMES])
+
+
 class TranscriptBackend:
     """Searches what a recogniser writes, by a sentence encoder. See ``hearing.Backend``.
 
     Args:
         recogniser, encoder: their names or folders, loaded at first use.
-        language, beam: see Transcriber.
+        language, beam, tail: see ``Transcriber.load``.
 
-    Raises ConfigError for a beam that is no number; ModelError or ConfigError when models are used.
+    Raises ConfigError for a beam or tail that is no number; ModelError or ConfigError when models
+    are used.
     """
 
     verbatim = True
@@ -155,9 +185,16 @@ class TranscriptBackend:
         encoder: str = ENCODER,
         language: str | None = None,
         beam: str = "1",
+        tail: str = f"{TAIL_S:g}",
     ) -> None:
         if not beam.isdecimal():
             raise ConfigError(f"beam must be a whole number (given: {beam!r})")
+        try:
+            self._tail = float(tail)
+        except ValueError:
+            self._tail = -1.0
+        if not self._tail >= 0:
+            raise ConfigError(f"tail must be a number of seconds, at least 0 (given: {tail!r})")
         self._beam = int(beam)
         self._recogniser = recogniser
         self._encoder = encoder
@@ -166,7 +203,8 @@ class TranscriptBackend:
     @cached_property
     def transcriber(self) -> Transcriber:
         """The recogniser."""
-        return Transcriber.load(self._recogniser, language=self._language, beam=self._beam)
+        how: dict[str, Any] = {"language": self._language, "beam": self._beam, "tail": self._tail}
+        return Transcriber.load(self._recogniser, **how)
 
     @cached_property
     def embedder(self) -> Embedder:
@@ -177,7 +215,8 @@ class TranscriptBackend:
     def hears(self) -> str:
         """See ``hearing.Backend``."""
         beam = f" beam {self._beam}" if self._beam > 1 else ""
-        return f"{self._recogniser} {hub.revision(hub.resolve(self._recogniser))}{beam}"
+        tail = f" tail {self._tail:g}"
+        return f"{self._recogniser} {hub.revision(hub.resolve(self._recogniser))}{beam}{tail}"
 
     @cached_property
     def encodes(self) -> str:

@@ -15,7 +15,7 @@ from narrows.registry import build
 from narrows.retrieve.audio import RATE, Wave, read_audio
 from narrows.retrieve.hearing import BACKENDS
 from narrows.retrieve.rank import words
-from narrows.retrieve.transcribe import Segment, Transcriber
+from narrows.retrieve.transcribe import Segment, Transcriber, shortened
 from tiny_sound import speak, tone
 
 
@@ -53,7 +53,7 @@ def transcriber(said: list[Any], **options: Any) -> tuple[Transcriber, FakePipel
 
 def test_each_clip_gets_its_own_text_whatever_the_lengths() -> None:
     rng = np.random.default_rng(0)
-    waves = [np.zeros(n, np.float32) for n in rng.integers(0.1 * RATE, 12 * RATE, 40)]
+    waves = [np.ones(n, np.float32) for n in rng.integers(0.1 * RATE, 12 * RATE, 40)]
     said = [[(0.0, 0.05, f" text {i}", 0.0, -0.1), (0.05, 40.0, " more", 0, 0)] for i in range(40)]
     made, fake = transcriber(said, batch=6)
     transcripts = made(waves)
@@ -67,12 +67,26 @@ def test_each_clip_gets_its_own_text_whatever_the_lengths() -> None:
 def test_silence_is_empty_and_empty_clips_are_not_asked_about() -> None:
     silent, unsure = (0.0, 1.0, " you", 0.74, -1.1), (0.0, 1.0, " Hm.", 0.74, -0.3)
     made, fake = transcriber([[silent], [unsure], [(0.0, 1.0, "  ", 0.0, 0.0)]])
-    clip, nothing = np.zeros(RATE, np.float32), np.zeros(0, np.float32)
+    clip, nothing = np.ones(RATE, np.float32), np.zeros(0, np.float32)
     assert [t.text for t in made([clip, nothing, clip, nothing, clip])] == ["", "", "Hm.", "", ""]
     assert len(fake.asked) == 1
     assert made([]) == []
-    assert made([nothing])[0].segments == ()
+    assert made([nothing, np.zeros(RATE, np.float32)])[1].segments == ()
     assert len(fake.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("filled", "tail", "left"),
+    [(101, 0.0, 200), (100, 0.0, 100), (100, 2.0, 300), (2950, 2.0, 3000), (1, 30, 3000)],
+)
+def test_what_clips_are_filled_up_with_is_left_out(filled: int, tail: float, left: int) -> None:
+    features = np.zeros((2, 3, 3000), np.float32)
+    features[0, 1, :filled] = 1.0
+    features[1, 2, : filled // 2] = -1.0  # a shorter clip of the same batch
+    assert np.array_equal(shortened(features, tail), features[..., :left])
+    assert np.array_equal(shortened(features[0], tail), features[0, :, :left])
+    nothing = np.zeros((1, 3, 3000), np.float32)
+    assert shortened(nothing, tail).shape == nothing.shape
 
 
 def test_what_cannot_be_asked() -> None:
@@ -107,11 +121,12 @@ def test_synthetic_speech_and_silence(whisper: Transcriber, tmp_path: Path) -> N
     path = speak(tmp_path / "a.wav", "The harbour was rebuilt after the great earthquake.")
     spoken = np.concatenate(list(read_audio(path)))
     silence = np.zeros(2 * RATE, np.float32)
-    heard, nothing, hum = whisper([spoken, silence, tone(2)])
+    noise = (0.01 * np.random.default_rng(0).standard_normal(4 * RATE)).astype(np.float32)
+    heard, nothing, hiss, hum = whisper([spoken, silence, noise, tone(2)])
     assert {"rebuilt", "great", "earthquake"} <= set(words(heard.text))
     assert all(0 <= s.start <= s.end <= len(spoken) / RATE for s in heard.segments)
     assert isinstance(heard.segments[0], Segment)
-    assert nothing.text == ""
+    assert nothing.text == hiss.text == ""
     assert len(words(hum.text)) < 4
 
 
