@@ -157,14 +157,15 @@ def curves(rows: Sequence[Row]) -> list[Row]:
         for r in rows
         if r["metric"] == "recall@1" and r["part"] == "find" and r["direction"] == "question"
     ]
-    fused = {r["method"].rpartition(" ")[0] for r in asked if r["method"].endswith(" fused")}
+    fused = {r["method"] for r in asked if r["method"].endswith(" fused")}
+    searched = tuple(method.removesuffix("fused") for method in fused)
     sizes = [r["size"] for r in asked if r["noise"] != QUIET] or [r["size"] for r in asked]
     return [
         r
         for r in asked
         if "voice" in r
         and r["size"] == max(sizes)
-        and (r["method"].endswith(" fused") or r["method"].rpartition(" ")[0] not in fused)
+        and (r["method"] in fused or not r["method"].startswith(searched))
     ]
 
 

@@ -29,6 +29,10 @@ TAIL_S = 4.0
 30 s: of short ones that takes more than half of the time, and as many words are wrong. Behind 2 s
 it still writes as well, but some noise is taken for speech."""
 
+WINDOW_S = 15.0
+"""Least length of a batch with its silence, in seconds: in less, Whisper says a lone word again and
+again."""
+
 FRAMES = 100
 """Of Whisper's features, in a second."""
 
@@ -158,11 +162,11 @@ class Transcriber:
 
 def shortened(features: NDArray[np.float32], tail: float) -> NDArray[np.float32]:
     """``[..., T]`` without the zeros that all clips are filled up with, up to ``tail`` seconds of
-    them and whole seconds in all: what runs them keeps code for every length."""
+    them, at least WINDOW_S and whole seconds in all: what runs them keeps code for every length."""
     filled = np.flatnonzero(features.reshape(-1, features.shape[-1]).any(0))
     if not len(filled):
         return features
-    seconds = math.ceil((filled[-1] + 1) / FRAMES + tail)
+    seconds = math.ceil(max((filled[-1] + 1) / FRAMES + tail, WINDOW_S))
     return np.ascontiguousarray(features[..., : seconds * FRAMES])
 
 
@@ -215,7 +219,7 @@ class TranscriptBackend:
     def hears(self) -> str:
         """See ``hearing.Backend``."""
         beam = f" beam {self._beam}" if self._beam > 1 else ""
-        tail = f" tail {self._tail:g}"
+        tail = f" tail {self._tail:g} window {WINDOW_S:g}"
         return f"{self._recogniser} {hub.revision(hub.resolve(self._recogniser))}{beam}{tail}"
 
     @cached_property

@@ -77,7 +77,16 @@ def test_silence_is_empty_and_empty_clips_are_not_asked_about() -> None:
 
 @pytest.mark.parametrize(
     ("filled", "tail", "left"),
-    [(101, 0.0, 200), (100, 0.0, 100), (100, 2.0, 300), (2950, 2.0, 3000), (1, 30, 3000)],
+    [
+        (1601, 0.0, 1700),
+        (1600, 0.0, 1600),
+        (1600, 2.0, 1800),
+        (2950, 2.0, 3000),
+        (1, 30, 3000),
+        (100, 4.0, 1500),
+        (1100, 4.0, 1500),
+        (1101, 4.0, 1600),
+    ],
 )
 def test_what_clips_are_filled_up_with_is_left_out(filled: int, tail: float, left: int) -> None:
     features = np.zeros((2, 3, 3000), np.float32)
