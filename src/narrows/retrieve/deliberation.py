@@ -64,8 +64,12 @@ class Deliberation(nn.Module):
             "expected": table[[ids[0] for ids in split]],
             "bias": -BEHIND * torch.tensor([len(ids) - 1.0 for ids in split]),
         }
+        device = pieces.table.device
+        self.dtype = wide_matmul_dtype() if device.type == "cpu" else torch.bfloat16
         for name, value in frozen.items():
-            self.register_buffer(name, value.to(pieces.table.device), persistent=False)
+            matrix = name == "expected" or name.endswith("_weight")
+            own = value.to(device, self.dtype if matrix else None)
+            self.register_buffer(name, own, persistent=False)
 
     @property
     def state_size(self) -> int:
@@ -99,9 +103,8 @@ class Deliberation(nn.Module):
         own = scores.masked_fill(self.special, -math.inf).log_softmax(1)
         ids = torch.zeros(draft.places.shape, dtype=torch.long, device=own.device)
         ids[draft.places] = own.argmax(1)
-        on_cpu = states.device.type == "cpu"
-        dtype = wide_matmul_dtype() if on_cpu else torch.bfloat16
-        with torch.autocast(states.device.type, dtype, enabled=dtype is not torch.float32):
+        narrow = self.dtype is not torch.float32
+        with torch.autocast(states.device.type, self.dtype, enabled=narrow):
             x = self._read(states.masked_fill(~mask[:, :, None], 0.0), mask, ids, draft.counts)
             whispers = linear(x, self.expected, self.bias).float()
         whispers = whispers.masked_fill(self.special, -math.inf).log_softmax(1)
