@@ -177,7 +177,7 @@ class TranscriptBackend:
         recogniser, encoder: their names or folders, loaded at first use.
         language, beam, tail: see ``Transcriber.load``.
 
-    Raises ConfigError for a beam or tail that is no number; ModelError or ConfigError when models
+    Raises ConfigError for a beam or tail that cannot be; ModelError or ConfigError when models
     are used.
     """
 
@@ -197,8 +197,8 @@ class TranscriptBackend:
             self._tail = float(tail)
         except ValueError:
             self._tail = -1.0
-        if not self._tail >= 0:
-            raise ConfigError(f"tail must be a number of seconds, at least 0 (given: {tail!r})")
+        if not 0 <= self._tail <= LONGEST_S:
+            raise ConfigError(f"tail must be 0 to {LONGEST_S:g} seconds (given: {tail!r})")
         self._beam = int(beam)
         self._recogniser = recogniser
         self._encoder = encoder

@@ -104,6 +104,9 @@ def test_what_cannot_be_asked() -> None:
         made([np.zeros(31 * RATE, np.float32)])
     with pytest.raises(ConfigError, match="no language 'xx'"):
         transcriber([], language="xx")
+    for tail in ("-1", "31", "inf", "nan", "long"):
+        with pytest.raises(ConfigError, match="tail must be 0 to 30 seconds"):
+            build(BACKENDS, f"transcript:tail={tail}")
     with pytest.raises(ConfigError, match="has no option among: speed"):
         build(BACKENDS, "transcript:speed=2")
 
