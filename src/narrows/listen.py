@@ -32,7 +32,7 @@ from narrows.retrieve.voice import Silero
 
 DEFAULT_BACKEND = "transcript"
 
-BATCH = 8
+BATCH = 16
 """Clips that are held and heard together."""
 
 PASSAGES = 3

@@ -8,12 +8,13 @@ recogniser is trained on states of the same kind. The last sample is followed by
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from narrows.errors import ConfigError, InputError, ModelError, reason
@@ -60,14 +61,17 @@ class SpeechEncoder:
             ) from None
         encoder = cls(model, name)
         with _little_code_kept():
-            encoder.encode(np.zeros(RATE // 10, np.float32))
+            encoder.encode([np.zeros(RATE // 10, np.float32)])
         return encoder
 
-    def encode(self, wave: Wave) -> Tensor:
-        """States float32 ``[T, size]`` of a clip. Raises InputError if it is empty, longer than
-        the encoder knows positions for, or not finite."""
-        import ctranslate2
+    def encode(self, waves: Sequence[Wave]) -> list[Tensor]:
+        """States float32 ``[T, size]`` of each clip, encoded one by one. Raises InputError if one
+        is empty, longer than the encoder knows positions for, or not finite."""
+        # NumPy's threads keep a processor busy for a while after its products, which the encoder
+        # then lacks: all features are made before it begins.
+        return [self._encoded(mel) for mel in [self._features(wave) for wave in waves]]
 
+    def _features(self, wave: Wave) -> NDArray[np.float32]:
         if not 0 < len(wave) <= LONGEST_S * RATE:
             raise InputError(
                 f"a clip of {len(wave) / RATE:.2f} s cannot be encoded; give more than none and "
@@ -76,8 +80,12 @@ class SpeechEncoder:
         if not np.isfinite(wave).all():
             raise InputError("a clip holds samples that are not finite numbers; it is damaged")
         mel = self.features(wave, padding=RATE // 100)[:, : round(LONGEST_S / 0.01)]
-        batch = np.ascontiguousarray(mel[None], dtype=np.float32)
-        states = self.model.encode(ctranslate2.StorageView.from_array(batch), to_cpu=True)
+        return np.ascontiguousarray(mel[None], dtype=np.float32)
+
+    def _encoded(self, mel: NDArray[np.float32]) -> Tensor:
+        from ctranslate2 import StorageView
+
+        states = self.model.encode(StorageView.from_array(mel), to_cpu=True)
         return torch.from_numpy(np.array(states)[0])
 
 

@@ -94,11 +94,8 @@ class HeadBackend(ABC):
     def states(self, waves: Sequence[Wave]) -> dict[int, Tensor]:
         """States ``[T, size]`` of the clips in which something may be said, those not shorter than
         LEAST_S, by their numbers."""
-        return {
-            i: self.speech.encode(wave)
-            for i, wave in enumerate(waves)
-            if len(wave) >= LEAST_S * RATE
-        }
+        heard = [i for i, wave in enumerate(waves) if len(wave) >= LEAST_S * RATE]
+        return dict(zip(heard, self.speech.encode([waves[i] for i in heard]), strict=True))
 
     def embed(self, question: str) -> NDArray[np.float32]:
         """See ``hearing.Backend``."""

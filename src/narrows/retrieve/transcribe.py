@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import numpy as np
@@ -36,9 +37,10 @@ again."""
 FRAMES = 100
 """Of Whisper's features, in a second."""
 
-NO_SPEECH, UNSURE = 0.6, -1.0
+NO_SPEECH, UNSURE, CIRCLES = 0.6, -1.0, 2.4
 """A clip is taken for silence above this probability of it, where the mean log-probability of what
-was written is below the other: Whisper's own rule."""
+was written is below the second, Whisper's own rule, or where this goes in circles: where zlib makes
+it shorter by more than the third, of which Whisper would try again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +100,8 @@ class Transcriber:
         tail: float = TAIL_S,
     ) -> Self:
         """Load by name or folder (see ``narrows.model.hub.resolve``), onto CUDA where there is
-        one; in 8 bits on a CPU. ``tail``: see TAIL_S; 30 fills up as Whisper does. Raises
-        ModelError or ConfigError."""
+        one; in 8 bits on a CPU. ``tail``: see TAIL_S; 30 leaves all as faster-whisper does it:
+        every clip filled up to 30 s, a batch encoded together. Raises ModelError or ConfigError."""
         try:
             from faster_whisper import WhisperModel
         except ImportError:
@@ -113,8 +115,8 @@ class Transcriber:
             model = WhisperModel(str(folder), compute_type="auto", local_files_only=True)
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"cannot read the recogniser in {folder}: {reason(error)}") from error
-        encode = model.encode
-        model.encode = lambda features: encode(shortened(features, tail))
+        if tail < LONGEST_S:
+            model.encode = partial(_encoded, model.encode, tail, model.model.device == "cpu")
         return cls(model, language=language, beam=beam)
 
     def __call__(self, waves: Sequence[Wave]) -> list[Transcript]:
@@ -123,6 +125,7 @@ class Transcriber:
             raise InputError(f"a clip is longer than {LONGEST_S:g} s; cut it into shorter ones")
         made = [Transcript() for _ in waves]
         spoken = [i for i, w in enumerate(waves) if len(w) >= LEAST_S * RATE and w.any()]
+        spoken.sort(key=lambda i: len(waves[i]))  # all of a batch take as long as the longest
         for start in range(0, len(spoken), self.batch):
             chosen = spoken[start : start + self.batch]
             for i, found in zip(chosen, self._batch([waves[i] for i in chosen]), strict=True):
@@ -145,19 +148,46 @@ class Transcriber:
             max_new_tokens=MAX_TOKENS,
         )
         found: list[list[Segment]] = [[] for _ in waves]
+        silent = [False for _ in waves]
         for segment in written:
-            silent = segment.no_speech_prob > NO_SPEECH and segment.avg_logprob < UNSURE
             text = segment.text.strip()
-            if silent or not text:
-                continue
             # Times may be wrong, but the hundredth of a second where its clip begins is known.
             i = bisect.bisect(starts, segment.seek / 100 + 0.01) - 1
+            silent[i] = segment.no_speech_prob > NO_SPEECH
+            if not text or (silent[i] and segment.avg_logprob < UNSURE):
+                continue
             length = len(waves[i]) / RATE
             start, end = (
                 min(max(0.0, t - starts[i]), length) for t in (segment.start, segment.end)
             )
             found[i].append(Segment(start, end, text))
-        return [Transcript(tuple(segments)) for segments in found]
+        made = [Transcript(tuple(segments)) for segments in found]
+        return [
+            Transcript() if quiet and _in_circles(one.text) else one
+            for one, quiet in zip(made, silent, strict=True)
+        ]
+
+
+def _in_circles(text: str) -> bool:
+    data = text.encode()
+    return len(data) > CIRCLES * len(zlib.compress(data))
+
+
+def _encoded(
+    encode: Callable[[NDArray[np.float32]], Any],
+    tail: float,
+    singly: bool,
+    features: NDArray[np.float32],
+) -> Any:
+    """What ``encode`` makes of features ``[..., T]`` that are ``shortened``. ``singly`` has it
+    encode clip after clip: together they do not fit the caches of a CPU, and take twice as long."""
+    short = shortened(features, tail)
+    if not singly:
+        return encode(short)
+    from ctranslate2 import StorageView
+
+    clips = short.reshape(-1, *short.shape[-2:])
+    return StorageView.from_array(np.concatenate([np.array(encode(one)) for one in clips]))
 
 
 def shortened(features: NDArray[np.float32], tail: float) -> NDArray[np.float32]:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -28,7 +30,7 @@ from narrows.retrieve.clsr import (
     in_words,
 )
 from narrows.retrieve.rank import Embedder
-from narrows.retrieve.speech_head import STRIDE, padded
+from narrows.retrieve.speech_head import STRIDE, by_length, padded
 from narrows.train.hearing import Counterparts, Negatives, Objective, Questions, Speech
 from narrows.train.letters import LettersObjective
 from narrows.train.loop import LoopOptions, processes, train
@@ -276,10 +278,11 @@ class HeldOut:
 
     def measure(self) -> dict[str, float]:
         """Errors a word piece and a word, tokens fired a token said, and, if clips are held that
-        have a question, the share of questions ``found``, see ``Questions``."""
+        have a question, the share of questions ``found``, see ``Questions``, by the pieces that are
+        written, and ``found_soft``, by mixtures of all pieces."""
         self.module.eval()
-        count = len(self.held.clips)
-        heard = [h.ids for h in self.module.recognise([self.held.states(i) for i in range(count)])]
+        states = [self.held.states(i) for i in range(len(self.held.clips))]
+        heard = [h.ids for h in self.module.recognise(states)]
         words = [in_words(ids, self.text).split() for ids in heard]
         told = {
             "piece_error": error_rate(heard, self.pieces),
@@ -288,7 +291,25 @@ class HeldOut:
         }
         if self.questions.texts:
             told["found"] = self.questions.found(embedded(heard, self.text))
+            told["found_soft"] = self.questions.found(self._mixed(states))
         return told
+
+    @torch.inference_mode()
+    def _mixed(self, states: Sequence[Tensor]) -> NDArray[np.float32]:
+        """Unit vectors ``[len(states), width]`` of clips read without a choice of pieces, as the
+        adaptor "soft" has them; 0 where nothing was said."""
+        module = self.module
+        vectors = np.zeros((len(states), module.config.width), np.float32)
+        for chosen in by_length([*map(len, states)]):
+            batch, mask = padded([states[i] for i in chosen], module.table.device)
+            draft, _ = module.draft(batch, mask)
+            said = draft.counts > 0
+            if said.any():
+                scores = module.scores(draft.vectors[draft.places])
+                embeds = text_like(scores, module.table, module.special, adaptor="soft")
+                read = read_as_text(embeds, draft.counts[said].tolist(), self.text)
+                vectors[np.array(chosen)[said.numpy(force=True)]] = read.numpy(force=True)
+        return vectors
 
 
 def piece_ids(words: str, text: Embedder) -> list[int]:

@@ -178,7 +178,7 @@ def draw(history: Sequence[dict[str, Any]], path: Path) -> None:
             left.plot(*zip(*points, strict=True), label=part, lw=0.8)
     left.set(xlabel="update", ylabel="training: parts of the loss", yscale="log")
     left.legend()
-    for part in ("piece_error", "word_error", "fired", "found"):
+    for part in ("piece_error", "word_error", "fired", "found", "found_soft"):
         points = [(n, row[part]) for n, row in numbered if part in row]
         if points:
             right.plot(*zip(*points, strict=True), "-o", ms=3, label=part.replace("_", " "))

@@ -194,7 +194,7 @@ def _write(path: Path, some: Sequence[Stretch], encoder: SpeechEncoder, origin: 
         wave = speak(one.text, voice, chance.uniform(*SPEEDS))
         if len(wave) > LONGEST_S * RATE:
             continue
-        states.append(encoder.encode(worn(wave, chance)).half())
+        states.append(encoder.encode([worn(wave, chance)])[0].half())
         clips.append(Clip(words_of(one.text), " ".join(voice), one.article, one.question, one.held))
     ends = torch.tensor([len(s) for s in states]).cumsum(0)
     told = {"origin": origin, "clips": json.dumps([asdict(clip) for clip in clips])}

@@ -192,7 +192,7 @@ def test_a_backend_reads_twice_unless_told_not_to(tmp_path, monkeypatch):
     def written(**options):
         made = ClsrBackend(str(tmp_path), **options)
         made.__dict__["embedder"] = text_encoder()
-        encode = SimpleNamespace(encode=lambda wave: torch.from_numpy(wave).view(-1, STATE))
+        encode = SimpleNamespace(encode=lambda w: [torch.from_numpy(x).view(-1, STATE) for x in w])
         made.__dict__["speech"] = encode
         return [one.ids for one in made.write(waves)]
 

@@ -117,7 +117,9 @@ def backend(folder):
     dual().save(folder)
     made = build(BACKENDS, f"dual:folder={folder}")
     made.__dict__["embedder"] = text_encoder()
-    made.__dict__["speech"] = SimpleNamespace(encode=lambda w: torch.from_numpy(w).view(-1, STATE))
+    made.__dict__["speech"] = SimpleNamespace(
+        encode=lambda waves: [torch.from_numpy(w).view(-1, STATE) for w in waves]
+    )
     return made
 
 

@@ -32,7 +32,7 @@ def tone(seconds):
 @pytest.mark.model
 @pytest.mark.parametrize("seconds", [1 / RATE, 0.01, 0.5, 1.01, 30.0])
 def test_a_state_every_20_ms(encoder, seconds):
-    states = encoder.encode(tone(seconds))
+    (states,) = encoder.encode([tone(seconds)])
     assert states.dtype == torch.float32
     assert states.shape[1] == 512
     assert abs(len(states) - seconds / 0.02) <= 1
@@ -42,23 +42,24 @@ def test_a_state_every_20_ms(encoder, seconds):
 @pytest.mark.model
 def test_repeatable_and_not_filled_up(encoder):
     wave = tone(2.0)
-    states = encoder.encode(wave)
-    assert torch.equal(states, encoder.encode(wave))
-    filled = encoder.encode(np.pad(wave, (0, 5 * RATE)))
+    (states,) = encoder.encode([wave])
+    filled, again = encoder.encode([np.pad(wave, (0, 5 * RATE)), wave])
+    assert torch.equal(states, again)
     assert not torch.allclose(states, filled[: len(states)], atol=0.1)
 
 
 @pytest.mark.model
 def test_clips_that_cannot_be_encoded(encoder):
     with pytest.raises(InputError, match=r"0\.00 s"):
-        encoder.encode(tone(0))
+        encoder.encode([tone(1.0), tone(0)])
     with pytest.raises(InputError, match="at most 30 s"):
-        encoder.encode(tone(30.1))
+        encoder.encode([tone(30.1)])
     wave = tone(0.2)
     wave[7] = np.nan
     with pytest.raises(InputError, match="not finite"):
-        encoder.encode(wave)
-    assert encoder.encode(np.zeros(RATE, np.float32)).isfinite().all()
+        encoder.encode([wave])
+    assert encoder.encode([np.zeros(RATE, np.float32)])[0].isfinite().all()
+    assert encoder.encode([]) == []
 
 
 def test_a_folder_without_whisper(tmp_path):
@@ -81,10 +82,10 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
 encoder = SpeechEncoder.load(threads=1)
-encoder.encode(np.zeros(7 * 16000, np.float32))
+encoder.encode([np.zeros(7 * 16000, np.float32)])
 before = resident()
 for tenths in range(30, 70):
-    encoder.encode(np.zeros(tenths * 1600, np.float32))
+    encoder.encode([np.zeros(tenths * 1600, np.float32)])
 print(resident() - before)
 """
 

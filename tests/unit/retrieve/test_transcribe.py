@@ -55,7 +55,8 @@ def test_each_clip_gets_its_own_text_whatever_the_lengths() -> None:
     rng = np.random.default_rng(0)
     waves = [np.ones(n, np.float32) for n in rng.integers(0.1 * RATE, 12 * RATE, 40)]
     said = [[(0.0, 0.05, f" text {i}", 0.0, -0.1), (0.05, 40.0, " more", 0, 0)] for i in range(40)]
-    made, fake = transcriber(said, batch=6)
+    shortest_first = sorted(range(40), key=lambda i: len(waves[i]))
+    made, fake = transcriber([said[i] for i in shortest_first], batch=6)
     transcripts = made(waves)
     assert [t.text for t in transcripts] == [f"text {i} more" for i in range(40)]
     assert [len(asked["clip_timestamps"]) for asked in fake.asked] == [6] * 6 + [4]
@@ -65,14 +66,20 @@ def test_each_clip_gets_its_own_text_whatever_the_lengths() -> None:
 
 
 def test_silence_is_empty_and_empty_clips_are_not_asked_about() -> None:
-    silent, unsure = (0.0, 1.0, " you", 0.74, -1.1), (0.0, 1.0, " Hm.", 0.74, -0.3)
-    made, fake = transcriber([[silent], [unsure], [(0.0, 1.0, "  ", 0.0, 0.0)]])
+    silent, sure = (0.0, 1.0, " you", 0.74, -1.1), (0.0, 1.0, " Hm.", 0.74, -0.3)
+    made, fake = transcriber([[silent], [sure], [(0.0, 1.0, "  ", 0.0, 0.0)]])
     clip, nothing = np.ones(RATE, np.float32), np.zeros(0, np.float32)
     assert [t.text for t in made([clip, nothing, clip, nothing, clip])] == ["", "", "Hm.", "", ""]
     assert len(fake.asked) == 1
     assert made([]) == []
     assert made([nothing, np.zeros(RATE, np.float32)])[1].segments == ()
     assert len(fake.asked) == 1
+
+
+def test_going_in_circles_is_silence_where_nobody_seems_to_speak() -> None:
+    made, _ = transcriber([[(0.0, 1.0, " And round.", p, -0.1)] * 20 for p in (0.7, 0.5)])
+    found = [t.text for t in made([np.ones(RATE, np.float32)] * 2)]
+    assert found == ["", " ".join(["And round."] * 20)]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +147,21 @@ def test_synthetic_speech_and_silence(whisper: Transcriber, tmp_path: Path) -> N
     assert isinstance(heard.segments[0], Segment)
     assert nothing.text == hiss.text == ""
     assert len(words(hum.text)) < 4
+
+
+@pytest.mark.model
+def test_clips_are_encoded_one_by_one_as_together(whisper: Transcriber) -> None:
+    features = np.random.default_rng(0).standard_normal((3, 80, 3000)).astype(np.float32)
+    features[..., 1200:] = 0.0
+    model = whisper._pipeline.model
+    singly, together = (
+        np.array(model.encode(features)),
+        np.array(type(model).encode(model, features[..., :1600])),
+    )
+    assert singly.shape == together.shape == (3, 800, 512)
+    assert singly == pytest.approx(together, abs=1e-2)
+    assert np.abs(singly[0] - together[1]).max() > 0.1
+    assert np.array(model.encode(features[0])).shape == (1, 800, 512)
 
 
 @pytest.mark.model
