@@ -32,7 +32,7 @@ from narrows.retrieve.voice import Silero
 
 DEFAULT_BACKEND = "transcript"
 
-BATCH = 16
+BATCH = 32
 """Clips that are held and heard together."""
 
 PASSAGES = 3

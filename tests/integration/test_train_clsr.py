@@ -34,7 +34,7 @@ def test_a_recogniser_and_a_dual_encoder_from_the_command_line(tmp_path, monkeyp
     if not (shutil.which(FLITE) and shutil.which(ESPEAK)):
         pytest.skip("flite or espeak-ng is not installed")
     try:
-        SpeechEncoder.load(threads=1)
+        SpeechEncoder.load()
     except ModelError as error:
         pytest.skip(str(error))
     data, out = spoken_data(tmp_path / "data"), tmp_path / "out"

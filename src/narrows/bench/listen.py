@@ -52,7 +52,7 @@ def run(
     misheard_texts: int = 400,
     answers: int = 100,
     model: str = "smollm2-135m",
-    timed_clips: int = 24,
+    timed_clips: int = 32,
     rounds: int = 3,
     searched: int = 10_000,
     minutes: Sequence[int] = (10, 30),

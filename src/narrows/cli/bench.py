@@ -377,7 +377,7 @@ def listen(
     noisy_clips: Annotated[int, typer.Option(help="Clips heard in noise.")] = 300,
     answers: Annotated[int, typer.Option(help="Questions a model answers from clips.")] = 100,
     model: Model = DEFAULT_MODEL,
-    timed_clips: Annotated[int, typer.Option(help="Clips heard in a round of timing.")] = 24,
+    timed_clips: Annotated[int, typer.Option(help="Clips heard in a round of timing.")] = 32,
     rounds: Rounds = 3,
     searched: Annotated[int, typer.Option(help="Clips among which a search is timed.")] = 10_000,
     minutes: Annotated[str, typer.Option(help="Lengths of recordings indexed.")] = "10,30",

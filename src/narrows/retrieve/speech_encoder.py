@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +22,7 @@ from narrows.errors import ConfigError, InputError, ModelError, reason
 from narrows.model import hub
 from narrows.retrieve.audio import RATE, Wave
 from narrows.retrieve.clips import LONGEST_S
-from narrows.retrieve.transcribe import RECOGNISER
+from narrows.retrieve.transcribe import RECOGNISER, crew
 
 STATE_SECONDS = 0.02
 CODE_LIMIT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
@@ -33,43 +34,50 @@ class SpeechEncoder:
     Args:
         model: a ``ctranslate2.models.Whisper``.
         name: what it is known by.
+        workers: clips that are encoded at the same time.
     """
 
-    def __init__(self, model: Any, name: str) -> None:
+    def __init__(self, model: Any, name: str, workers: int = 1) -> None:
         from faster_whisper.feature_extractor import FeatureExtractor
 
-        self.model, self.name = model, name
+        self.model, self.name, self.workers = model, name, workers
         self.features = FeatureExtractor(feature_size=model.n_mels, sampling_rate=RATE)
 
     @classmethod
-    def load(cls, name: str = RECOGNISER, *, threads: int = 0) -> SpeechEncoder:
-        """Load an encoder by name (see ``narrows.model.hub.resolve``), to run in ``threads``
-        threads, 0 leaving that to CTranslate2. Raises ModelError, and ConfigError where the
-        packages for it are not installed."""
+    def load(cls, name: str = RECOGNISER) -> SpeechEncoder:
+        """Load an encoder by name (see ``narrows.model.hub.resolve``). Raises ModelError, and
+        ConfigError where the packages for it are not installed."""
         try:
             import ctranslate2
         except ImportError:
             raise ConfigError("reading speech needs: pip install 'narrows[listen]'") from None
         folder = hub.resolve(name)
+        workers, threads = crew()
         try:
             model = ctranslate2.models.Whisper(
-                str(folder), device="cpu", compute_type="int8", intra_threads=threads
+                str(folder),
+                device="cpu",
+                compute_type="int8",
+                inter_threads=workers,
+                intra_threads=threads,
             )
         except (RuntimeError, ValueError) as error:
             raise ModelError(
                 f"cannot read a Whisper model from {folder}: {reason(error)}"
             ) from None
-        encoder = cls(model, name)
+        encoder = cls(model, name, workers)
         with _little_code_kept():
             encoder.encode([np.zeros(RATE // 10, np.float32)])
         return encoder
 
     def encode(self, waves: Sequence[Wave]) -> list[Tensor]:
-        """States float32 ``[T, size]`` of each clip, encoded one by one. Raises InputError if one
+        """States float32 ``[T, size]`` of each clip, encoded by itself. Raises InputError if one
         is empty, longer than the encoder knows positions for, or not finite."""
         # NumPy's threads keep a processor busy for a while after its products, which the encoder
         # then lacks: all features are made before it begins.
-        return [self._encoded(mel) for mel in [self._features(wave) for wave in waves]]
+        features = [self._features(wave) for wave in waves]
+        with ThreadPoolExecutor(self.workers) as pool:
+            return [*pool.map(self._encoded, features)]
 
     def _features(self, wave: Wave) -> NDArray[np.float32]:
         if not 0 < len(wave) <= LONGEST_S * RATE:

@@ -6,11 +6,13 @@ import bisect
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from narrows.errors import ConfigError, InputError, ModelError, reason
@@ -72,12 +74,19 @@ class Transcriber:
         language: its code, such as ``"en"``; None listens to the first 30 s of every batch.
         beam: transcripts kept while searching; 1 is greedy.
         batch: clips that are read together.
+        workers: batches that are read at the same time.
 
     Raises ConfigError for a language it does not know or a beam below 1.
     """
 
     def __init__(
-        self, model: Any, *, language: str | None = None, beam: int = 1, batch: int = 8
+        self,
+        model: Any,
+        *,
+        language: str | None = None,
+        beam: int = 1,
+        batch: int = 8,
+        workers: int = 1,
     ) -> None:
         from faster_whisper import BatchedInferencePipeline
 
@@ -88,6 +97,7 @@ class Transcriber:
         self.language = language
         self.beam = beam
         self.batch = batch
+        self.workers = workers
         self._pipeline = BatchedInferencePipeline(model)
 
     @classmethod
@@ -103,6 +113,7 @@ class Transcriber:
         one; in 8 bits on a CPU. ``tail``: see TAIL_S; 30 leaves all as faster-whisper does it:
         every clip filled up to 30 s, a batch encoded together. Raises ModelError or ConfigError."""
         try:
+            from ctranslate2 import get_cuda_device_count
             from faster_whisper import WhisperModel
         except ImportError:
             raise ConfigError(
@@ -111,13 +122,22 @@ class Transcriber:
         folder = hub.resolve(name)
         if not ctranslate2.is_model(folder / ctranslate2.WEIGHTS):
             raise ModelError(f"{name} is no Whisper in CTranslate2's form; try {RECOGNISER}")
+        workers, threads = crew()
+        if get_cuda_device_count():
+            workers = 1
         try:
-            model = WhisperModel(str(folder), compute_type="auto", local_files_only=True)
+            model = WhisperModel(
+                str(folder),
+                compute_type="auto",
+                local_files_only=True,
+                num_workers=workers,
+                cpu_threads=threads,
+            )
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"cannot read the recogniser in {folder}: {reason(error)}") from error
         if tail < LONGEST_S:
             model.encode = partial(_encoded, model.encode, tail, model.model.device == "cpu")
-        return cls(model, language=language, beam=beam)
+        return cls(model, language=language, beam=beam, workers=workers)
 
     def __call__(self, waves: Sequence[Wave]) -> list[Transcript]:
         """What is said in each clip. Raises InputError for one longer than LONGEST_S."""
@@ -125,11 +145,15 @@ class Transcriber:
             raise InputError(f"a clip is longer than {LONGEST_S:g} s; cut it into shorter ones")
         made = [Transcript() for _ in waves]
         spoken = [i for i, w in enumerate(waves) if len(w) >= LEAST_S * RATE and w.any()]
-        spoken.sort(key=lambda i: len(waves[i]))  # all of a batch take as long as the longest
-        for start in range(0, len(spoken), self.batch):
-            chosen = spoken[start : start + self.batch]
-            for i, found in zip(chosen, self._batch([waves[i] for i in chosen]), strict=True):
-                made[i] = found
+        # All of a batch take as long as its longest; the batches that take longest go first.
+        spoken.sort(key=lambda i: -len(waves[i]))
+        parts = [spoken[at : at + self.batch] for at in range(0, len(spoken), self.batch)]
+        with ThreadPoolExecutor(self.workers) as pool:
+            for part, found in zip(
+                parts, pool.map(lambda p: self._batch([waves[i] for i in p]), parts), strict=True
+            ):
+                for i, transcript in zip(part, found, strict=True):
+                    made[i] = transcript
         return made
 
     def _batch(self, waves: Sequence[Wave]) -> list[Transcript]:
@@ -171,6 +195,14 @@ class Transcriber:
 def _in_circles(text: str) -> bool:
     data = text.encode()
     return len(data) > CIRCLES * len(zlib.compress(data))
+
+
+def crew() -> tuple[int, int]:
+    """Workers that read clips on a CPU, and the threads of each: two with half of them get done
+    more than one with all."""
+    threads = torch.get_num_threads()
+    workers = min(2, threads)
+    return workers, threads // workers
 
 
 def _encoded(

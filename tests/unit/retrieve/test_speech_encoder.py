@@ -19,7 +19,7 @@ from narrows.retrieve.speech_encoder import CODE_LIMIT, SpeechEncoder
 def encoder():
     pytest.importorskip("ctranslate2")
     try:
-        return SpeechEncoder.load(threads=1)
+        return SpeechEncoder.load()
     except ModelError as error:
         pytest.skip(str(error))
 
@@ -81,7 +81,7 @@ from narrows.retrieve.speech_encoder import SpeechEncoder
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
-encoder = SpeechEncoder.load(threads=1)
+encoder = SpeechEncoder.load()
 encoder.encode([np.zeros(7 * 16000, np.float32)])
 before = resident()
 for tenths in range(30, 70):

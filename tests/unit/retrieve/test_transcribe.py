@@ -55,14 +55,35 @@ def test_each_clip_gets_its_own_text_whatever_the_lengths() -> None:
     rng = np.random.default_rng(0)
     waves = [np.ones(n, np.float32) for n in rng.integers(0.1 * RATE, 12 * RATE, 40)]
     said = [[(0.0, 0.05, f" text {i}", 0.0, -0.1), (0.05, 40.0, " more", 0, 0)] for i in range(40)]
-    shortest_first = sorted(range(40), key=lambda i: len(waves[i]))
-    made, fake = transcriber([said[i] for i in shortest_first], batch=6)
+    longest_first = sorted(range(40), key=lambda i: -len(waves[i]))
+    made, fake = transcriber([said[i] for i in longest_first], batch=6)
     transcripts = made(waves)
     assert [t.text for t in transcripts] == [f"text {i} more" for i in range(40)]
     assert [len(asked["clip_timestamps"]) for asked in fake.asked] == [6] * 6 + [4]
     for wave, found in zip(waves, transcripts, strict=True):
         assert found.segments[0].start == pytest.approx(0.0, abs=1e-3)
         assert found.segments[1].end == pytest.approx(len(wave) / RATE)
+
+
+class NumberPipeline:
+    """Writes the number that a clip is full of."""
+
+    def transcribe(self, wave: Wave, **options: Any) -> tuple[list[SimpleNamespace], None]:
+        starts = [place["start"] for place in options["clip_timestamps"]]
+        told = {"start": 0.0, "end": 0.0, "no_speech_prob": 0.0, "avg_logprob": 0.0}
+        return [
+            SimpleNamespace(seek=int(at * 100), text=str(int(wave[round(at * RATE)])), **told)
+            for at in starts
+        ], None
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_batches_may_be_read_at_the_same_time(workers: int) -> None:
+    lengths = np.random.default_rng(1).integers(0.1 * RATE, 12 * RATE, 40)
+    made, _ = transcriber([], batch=3, workers=workers)
+    made._pipeline = NumberPipeline()
+    found = made([np.full(n, i + 1, np.float32) for i, n in enumerate(lengths)])
+    assert [t.text for t in found] == [str(i + 1) for i in range(40)]
 
 
 def test_silence_is_empty_and_empty_clips_are_not_asked_about() -> None:
