@@ -316,9 +316,10 @@ def clsr(
         return
     draw(history, out / "curves.png")
     last = history[-1]
+    found = last["found_soft" if adaptor == "soft" else "found"]
     write(
         f"{out}: on held-out articles and voices {last['word_error']:.1%} of words wrong, "
-        f"{last['found']:.1%} of questions find their clip among {len(kept)}\n"
+        f"{found:.1%} of questions find their clip among {len(kept)}\n"
     )
 
 

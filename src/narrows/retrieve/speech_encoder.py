@@ -52,15 +52,15 @@ class SpeechEncoder:
         except ImportError:
             raise ConfigError("reading speech needs: pip install 'narrows[listen]'") from None
         folder = hub.resolve(name)
-        workers, threads = crew()
         try:
-            model = ctranslate2.models.Whisper(
-                str(folder),
-                device="cpu",
-                compute_type="int8",
-                inter_threads=workers,
-                intra_threads=threads,
-            )
+            with crew() as (workers, threads):
+                model = ctranslate2.models.Whisper(
+                    str(folder),
+                    device="cpu",
+                    compute_type="int8",
+                    inter_threads=workers,
+                    intra_threads=threads,
+                )
         except (RuntimeError, ValueError) as error:
             raise ModelError(
                 f"cannot read a Whisper model from {folder}: {reason(error)}"

@@ -26,7 +26,7 @@ from narrows.retrieve.speech_encoder import SpeechEncoder
 
 STRIDE = 2
 """States of the speech encoder a frame."""
-BATCH = 8
+BATCH = 16
 """Clips heard at once."""
 
 

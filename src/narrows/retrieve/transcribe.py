@@ -5,8 +5,9 @@ from __future__ import annotations
 import bisect
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Self
@@ -71,7 +72,7 @@ class Transcriber:
 
     Args:
         model: faster-whisper's ``WhisperModel``.
-        language: its code, such as ``"en"``; None listens to the first 30 s of every batch.
+        language: its code, such as ``"en"``; None listens to the first 30 s that it is given.
         beam: transcripts kept while searching; 1 is greedy.
         batch: clips that are read together.
         workers: batches that are read at the same time.
@@ -98,6 +99,7 @@ class Transcriber:
         self.beam = beam
         self.batch = batch
         self.workers = workers
+        self._model = model
         self._pipeline = BatchedInferencePipeline(model)
 
     @classmethod
@@ -111,7 +113,8 @@ class Transcriber:
     ) -> Self:
         """Load by name or folder (see ``narrows.model.hub.resolve``), onto CUDA where there is
         one; in 8 bits on a CPU. ``tail``: see TAIL_S; 30 leaves all as faster-whisper does it:
-        every clip filled up to 30 s, a batch encoded together. Raises ModelError or ConfigError."""
+        every clip filled up to 30 s, batches encoded together and one after the other. Raises
+        ModelError or ConfigError."""
         try:
             from ctranslate2 import get_cuda_device_count
             from faster_whisper import WhisperModel
@@ -122,17 +125,17 @@ class Transcriber:
         folder = hub.resolve(name)
         if not ctranslate2.is_model(folder / ctranslate2.WEIGHTS):
             raise ModelError(f"{name} is no Whisper in CTranslate2's form; try {RECOGNISER}")
-        workers, threads = crew()
-        if get_cuda_device_count():
-            workers = 1
         try:
-            model = WhisperModel(
-                str(folder),
-                compute_type="auto",
-                local_files_only=True,
-                num_workers=workers,
-                cpu_threads=threads,
-            )
+            with crew() as (workers, threads):
+                if tail == LONGEST_S or get_cuda_device_count():
+                    workers, threads = 1, 0
+                model = WhisperModel(
+                    str(folder),
+                    compute_type="auto",
+                    local_files_only=True,
+                    num_workers=workers,
+                    cpu_threads=threads,
+                )
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"cannot read the recogniser in {folder}: {reason(error)}") from error
         if tail < LONGEST_S:
@@ -145,25 +148,34 @@ class Transcriber:
             raise InputError(f"a clip is longer than {LONGEST_S:g} s; cut it into shorter ones")
         made = [Transcript() for _ in waves]
         spoken = [i for i, w in enumerate(waves) if len(w) >= LEAST_S * RATE and w.any()]
+        if not spoken:
+            return made
+        language = self.language or self._language([waves[i] for i in spoken])
         # All of a batch take as long as its longest; the batches that take longest go first.
         spoken.sort(key=lambda i: -len(waves[i]))
         parts = [spoken[at : at + self.batch] for at in range(0, len(spoken), self.batch)]
+        clips = [[waves[i] for i in part] for part in parts]
         with ThreadPoolExecutor(self.workers) as pool:
-            for part, found in zip(
-                parts, pool.map(lambda p: self._batch([waves[i] for i in p]), parts), strict=True
-            ):
+            read = pool.map(partial(self._batch, language), clips)
+            for part, found in zip(parts, read, strict=True):
                 for i, transcript in zip(part, found, strict=True):
                     made[i] = transcript
         return made
 
-    def _batch(self, waves: Sequence[Wave]) -> list[Transcript]:
+    def _language(self, waves: Sequence[Wave]) -> str:
+        """That of the first LONGEST_S seconds."""
+        first = np.concatenate(waves)[: round(LONGEST_S * RATE)]
+        found: str = self._model.detect_language(first)[0]
+        return found
+
+    def _batch(self, language: str, waves: Sequence[Wave]) -> list[Transcript]:
         """The clips go in end to end, with the places of each, and so come out."""
         ends = np.cumsum([len(wave) for wave in waves]) / RATE
         starts = [0.0, *ends[:-1].tolist()]
         places = [{"start": a, "end": b} for a, b in zip(starts, ends.tolist(), strict=True)]
         written, _ = self._pipeline.transcribe(
             np.concatenate(waves),
-            language=self.language,
+            language=language,
             clip_timestamps=places,
             batch_size=len(waves),
             beam_size=self.beam,
@@ -197,12 +209,16 @@ def _in_circles(text: str) -> bool:
     return len(data) > CIRCLES * len(zlib.compress(data))
 
 
-def crew() -> tuple[int, int]:
-    """Workers that read clips on a CPU, and the threads of each: two with half of them get done
-    more than one with all."""
+@contextmanager
+def crew() -> Iterator[tuple[int, int]]:
+    """Where a model of CTranslate2 is loaded: workers that read clips on a CPU, and the threads of
+    each. Two workers with half of the threads get done more than one with all."""
     threads = torch.get_num_threads()
     workers = min(2, threads)
-    return workers, threads // workers
+    try:
+        yield workers, threads // workers
+    finally:
+        torch.set_num_threads(threads)  # which loading made those of a worker
 
 
 def _encoded(

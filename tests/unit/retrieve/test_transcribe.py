@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from narrows.data import read_rows
 from narrows.errors import ConfigError, InputError, ModelError
@@ -15,6 +16,7 @@ from narrows.registry import build
 from narrows.retrieve.audio import RATE, Wave, read_audio
 from narrows.retrieve.hearing import BACKENDS
 from narrows.retrieve.rank import words
+from narrows.retrieve.speech_encoder import SpeechEncoder
 from narrows.retrieve.transcribe import Segment, Transcriber, shortened
 from tiny_sound import speak, tone
 
@@ -46,7 +48,10 @@ class FakePipeline:
 
 
 def transcriber(said: list[Any], **options: Any) -> tuple[Transcriber, FakePipeline]:
-    made = Transcriber(SimpleNamespace(supported_languages=["en", "de"]), **options)
+    model = SimpleNamespace(
+        supported_languages=["en", "de"], detect_language=lambda wave: ("de", 1.0, [])
+    )
+    made = Transcriber(model, **options)
     made._pipeline = FakePipeline(said)
     return made, made._pipeline
 
@@ -60,6 +65,7 @@ def test_each_clip_gets_its_own_text_whatever_the_lengths() -> None:
     transcripts = made(waves)
     assert [t.text for t in transcripts] == [f"text {i} more" for i in range(40)]
     assert [len(asked["clip_timestamps"]) for asked in fake.asked] == [6] * 6 + [4]
+    assert {asked["language"] for asked in fake.asked} == {"de"}
     for wave, found in zip(waves, transcripts, strict=True):
         assert found.segments[0].start == pytest.approx(0.0, abs=1e-3)
         assert found.segments[1].end == pytest.approx(len(wave) / RATE)
@@ -124,6 +130,31 @@ def test_what_clips_are_filled_up_with_is_left_out(filled: int, tail: float, lef
     assert np.array_equal(shortened(features[0], tail), features[0, :, :left])
     nothing = np.zeros((1, 3, 3000), np.float32)
     assert shortened(nothing, tail).shape == nothing.shape
+
+
+def test_a_language_that_is_given_is_not_listened_for() -> None:
+    made, fake = transcriber([[], []], language="en")
+    made([np.ones(RATE, np.float32)] * 2)
+    assert fake.asked[0]["language"] == "en"
+
+
+@pytest.mark.model
+def test_loading_leaves_torch_its_threads() -> None:
+    cuda = pytest.importorskip("ctranslate2").get_cuda_device_count()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        try:
+            made = Transcriber.load()
+        except ModelError as error:
+            pytest.skip(str(error))
+        assert torch.get_num_threads() == 3
+        assert made.workers == (1 if cuda else 2)
+        assert Transcriber.load(tail=30).workers == 1
+        SpeechEncoder.load()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_cannot_be_asked() -> None:

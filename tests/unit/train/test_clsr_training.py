@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from narrows.errors import ConfigError, InputError
+from narrows.retrieve.clsr import embedded
 from narrows.retrieve.speech_head import padded
 from narrows.train.clsr import (
     ClsrObjective,
@@ -236,6 +238,24 @@ def test_held_out_counts_what_the_weights_fire():
     assert silent["piece_error"] == silent["word_error"] == 1.0
     assert silent["fired"] == 0.0
     assert told["fired"] > 0
+
+
+def test_mixtures_of_sure_pieces_are_the_pieces():
+    module, held, text = recogniser(), speech(40), text_encoder()
+    check = HeldOut(module, text, held)
+    states = [held.states(i) for i in range(40)]
+    unsure = check._mixed(states)
+    with torch.no_grad():
+        module.out_norm.weight.mul_(1e4)
+        module.out_norm.bias.mul_(1e4)
+    module.eval()
+    heard = [one.ids for one in module.recognise(states)]
+    chosen = embedded(heard, text)
+    assert check._mixed(states) == pytest.approx(chosen, abs=1e-3)
+    assert np.abs(unsure - chosen).max() > 0.01
+    with torch.no_grad():
+        module.weigh.bias.fill_(-100.0)
+    assert not check._mixed(states).any()
 
 
 def test_what_cannot_be_learnt_from():
