@@ -107,8 +107,8 @@ class Deliberation(nn.Module):
         with torch.autocast(states.device.type, self.dtype, enabled=narrow):
             x = self._read(states.masked_fill(~mask[:, :, None], 0.0), mask, ids, draft.counts)
             whispers = linear(x, self.expected, self.bias).float()
-        whispers = whispers.masked_fill(self.special, -math.inf).log_softmax(1)
-        return (whispers + SHARE * own) / (1 + SHARE)
+        whispers = whispers.masked_fill_(self.special, -math.inf).log_softmax(1)
+        return whispers.add_(own, alpha=SHARE).div_(1 + SHARE)
 
     def _read(self, states: Tensor, mask: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
         """What Whisper's decoder makes of each place ``[R, size]``, given the pieces before it."""
