@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+import tiny_hearing
 from narrows import cli
-from narrows.errors import ModelError
+from narrows.errors import ConfigError, ModelError
 from narrows.registry import build
 from narrows.retrieve.audio import RATE
 from narrows.retrieve.hearing import BACKENDS
@@ -71,3 +72,18 @@ def test_a_recogniser_and_a_dual_encoder_from_the_command_line(tmp_path, monkeyp
     assert heard.vector.any()
     assert not nothing.vector.any()
     assert " dual " in backend.hears
+    # Another speech encoder, which has no decoder for a second pass.
+    encoder, third = tiny_hearing.wav2vec2(tmp_path / "encoder"), tmp_path / "third"
+    places = ("clsr", "--out", str(third), "--data", str(data), *SMALL, "--letter-steps", "0")
+    places = (*places, "--steps", "1", "--joint-steps", "1", "--speech-encoder", str(encoder))
+    assert train(monkeypatch, *places) == 0
+    with pytest.raises(ConfigError, match="give passes=1"):
+        build(BACKENDS, f"clsr:folder={third}").hear([wave])
+    backend = build(BACKENDS, f"clsr:folder={third},passes=1")
+    assert backend.hear([wave])[0].vector.shape == (384,)
+    assert backend.hears.startswith(f"{encoder} ")
+    places = ("dual", "--out", str(tmp_path / "fourth"), "--data", str(data), *SMALL)
+    places = (*places, "--steps", "1", "--speech", str(third), "--speech-encoder", str(encoder))
+    assert train(monkeypatch, *places) == 0
+    heard = build(BACKENDS, f"dual:folder={tmp_path / 'fourth'}").hear([wave])
+    assert heard[0].vector.any()

@@ -22,12 +22,26 @@ from narrows.cli.options import (
 
 if TYPE_CHECKING:
     from narrows.bench.progress import Progress
+    from narrows.retrieve.speech_encoder import SpeechEncoder
     from narrows.train.speech import SpeechSet
 
 app = typer.Typer(help="Train small parts for a model.", no_args_is_help=True)
 
 Clips = Annotated[
     int, typer.Option(help="Stretches of the data folder's texts spoken to learn from.")
+]
+SpeechName = Annotated[
+    str | None,
+    typer.Option(
+        help="Known name or folder: a CTranslate2 Whisper, or a Whisper or wav2vec2-style model of "
+        "transformers. Default: whisper-base."
+    ),
+]
+TextName = Annotated[
+    str | None,
+    typer.Option(
+        help="Known name, hub id or folder of a BERT sentence encoder. Default: all-minilm-l6-v2."
+    ),
 ]
 Held = Annotated[
     int, typer.Option(help="Stretches with a question, of other articles, spoken to measure.")
@@ -260,6 +274,8 @@ def clsr(
     spelling: Annotated[
         bool, typer.Option(help="Extension: write pieces by how they are spelt, too.")
     ] = True,
+    speech_encoder: SpeechName = None,
+    text_encoder: TextName = None,
     save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 100,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of weights, voices and order.")] = 0,
@@ -270,7 +286,9 @@ def clsr(
     from narrows.bench.progress import Progress
     from narrows.errors import ConfigError
     from narrows.retrieve.clsr import GUESSES, ClsrConfig
-    from narrows.retrieve.rank import Embedder
+    from narrows.retrieve.rank import ENCODER, Embedder
+    from narrows.retrieve.speech_encoder import SpeechEncoder
+    from narrows.retrieve.transcribe import RECOGNISER
     from narrows.train import clsr
     from narrows.train.hearing import draw
     from narrows.train.loop import LoopOptions, processes
@@ -299,9 +317,11 @@ def clsr(
     with Progress("speech, then updates", visible=first) as progress:
         progress.expect(letter_steps + steps + joint_steps)
         with crew.main_process_first():
-            spoken, kept = _speech(out, data, clips, held, seed, progress)
+            encoder = SpeechEncoder.load(_named(speech_encoder) or RECOGNISER, device=device)
+            spoken, kept = _speech(out, encoder, data, clips, held, seed, progress)
+        text = _named(text_encoder) or ENCODER
         history = clsr.run(
-            Embedder.load(device=device),
+            Embedder.load(text, device=device),
             spoken,
             kept,
             out,
@@ -310,6 +330,8 @@ def clsr(
             batch=batch,
             seed=seed,
             on_step=lambda step, told: progress.advance(),
+            state_seconds=encoder.state_seconds,
+            **_between(encoder, text),
             **shape,
         )
     if not first:
@@ -347,6 +369,8 @@ def dual(
         str, typer.Option(help="Texts clips are told from: the batch's, or all of training.")
     ] = "all",
     blocks: Annotated[int, typer.Option(help="Of the transformer.")] = 3,
+    speech_encoder: SpeechName = None,
+    text_encoder: TextName = None,
     save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 100,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of weights, voices and order.")] = 0,
@@ -355,7 +379,9 @@ def dual(
     is to be compared with. It learns from synthetic voices, as `narrows train clsr` does."""
     from narrows.bench.progress import Progress
     from narrows.errors import ConfigError
-    from narrows.retrieve.rank import Embedder
+    from narrows.retrieve.rank import ENCODER, Embedder
+    from narrows.retrieve.speech_encoder import SpeechEncoder
+    from narrows.retrieve.transcribe import RECOGNISER
     from narrows.train.dual import DualGoal, run
     from narrows.train.hearing import draw
     from narrows.train.loop import LoopOptions, processes
@@ -370,9 +396,11 @@ def dual(
     with Progress("speech, then updates", visible=first) as progress:
         progress.expect(steps)
         with crew.main_process_first():
-            spoken, kept = _speech(speech or out, data, clips, held, seed, progress)
+            encoder = SpeechEncoder.load(_named(speech_encoder) or RECOGNISER, device=device)
+            spoken, kept = _speech(speech or out, encoder, data, clips, held, seed, progress)
+        text = _named(text_encoder) or ENCODER
         history = run(
-            Embedder.load(device=device),
+            Embedder.load(text, device=device),
             spoken,
             kept,
             out,
@@ -382,6 +410,7 @@ def dual(
             seed=seed,
             on_step=lambda step, told: progress.advance(),
             blocks=blocks,
+            **_between(encoder, text),
         )
     if not first:
         return
@@ -392,13 +421,32 @@ def dual(
     )
 
 
+def _named(encoder: str | None) -> str | None:
+    """The name that a checkpoint keeps: of a folder, its whole path."""
+    return str(Path(encoder).resolve()) if encoder and Path(encoder).is_dir() else encoder
+
+
+def _between(speech: SpeechEncoder, text: str) -> dict[str, Any]:
+    """What a head's config says of its encoders."""
+    return {
+        "speech_encoder": speech.name,
+        "state_size": speech.state_size,
+        "text_encoder": text,
+    }
+
+
 def _speech(
-    run: Path, data: Path | None, clips: int, held: int, seed: int, progress: Progress
+    run: Path,
+    encoder: SpeechEncoder,
+    data: Path | None,
+    clips: int,
+    held: int,
+    seed: int,
+    progress: Progress,
 ) -> tuple[SpeechSet, SpeechSet]:
     """Clips to learn from and clips to measure on, spoken into the folder of a run as far as they
     are not there."""
     from narrows.data import locate
-    from narrows.retrieve.speech_encoder import SpeechEncoder
     from narrows.train.speech import speak_all
     from narrows.train.spoken_text import stretches
 
@@ -406,7 +454,6 @@ def _speech(
     learnt = [one for one in texts if not one.held][:clips]
     measured = [one for one in texts if one.held and one.question][:held]
     progress.expect(len(learnt) + len(measured))
-    encoder = SpeechEncoder.load()
     spoken, kept = (
         speak_all(some, encoder, run / "work" / name, seed=seed, on_done=progress.advance)
         for name, some in (("train", learnt), ("held", measured))

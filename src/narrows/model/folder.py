@@ -12,11 +12,13 @@ from narrows.errors import ModelError, reason
 from narrows.model import ctranslate2
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+FEATURES = "preprocessor_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ModelError unless ``folder`` holds a config, whole weights and a tokenizer.
+    """Raise ModelError unless ``folder`` holds a config, whole weights and a tokenizer (or, for
+    what hears, a feature extractor).
 
     Weights are safetensors or a CTranslate2 model; their headers are read, not they.
     """
@@ -32,7 +34,7 @@ def check_folder(folder: Path) -> None:
     else:
         for path, names in _weight_files(folder).items():
             _check_safetensors(path, names)
-    if not any((folder / name).is_file() for name in TOKENIZERS):
+    if not any((folder / name).is_file() for name in (*TOKENIZERS, FEATURES)):
         raise ModelError(
             f"{folder} has no tokenizer (looked for {', '.join(TOKENIZERS)}); "
             "copy the tokenizer files of the model into it"

@@ -22,13 +22,14 @@ def from_folder(auto: Any, folder: Path, **options: Any) -> Any:
         raise ModelError(f"cannot read the model in {folder}: {reason(error)}") from error
 
 
-def weights_from_folder(auto: Any, folder: Path, **options: Any) -> Any:
+def weights_from_folder(auto: Any, folder: Path, *, more: bool = False, **options: Any) -> Any:
     """``from_folder`` for a model: every weight of its config must be in the safetensors files,
-    in its shape, and nothing else; transformers would fill a gap with random numbers."""
+    in its shape, and, unless ``more`` may be there, nothing else; transformers would fill a gap
+    with random numbers."""
     model, found = from_folder(
         auto, folder, use_safetensors=True, output_loading_info=True, **options
     )
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+    for kind in ("missing_keys", "mismatched_keys", *([] if more else ["unexpected_keys"])):
         if names := sorted(str(name) for name in found.get(kind) or ()):
             raise ModelError(
                 f"the weights in {folder} do not belong to its config.json: {len(names)} "

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from narrows.errors import ConfigError
+from narrows.model import ctranslate2, hub
 from narrows.model.saved import load_config
 from narrows.retrieve.audio import Wave
 from narrows.retrieve.clsr import (
@@ -72,10 +73,16 @@ class ClsrBackend(HeadBackend):
         """What reads its drafts again."""
         if not self._twice:
             return None
-        second = Deliberation.load(self.config.speech_encoder, Pieces.of(self.embedder))
+        name = self.config.speech_encoder
+        if not ctranslate2.is_model(hub.resolve(name) / ctranslate2.WEIGHTS):
+            raise ConfigError(
+                f"{name} is no Whisper in CTranslate2's form, whose decoder makes the second pass; "
+                "give passes=1"
+            )
+        second = Deliberation.load(name, Pieces.of(self.embedder))
         if second.state_size != self.config.state_size:
             raise ConfigError(
-                f"{self.config.speech_encoder} has states of {second.state_size} numbers and the "
+                f"{name} has states of {second.state_size} numbers and the "
                 f"recogniser in {self._folder} reads {self.config.state_size}; give passes=1"
             )
         return second

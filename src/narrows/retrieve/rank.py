@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import bm25s
 import numpy as np
 import regex
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import AutoTokenizer, BertModel
 
-from narrows.errors import InputError
+from narrows.errors import InputError, ModelError, reason
 from narrows.model import hub
 from narrows.model.pretrained import from_folder, weights_from_folder
 from narrows.registry import Registry
 
 ENCODER = "all-minilm-l6-v2"
+
+Pooling = Literal["mean", "cls"]
+POOLINGS: dict[str, Pooling] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+}
+"""By their names in sentence-transformers' files."""
 
 _WORD = regex.compile(
     r"(?V1)[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]"
@@ -76,11 +86,19 @@ class Embedder:
         tokenizer: its tokenizer, with a padding token.
         batch: texts a forward pass.
         max_tokens: what of a text is read, special tokens included; the rest is not seen.
+        pooling: a text's vector is the mean of its tokens' or, "cls", that of the first.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, batch: int = 32, max_tokens: int = 256
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch: int = 32,
+        max_tokens: int = 256,
+        pooling: Pooling = "mean",
     ) -> None:
+        self.pooling = pooling
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.batch = batch
@@ -89,12 +107,13 @@ class Embedder:
     @classmethod
     def load(cls, name: str = ENCODER, *, device: str | None = None) -> Embedder:
         """Load an encoder by name (see ``narrows.model.hub.resolve``); ``device`` None takes
-        CUDA where there is one. Raises ModelError."""
+        CUDA where there is one. What sentence-transformers' files say of pooling is followed.
+        Raises ModelError."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder = hub.resolve(name)
         tokenizer = from_folder(AutoTokenizer, folder)
         model = weights_from_folder(BertModel, folder)
-        return cls(model.to(device), tokenizer)
+        return cls(model.to(device), tokenizer, pooling=_pooling(folder / "1_Pooling"))
 
     def pieces(self, text: str) -> list[int]:
         """Ids of the word pieces of a text, without special ones."""
@@ -103,7 +122,7 @@ class Embedder:
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Unit vectors ``[len(texts), hidden_size]``: the mean over each text's tokens.
+        """Unit vectors ``[len(texts), hidden_size]``, see ``pooling``.
 
         Texts run in batches of like length; a text's vector does not depend on its neighbours
         beyond rounding.
@@ -138,16 +157,41 @@ class Embedder:
 
     def _embed_batch(self, ids: list[list[int]]) -> NDArray[np.float32]:
         batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
-        states = self.model(**batch).last_hidden_state.float()
-        mask = batch["attention_mask"][:, :, None]
-        mean = (states * mask).sum(1) / mask.sum(1)
-        unit: NDArray[np.float32] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
+        states = self.model(**batch).last_hidden_state
+        unit: NDArray[np.float32] = self.pooled(states, batch["attention_mask"]).cpu().numpy()
         return unit
+
+    def pooled(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Unit vectors float32 ``[B, hidden_size]`` of the encoder's last states ``[B, N,
+        hidden_size]``, of which ``mask`` ``[B, N]`` are tokens."""
+        states, real = states.float(), mask[:, :, None]
+        one = states[:, 0] if self.pooling == "cls" else (states * real).sum(1) / real.sum(1)
+        return torch.nn.functional.normalize(one, dim=-1)
 
     def score(self, question: str, texts: Sequence[str]) -> NDArray[np.float64]:
         """See Ranker. Cosines, between -1 and 1."""
         asked, *found = self.embed([checked_question(question), *texts])
         return np.array([vector @ asked for vector in found], dtype=np.float64)
+
+
+def _pooling(folder: Path) -> Pooling:
+    """What ``folder`` of a sentence-transformers model says; the mean where there is none. Raises
+    ModelError for a way that is not known here."""
+    path = folder / "config.json"
+    if not path.exists():
+        return "mean"
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        chosen = {name for name, on in told.items() if name.startswith("pooling_mode_") and on}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"cannot read {path}: {reason(error)}") from None
+    for name, pooling in POOLINGS.items():
+        if chosen == {name}:
+            return pooling
+    raise ModelError(
+        f"{path} asks for {', '.join(sorted(chosen)) or 'no pooling'}: only the mean of tokens or "
+        "the first token can be taken"
+    )
 
 
 RANKERS: Registry[Callable[[], Ranker]] = Registry("ranker")

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from narrows.retrieve.rank import Embedder
 
@@ -79,6 +78,4 @@ def read_as_text(embeds: Tensor, counts: list[int], encoder: Embedder) -> Tensor
     lengths = torch.tensor([len(row) for row in rows], device=embeds.device)
     mask = torch.arange(batch.shape[1], device=embeds.device) < lengths[:, None]
     states = encoder.model(inputs_embeds=batch, attention_mask=mask.long()).last_hidden_state
-    real = mask[:, :, None]
-    mean = (states.float() * real).sum(1) / real.sum(1)
-    return normalize(mean, dim=-1)
+    return encoder.pooled(states, mask)

@@ -1,3 +1,4 @@
+import json
 import math
 from collections import Counter
 
@@ -10,6 +11,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from narrows.errors import InputError, ModelError
 from narrows.retrieve import rank
 from narrows.retrieve.rank import BM25, Embedder, words
+from narrows.train.textlike import read_as_text
 
 TEXTS = ["The cat sat on the mat.", "Dogs bark at night", "A cat and a dog", "", "猫在垫子上。"]
 
@@ -60,7 +62,9 @@ def embedder():
     inner.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    )
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(vocabulary),
@@ -87,6 +91,38 @@ def test_embedding_is_the_mean_over_tokens(embedder):
     np.testing.assert_allclose(
         embedder.embed(["the cat", "dog"])[0], mean / np.linalg.norm(mean), atol=1e-5
     )
+
+
+def test_pooling_is_what_the_files_say(embedder, tmp_path):
+    whole = BertModel(embedder.model.config)
+    whole.load_state_dict(embedder.model.state_dict(), strict=False)
+    whole.save_pretrained(tmp_path)
+    embedder.tokenizer.save_pretrained(tmp_path)
+    mean, first = "pooling_mode_mean_tokens", "pooling_mode_cls_token"
+
+    def loaded(**told):
+        (tmp_path / "1_Pooling").mkdir(exist_ok=True)
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(told))
+        return Embedder.load(str(tmp_path), device="cpu")
+
+    ids = torch.tensor([embedder.tokenizer.encode("the cat")])
+    states = embedder.model(input_ids=ids).last_hidden_state[0]
+    for told, right in (
+        ({"word_embedding_dimension": 16, mean: True, first: False}, states.mean(0)),
+        ({mean: False, first: True}, states[0]),
+    ):
+        made = loaded(**told)
+        vectors = made.embed(["the cat", "dog night the cat"])
+        np.testing.assert_allclose(vectors[0], (right / right.norm()).numpy(), atol=1e-5)
+        table = made.model.embeddings.word_embeddings.weight
+        read = read_as_text(table[ids[0, 1:-1]], [2], made)
+        np.testing.assert_allclose(read[0].numpy(), vectors[0], atol=1e-5)
+    for told in ({mean: True, first: True}, {"pooling_mode_max_tokens": True}, {}):
+        with pytest.raises(ModelError, match="only the mean of tokens or the first token"):
+            loaded(**told)
+    (tmp_path / "1_Pooling" / "config.json").write_text("[")
+    with pytest.raises(ModelError, match="cannot read"):
+        Embedder.load(str(tmp_path))
 
 
 def test_long_text_is_read_to_the_limit(embedder):

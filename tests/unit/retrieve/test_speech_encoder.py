@@ -9,7 +9,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForSpeechSeq2Seq,
+    BertConfig,
+    BertModel,
+    Wav2Vec2FeatureExtractor,
+)
 
+import tiny_hearing
 from narrows.errors import InputError, ModelError
 from narrows.retrieve.audio import RATE
 from narrows.retrieve.speech_encoder import CODE_LIMIT, SpeechEncoder
@@ -60,6 +69,44 @@ def test_clips_that_cannot_be_encoded(encoder):
         encoder.encode([wave])
     assert encoder.encode([np.zeros(RATE, np.float32)])[0].isfinite().all()
     assert encoder.encode([]) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "size"), [(tiny_hearing.whisper, 16), (tiny_hearing.wav2vec2, 12)]
+)
+def test_encoders_of_transformers(make, size, tmp_path):
+    encoder = SpeechEncoder.load(str(make(tmp_path)), device="cpu")
+    assert (encoder.name, encoder.state_size) == (str(tmp_path), size)
+    assert encoder.state_seconds == 0.02
+    lengths = [1 / RATE, 0.01, 0.5, 1.01, 30.0]
+    together = encoder.encode([tone(seconds) for seconds in lengths])
+    for seconds, states in zip(lengths, together, strict=True):
+        assert states.dtype == torch.float32
+        assert abs(len(states) - seconds / 0.02) <= 1
+        assert torch.equal(states, encoder.encode([tone(seconds)])[0])
+    model = (AutoModelForSpeechSeq2Seq if size == 16 else AutoModel).from_pretrained(tmp_path)
+    features = AutoFeatureExtractor.from_pretrained(tmp_path)
+    with torch.no_grad():
+        inner = model.eval().get_encoder() if size == 16 else model.eval()
+        given = features(tone(0.5), sampling_rate=RATE, return_tensors="pt")
+        states = inner(**given).last_hidden_state[0]
+    assert torch.allclose(together[2], states[: len(together[2])], atol=1e-5)
+    with pytest.raises(InputError, match="at most 30 s"):
+        encoder.encode([tone(30.1)])
+
+
+def test_models_that_are_no_speech_encoders(tmp_path):
+    tiny_hearing.whisper(tmp_path)
+    config = BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="is of the kind bert: give a Whisper or a wav2vec2-style"):
+        SpeechEncoder.load(str(tmp_path))
+    tiny_hearing.wav2vec2(tmp_path)
+    Wav2Vec2FeatureExtractor(sampling_rate=8000).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="hears 8000 samples a second, not 16000"):
+        SpeechEncoder.load(str(tmp_path))
 
 
 def test_a_folder_without_whisper(tmp_path):
