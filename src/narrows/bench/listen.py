@@ -29,6 +29,7 @@ from narrows.retrieve.hearing import BACKENDS, Backend, Heard
 from narrows.retrieve.rank import ENCODER
 from narrows.retrieve.speech_index import HEADER, Origin, Recording, SpeechIndex
 from narrows.retrieve.transcribe import TranscriptBackend
+from narrows.train.speech import HELD_VOICES
 
 ORACLE = "oracle"
 PARTS = ("find", "words", "errors", "answers", "time", "search", "index")
@@ -45,6 +46,7 @@ def run(
     data: Path | None = None,
     parts: Sequence[str] = PARTS,
     clips: int = 720,
+    voices: Sequence[str] = (),
     sizes: Sequence[int] = (100, 300),
     noises: Sequence[float] = (10.0, 0.0),
     noisy_clips: int = 300,
@@ -68,6 +70,8 @@ def run(
         data: benchmark data; None as ``data.locate``.
         parts: of PARTS.
         clips: synthetic ones, each with at least one question, behind those of the human voice.
+        voices: that speak them, program and name, such as "hibari heart"; default: the held-out
+            ones of training.
         sizes: smaller collections searched as well: the first of the clips.
         noises: decibels of the voice above noise, in which the first ``noisy_clips`` are heard too,
             for ``find`` and ``words``.
@@ -94,7 +98,8 @@ def run(
     spoken: list[Spoken] = []
     if set(parts) - {"errors"}:  # which are texts: nobody need speak for minutes
         people = human(folder)
-        spoken = (people[:3] if quick else people) + synthetic(folder, clips, seed)
+        told = [_voice(one) for one in voices] or HELD_VOICES
+        spoken = (people[:3] if quick else people) + synthetic(folder, clips, seed, told)
     rows: list[Row] = []
     bench = _Bench(ears, seed, work, show_progress)
     if {"find", "words", "answers"} & set(parts):
@@ -263,6 +268,13 @@ def _ears(backends: Sequence[str]) -> dict[str, Backend]:
     if not backends or backends[0] == ORACLE:
         raise ConfigError("give a backend first that hears, such as transcript")
     return {spec: _Oracle() if spec == ORACLE else build(BACKENDS, spec) for spec in backends}
+
+
+def _voice(told: str) -> tuple[str, str]:
+    program, _, name = told.partition(" ")
+    if not name:
+        raise ConfigError(f"voice {told!r} is no program and a voice of it, such as flite rms")
+    return program, name
 
 
 def _check(parts: Sequence[str], counts: Sequence[int]) -> None:

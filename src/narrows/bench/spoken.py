@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,10 +18,10 @@ import numpy as np
 
 from narrows.bench.ljspeech import QUESTIONS
 from narrows.data import find, read_rows
-from narrows.errors import InputError
+from narrows.errors import ConfigError, InputError
 from narrows.retrieve.audio import RATE, Wave, read_audio
 from narrows.retrieve.clips import LONGEST_S
-from narrows.train.speech import HELD_VOICES, SPEEDS, speak, with_noise
+from narrows.train.speech import HELD_VOICES, SPEEDS, VOICES, speak, with_noise
 from narrows.train.spoken_text import asked, verbalised, words_of
 
 HUMAN, DIGITS = "ljspeech", "fsdd"
@@ -51,10 +52,15 @@ class Spoken:
         return len(self.wave) / RATE
 
 
-def synthetic(data: Path, count: int, seed: int) -> list[Spoken]:
-    """``count`` held-out stretches that answer questions, each by one of the held-out voices at
-    some speed. Raises ConfigError where the voices are not installed, InputError for data that is
-    missing or has fewer."""
+def synthetic(
+    data: Path, count: int, seed: int, voices: Sequence[tuple[str, str]] = HELD_VOICES
+) -> list[Spoken]:
+    """``count`` held-out stretches that answer questions, each by one of ``voices`` (see
+    ``narrows.train.speech.speak``) at some speed. Raises ConfigError for a voice that training
+    hears or that is not installed, InputError for data that is missing or has fewer."""
+    if heard := {*voices} & {*VOICES}:
+        told = ", ".join(sorted(map(" ".join, heard)))
+        raise ConfigError(f"training hears {told}: give voices that it does not, such as flite rms")
     unique = {one.text: one for one in asked(data) if one.held and one.questions}
     chance = random.Random(seed)
     listed = sorted(unique.values(), key=lambda one: one.text)
@@ -63,7 +69,7 @@ def synthetic(data: Path, count: int, seed: int) -> list[Spoken]:
     for one in listed:
         if len(made) == count:
             return made
-        voice = chance.choice(HELD_VOICES)
+        voice = chance.choice(voices)
         wave = speak(one.text, voice, chance.uniform(*SPEEDS))
         if len(wave) <= LONGEST_S * RATE:
             name = " ".join(voice)

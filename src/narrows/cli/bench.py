@@ -369,6 +369,13 @@ def listen(
         ),
     ] = None,
     clips: Annotated[int, typer.Option(help="Clips of synthetic voices, with questions.")] = 720,
+    voice: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Program and voice that speak them: flite, espeak-ng or hibari (a package of "
+            "neural voices). Repeatable; default flite rms and espeak-ng en-gb-x-rp+f5."
+        ),
+    ] = None,
     sizes: Annotated[str, typer.Option(help="Smaller collections searched too.")] = "100,300",
     noise: Annotated[
         list[float] | None,
@@ -395,7 +402,7 @@ def listen(
     from narrows.bench import report
 
     check_places(json_file, plot)
-    chosen = {"backends": backend, "parts": part, "noises": noise}
+    chosen = {"backends": backend, "parts": part, "noises": noise, "voices": voice}
     rows = bench.run(
         data=data,
         clips=clips,

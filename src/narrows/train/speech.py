@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from narrows.errors import ConfigError, InputError, ModelError
+from narrows.errors import ConfigError, InputError, ModelError, reason
 from narrows.files import replacing
 from narrows.retrieve.audio import RATE, Wave, read_audio
 from narrows.retrieve.clips import LONGEST_S
@@ -33,7 +34,7 @@ from narrows.train.spoken_text import Stretch, words_of
 
 PART = 64
 """Clips kept in one file."""
-FLITE, ESPEAK = "flite", "espeak-ng"
+FLITE, ESPEAK, HIBARI = "flite", "espeak-ng", "hibari"
 VOICES = (
     *((FLITE, voice) for voice in ("slt", "awb", "slt", "awb", "kal16")),
     *((ESPEAK, voice) for voice in ("en-us+f2", "en-gb+m3", "en-gb-scotland+f4")),
@@ -133,9 +134,17 @@ def speak_all(
 
 
 def speak(text: str, voice: tuple[str, str], speed: float = 1.0) -> Wave:
-    """``text`` spoken, float32 ``[n]`` at ``RATE``. Raises ConfigError where the program of the
-    voice is not installed, InputError if it cannot speak the text."""
+    """``text`` spoken, float32 ``[n]`` at ``RATE``, by a voice of flite, espeak-ng or HIBARI, a
+    package of neural voices. Raises ConfigError for another program or where it is not installed,
+    InputError if it cannot speak the text."""
     program, name = voice
+    if program == HIBARI:
+        return _spoken_by_hibari(text, name, speed)
+    if program not in (FLITE, ESPEAK):
+        raise ConfigError(
+            f"no program {program!r} speaks here: a voice is {FLITE}, {ESPEAK} or {HIBARI} and its "
+            "name, such as flite rms"
+        )
     if shutil.which(program) is None:
         raise ConfigError(
             f"speaking needs {program}, which is not installed: apt-get install {FLITE} {ESPEAK}"
@@ -153,6 +162,26 @@ def speak(text: str, voice: tuple[str, str], speed: float = 1.0) -> Wave:
         if run.returncode or not made.exists():
             raise InputError(f"{program} cannot speak {text[:40]!r}: {run.stderr.strip()[:200]}")
         return np.concatenate([*read_audio(made)])
+
+
+def _spoken_by_hibari(text: str, name: str, speed: float) -> Wave:
+    try:
+        reader = _hibari(name)
+    except ImportError:
+        raise ConfigError("speaking by neural voices needs: pip install hibari-tts") from None
+    except (KeyError, ValueError, OSError) as error:
+        raise ConfigError(f"hibari cannot speak as {name!r}: {reason(error)}; try heart") from None
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "speech.wav"
+        reader.save(text, str(made), speed=speed, seed=0)
+        return np.concatenate([*read_audio(made)])
+
+
+@cache
+def _hibari(name: str) -> Any:
+    from hibari import Hibari
+
+    return Hibari(voice=name)
 
 
 def worn(wave: Wave, chance: random.Random) -> Wave:

@@ -160,6 +160,18 @@ def test_synthetic_clips_are_held_out(data_folder):
         assert any(spoken.words_of(spoken.verbalised(a)) in c.text for a in answers)
 
 
+def test_other_voices_may_speak_but_none_of_training(data_folder, monkeypatch):
+    heard = []
+    monkeypatch.setattr(
+        spoken, "speak", lambda text, voice, speed: heard.append(voice) or np.ones(9, np.float32)
+    )
+    clips = synthetic(data_folder, 3, 0, [("hibari", "heart")])
+    assert [c.voice for c in clips] == ["hibari heart"] * 3
+    assert heard == [("hibari", "heart")] * 3
+    with pytest.raises(ConfigError, match="training hears flite slt: give voices that it does not"):
+        synthetic(data_folder, 3, 0, [("hibari", "heart"), ("flite", "slt")])
+
+
 def test_more_clips_than_there_are(data_folder, monkeypatch):
     monkeypatch.setattr(spoken, "asked", lambda folder: [])
     with pytest.raises(InputError, match="has 0 held-out clips with questions, not 2"):
@@ -219,7 +231,7 @@ def test_a_command_of_ours_is_timed_and_weighed():
 def options(tmp_path, monkeypatch, clips):
     """Of a run in which nothing real speaks, hears or answers."""
 
-    def made(folder, count, seed):
+    def made(folder, count, seed, voices=()):
         return [clip("penguin", ["a penguin"], article="four")]
 
     monkeypatch.setattr(listen, "human", lambda folder: clips)
@@ -280,6 +292,7 @@ def test_a_run_is_taken_up_again(options, tmp_path, monkeypatch):
         ({"backends": ["transcript", "transcript"]}, "given twice"),
         ({"backends": ["whisper"]}, "unknown listening backend"),
         ({"parts": ["finding"]}, "unknown part 'finding'"),
+        ({"voices": ["hibari"]}, "'hibari' is no program and a voice of it"),
         ({"quick": False, "clips": 0}, "must be at least 1"),
         ({"quick": False, "answers": 0}, "must be at least 1"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from narrows.train.speech import (
     ESPEAK,
     FLITE,
     HELD_VOICES,
+    HIBARI,
     PART,
     VOICES,
     SpeechSet,
@@ -115,9 +117,23 @@ def test_a_missing_program_is_named(monkeypatch):
         speak("hello", (FLITE, "slt"))
 
 
-@pytest.mark.parametrize("voice", [(FLITE, "slt"), (ESPEAK, "en-us+f2")])
+def test_voices_that_cannot_speak(monkeypatch):
+    with pytest.raises(ConfigError, match="no program 'festival' speaks here"):
+        speak("hello", ("festival", "kal"))
+    monkeypatch.setitem(sys.modules, "hibari", None)
+    with pytest.raises(ConfigError, match="pip install hibari-tts"):
+        speak("hello", (HIBARI, "nobody"))
+    monkeypatch.delitem(sys.modules, "hibari")
+    pytest.importorskip("hibari")
+    with pytest.raises(ConfigError, match="hibari cannot speak as 'nobody'"):
+        speak("hello", (HIBARI, "nobody"))
+
+
+@pytest.mark.parametrize("voice", [(FLITE, "slt"), (ESPEAK, "en-us+f2"), (HIBARI, "heart")])
 def test_speech(voice):
-    if shutil.which(voice[0]) is None:
+    if voice[0] == HIBARI:
+        pytest.importorskip("hibari")
+    elif shutil.which(voice[0]) is None:
         pytest.skip(f"{voice[0]} is not installed")
     slow, fast = (speak("the ferry left at dawn", voice, speed) for speed in (0.8, 1.25))
     assert slow.dtype == np.float32
@@ -135,9 +151,9 @@ class FakeEncoder:
     def __init__(self):
         self.calls = 0
 
-    def encode(self, wave):
-        self.calls += 1
-        return torch.full((len(wave) // 320 + 1, 4), float(wave[0]))
+    def encode(self, waves):
+        self.calls += len(waves)
+        return [torch.full((len(wave) // 320 + 1, 4), float(wave[0])) for wave in waves]
 
 
 @pytest.fixture
