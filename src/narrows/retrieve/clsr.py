@@ -35,7 +35,14 @@ from narrows.model.saved import load_module, save_module
 from narrows.retrieve.cif import Fired, Tail, fire, spans
 from narrows.retrieve.rank import ENCODER, Embedder
 from narrows.retrieve.speech_encoder import STATE_SECONDS
-from narrows.retrieve.speech_head import STRIDE, by_length, framed, padded
+from narrows.retrieve.speech_head import (
+    STRIDE,
+    WHOLE,
+    by_length,
+    filled_up,
+    framed,
+    padded,
+)
 from narrows.retrieve.spelling import spelt
 from narrows.retrieve.transcribe import RECOGNISER
 
@@ -44,6 +51,8 @@ NEAR = 5
 """States that a convolution of ``ClsrConfig.near`` looks at."""
 GUESSES = 16
 """Pieces that are told of each token, the written one first."""
+WHOLE_PLACES = 16
+"""As WHOLE, of the places of a draft."""
 EDGE = 0.1
 """Of a token's weight, what does not count for when it is said; see ``spans``."""
 USUAL_WEIGHT = 0.18
@@ -302,6 +311,7 @@ class Recogniser(nn.Module):
         as ``fire`` has them."""
         frames, real = self.frames(states, mask)
         embeds, fired = self.fired(frames, real, targets)
+        embeds = filled_up(embeds, WHOLE_PLACES)
         draft = Draft(embeds, torch.zeros_like(embeds), fired.counts)
         if embeds.shape[1]:  # else nothing fired
             found = self.decode(embeds, fired.counts, self.remember(frames, real))
@@ -321,7 +331,7 @@ class Recogniser(nn.Module):
         return [found[i] for i in range(len(states))]
 
     def _recognise(self, states: list[Tensor], revise: Revise | None) -> list[Written]:
-        batch, mask = padded(states, self.table.device)
+        batch, mask = padded(states, self.table.device, WHOLE)
         draft, fired = self.draft(batch, mask)
         counts: list[int] = fired.counts.tolist()
         if not any(counts):

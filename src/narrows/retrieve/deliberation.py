@@ -21,6 +21,7 @@ from narrows.errors import ModelError
 from narrows.model import ctranslate2, hub
 from narrows.ops.native import wide_matmul_dtype
 from narrows.retrieve.clsr import Draft, Pieces
+from narrows.retrieve.speech_head import WHOLE, filled_up
 
 PROMPT = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
 """What stands before the first token that Whisper writes."""
@@ -106,7 +107,8 @@ class Deliberation(nn.Module):
         narrow = self.dtype is not torch.float32
         with torch.autocast(states.device.type, self.dtype, enabled=narrow):
             x = self._read(states.masked_fill(~mask[:, :, None], 0.0), mask, ids, draft.counts)
-            whispers = linear(x, self.expected, self.bias).float()
+            rows = filled_up(x, WHOLE)
+            whispers = linear(rows, self.expected, self.bias)[: len(x)].float()
         whispers = whispers.masked_fill_(self.special, -math.inf).log_softmax(1)
         return whispers.add_(own, alpha=SHARE).div_(1 + SHARE)
 

@@ -26,7 +26,7 @@ from narrows.retrieve.audio import Wave
 from narrows.retrieve.clsr import Pieces
 from narrows.retrieve.hearing import Heard
 from narrows.retrieve.rank import ENCODER
-from narrows.retrieve.speech_head import STRIDE, HeadBackend, by_length, framed, padded
+from narrows.retrieve.speech_head import STRIDE, WHOLE, HeadBackend, by_length, framed, padded
 from narrows.retrieve.transcribe import RECOGNISER
 
 WEIGHTS, NAME = "dual.safetensors", "dual encoder"
@@ -134,7 +134,7 @@ class DualEncoder(nn.Module):
         assert not self.training
         vectors = np.zeros((len(states), self.config.text_width), np.float32)
         for chosen in by_length([*map(len, states)]):
-            batch = padded([states[i] for i in chosen], self.project.weight.device)
+            batch = padded([states[i] for i in chosen], self.project.weight.device, WHOLE)
             vectors[chosen] = self(*batch).cpu().numpy()
         return vectors
 

@@ -116,17 +116,18 @@ class FastWhisper(SpeechEncoder):
         # then lacks: all features are made before it begins.
         features = [self._features(wave) for wave in waves]
         with ThreadPoolExecutor(self.workers) as pool:
-            return [*pool.map(self._encoded, features)]
+            made = pool.map(self._encoded, features)
+            # Copied here: what a thread allocates is given back late, and memory would grow.
+            return [torch.from_numpy(np.array(one)[0]) for one in made]
 
     def _features(self, wave: Wave) -> NDArray[np.float32]:
         mel = self.features(wave, padding=RATE // 100)[:, : round(LONGEST_S / 0.01)]
         return np.ascontiguousarray(mel[None], dtype=np.float32)
 
-    def _encoded(self, mel: NDArray[np.float32]) -> Tensor:
+    def _encoded(self, mel: NDArray[np.float32]) -> Any:
         from ctranslate2 import StorageView
 
-        states = self.model.encode(StorageView.from_array(mel), to_cpu=True)
-        return torch.from_numpy(np.array(states)[0])
+        return self.model.encode(StorageView.from_array(mel), to_cpu=True)
 
 
 class TransformersEncoder(SpeechEncoder):

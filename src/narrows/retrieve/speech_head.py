@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from narrows.model import fetch, hub
 from narrows.retrieve.audio import RATE, Wave
@@ -26,8 +27,11 @@ from narrows.retrieve.speech_encoder import SpeechEncoder
 
 STRIDE = 2
 """States of the speech encoder a frame."""
-BATCH = 16
-"""Clips heard at once."""
+BATCH = 4
+"""Clips heard at once. On a CPU more are slower, since they do not fit its caches."""
+WHOLE = 64
+"""Batches are filled up to a multiple of so many states, and so have few shapes: torch keeps code
+for each, and memory would grow with every new one."""
 
 
 class Between(Protocol):
@@ -120,13 +124,19 @@ def framed(
 
 
 def padded(
-    states: Sequence[Tensor], device: torch.device | str | None = None
+    states: Sequence[Tensor], device: torch.device | str | None = None, whole: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Clips of states ``[T, size]`` as one batch float32 ``[B, T, size]``, and which of it is not
-    padding, bool ``[B, T]``."""
+    padding, bool ``[B, T]``; ``T`` is the least multiple of ``whole`` that holds them."""
     batch = nn.utils.rnn.pad_sequence([s.float() for s in states], batch_first=True).to(device)
+    batch = filled_up(batch, whole)
     lengths = torch.tensor([len(s) for s in states], device=device)
     return batch, torch.arange(batch.shape[1], device=device) < lengths[:, None]
+
+
+def filled_up(x: Tensor, whole: int) -> Tensor:
+    """``[..., N, size]`` with zeros behind, up to a multiple of ``whole``."""
+    return pad(x, (0, 0, 0, -x.shape[-2] % whole))
 
 
 def by_length(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -18,6 +18,7 @@ from narrows.retrieve.audio import RATE
 from narrows.retrieve.clips import LEAST_S
 from narrows.retrieve.clsr import (
     WEIGHTS,
+    WHOLE_PLACES,
     ClsrConfig,
     Pieces,
     Recogniser,
@@ -27,7 +28,7 @@ from narrows.retrieve.clsr import (
 )
 from narrows.retrieve.clsr_backend import ClsrBackend
 from narrows.retrieve.hearing import BACKENDS
-from narrows.retrieve.speech_head import padded
+from narrows.retrieve.speech_head import WHOLE, padded
 from tiny_speech import LETTERS, SPECIAL, STATE, WORDS, clips, embedder, recogniser, text_encoder
 
 LENGTHS = [40, 7, 23, 1, 90, 8]
@@ -65,6 +66,26 @@ def test_padding_is_never_read():
     assert clean.shape == (int(targets.sum()), made.config.vocab_size)
     assert torch.equal(clean, run(states.masked_fill(~mask[:, :, None], math.nan)))
     assert clean.isfinite().all()
+
+
+def test_clips_of_all_lengths_are_heard_in_few_shapes(monkeypatch):
+    made, seen = recogniser(), set()
+    frames, decode = made.frames, made.decode
+
+    def watched(states, mask):
+        seen.add(("states", states.shape[1]))
+        return frames(states, mask)
+
+    def decoded(embeds, counts, memory):
+        seen.add(("places", embeds.shape[1]))
+        return decode(embeds, counts, memory)
+
+    monkeypatch.setattr(made, "frames", watched)
+    monkeypatch.setattr(made, "decode", decoded)
+    for length in range(20, 140, 7):
+        made.recognise(clips([length]))
+    assert {size for kind, size in seen if kind == "states"} == {WHOLE, 2 * WHOLE, 3 * WHOLE}
+    assert all(size % WHOLE_PLACES == 0 for kind, size in seen if kind == "places")
 
 
 def test_times_sureness_and_special_pieces():
