@@ -93,11 +93,13 @@ int bf16_dots(void) { return 1; }
 static inline __attribute__((always_inline)) void dot_tile(const bf16 *x, const bf16 *w,
                                                            const float *bias, float *y, int64_t N,
                                                            int64_t K, int64_t stride, int mr,
-                                                           int nr, int kept) {
+                                                           int nr, int kept, const bf16 *ahead,
+                                                           int lines) {
   __m512 acc[DOT_M * DOT_N];
   for (int i = 0; i < DOT_M * DOT_N; i++) acc[i] = _mm512_setzero_ps();
   int64_t k = 0;
   for (; k + DOT_K <= K; k += DOT_K) {
+    for (int i = 0; i < lines; i++, ahead += DOT_K) __builtin_prefetch(ahead);
     __m512i wv[DOT_N];
     for (int j = 0; j < nr; j++) wv[j] = _mm512_loadu_si512(w + j * K + k);
     for (int i = 0; i < mr; i++) {
@@ -137,7 +139,8 @@ void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y,
   int64_t stride = (K + DOT_K - 1) / DOT_K * DOT_K;
   int64_t padded = (M + DOT_M - 1) / DOT_M * DOT_M, size = padded * stride;
   bf16 *rows = scratch(size);
-  int64_t blocks = (N + DOT_N - 1) / DOT_N;
+  int64_t blocks = (N + DOT_N - 1) / DOT_N, passes = padded / DOT_M;
+  int share = passes > 1 ? (DOT_N + passes - 1) / passes : 0;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -148,21 +151,36 @@ void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y,
       int64_t n = b * DOT_N, left = N - n;
       const bf16 *weight = w + n * K;
       const float *add = bias ? bias + n : 0;
-      if (left >= 3 * DOT_N) fetch(weight + 2 * DOT_N * K, DOT_N * K * sizeof(bf16));
-      for (int64_t m = 0; m < M; m += left < DOT_N ? 1 : DOT_M) {
+      if (left < DOT_N) {
+        for (int64_t m = 0; m < M; m++)
+          for (int64_t j = 0; j < left; j++)
+            dot_tile(rows + m * stride, weight + j * K, add ? add + j : 0, y + m * N + n + j, N,
+                     K, stride, 1, 1, 1, 0, 0);
+        continue;
+      }
+      /* The block after the next is asked of memory early: at once where a block is multiplied in
+       * no time, else little by little, or the products would wait until there is room to ask. */
+      const bf16 *ahead = left >= 3 * DOT_N ? weight + 2 * DOT_N * K : 0;
+      if (ahead && passes == 1) fetch(ahead, DOT_N * K * sizeof(bf16));
+      for (int64_t m = 0; m < M; m += DOT_M) {
         const bf16 *from = rows + m * stride;
         float *to = y + m * N + n;
-        if (left < DOT_N) {
-          for (int64_t j = 0; j < left; j++)
-            dot_tile(from, weight + j * K, add ? add + j : 0, to + j, N, K, stride, 1, 1, 1);
-          continue;
-        }
+        int64_t asked = m / DOT_M * share;
+        int lines = ahead && asked < DOT_N ? share : 0;
+        const bf16 *next = lines ? ahead + asked * (K / DOT_K * DOT_K) : 0;
+/* Twice, so that the loop of one that asks for nothing is as short as can be. */
+#define TILE(mr, kept)                                                                 \
+  if (lines)                                                                           \
+    dot_tile(from, weight, add, to, N, K, stride, mr, DOT_N, kept, next, lines);       \
+  else                                                                                 \
+    dot_tile(from, weight, add, to, N, K, stride, mr, DOT_N, kept, 0, 0)
         switch (M - m) { /* three rows alone would be slower than four */
-          case 1: dot_tile(from, weight, add, to, N, K, stride, 1, DOT_N, 1); break;
-          case 2: dot_tile(from, weight, add, to, N, K, stride, 2, DOT_N, 2); break;
-          case 3: dot_tile(from, weight, add, to, N, K, stride, 4, DOT_N, 3); break;
-          default: dot_tile(from, weight, add, to, N, K, stride, 4, DOT_N, 4);
+          case 1: TILE(1, 1); break;
+          case 2: TILE(2, 2); break;
+          case 3: TILE(4, 3); break;
+          default: TILE(4, 4);
         }
+#undef TILE
       }
     }
   }
