@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from narrows.contracts import Document
-from narrows.errors import ConfigError
+from narrows.errors import ConfigError, InputError
 from narrows.model.fetch import sha256
 from narrows.model.hub import cache_dir
 from narrows.registry import build
@@ -70,7 +70,7 @@ def index(
         seconds_of(file)  # what cannot be opened is told before anything is heard
     folder = Path(out)
     spec = backend or DEFAULT_BACKEND
-    if backend is None and (folder / HEADER).exists():
+    if backend is None and _begun(folder):
         spec = SpeechIndex.open(folder).origin.backend
     return _grown(folder, files, spec, build(BACKENDS, spec), window, on_heard)
 
@@ -106,12 +106,12 @@ class Listener:
             seconds_of(file)
         ear = build(BACKENDS, backend)
         made_by = hashlib.sha256(f"{ear.hears} {ear.encodes}".encode()).hexdigest()[:16]
-        recordings = []
+        recordings = {}
         for file in files:
-            place = cache_dir() / "listen" / f"{sha256(Path(file))[:16]}-{made_by}"
-            (heard,) = _grown(place, [file], backend, ear, None, on_heard).recordings()
-            recordings.append(replace(heard, name=os.path.abspath(file)))  # it may have moved
-        return cls(recordings, ear)
+            digest = _digest(file)
+            place = cache_dir() / "listen" / f"{digest[:16]}-{made_by}"
+            (recordings[digest],) = _grown(place, [file], backend, ear, None, on_heard).recordings()
+        return cls([*recordings.values()], ear)
 
     def search(
         self, question: str, k: int = 5, *, mode: str = "fused", rerank: int = 0
@@ -120,7 +120,7 @@ class Listener:
         by Whisper, once each, and these transcripts are searched as all clips were.
 
         Raises ConfigError for ``rerank`` below 0 or where transcripts were searched already, and
-        as ``read_audio`` where a recording is needed again and is not as it was.
+        as ``sound`` where a recording is needed again.
         """
         if rerank < 0:
             raise ConfigError(f"rerank must be at least 0 (given: {rerank})")
@@ -137,7 +137,7 @@ class Listener:
 
     def passages(self, question: str, k: int = PASSAGES) -> list[tuple[Document, float]]:
         """The ``k`` best clips, in the order they were said, as documents called
-        ``NAME START-END``, each with its score. Raises as ``search``, and as ``read_audio`` where
+        ``NAME START-END``, each with its score. Raises as ``search``, and as ``sound`` where
         the backend's text is not fit to be read and the recordings are needed again."""
         rerank = 0 if self._backend.verbatim else max(k, RERANKED)
         hits = self.search(question, k, rerank=rerank)
@@ -164,7 +164,8 @@ class Listener:
             chosen = [hit for hit in hits if hit.digest == recording.digest]
             new = [h for h in chosen if (h.digest, h.clip) not in self._transcribed]
             if new:
-                waves = read_spans(Path(recording.name), [(h.start, h.end) for h in new])
+                spans = [(h.start, h.end) for h in new]
+                waves = sound(recording.name, recording.digest, spans)
                 for hit, heard in zip(new, self._writer.hear(waves), strict=True):
                     self._transcribed[hit.digest, hit.clip] = heard
             heard_again = [NOTHING] * len(recording.heard)
@@ -186,11 +187,36 @@ def search(
     return Listener.open(index).search(question, k, mode=mode, rerank=rerank)
 
 
+def sound(name: str, digest: str, spans: Sequence[tuple[float, float]]) -> list[Wave]:
+    """The sound of a recording between pairs of seconds, as ``read_spans``. Raises InputError where
+    the file ``name`` is no longer the one of that ``digest``, and as ``read_audio``."""
+    if _digest(name) != digest:
+        raise InputError(f"{name} is not the recording that was heard: index it again")
+    return read_spans(name, spans)
+
+
 def at(seconds: float) -> str:
     """A time in a recording: ``12:31``, or ``1:12:31``."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _begun(folder: Path) -> bool:
+    """Whether there is an index."""
+    try:
+        return (folder / HEADER).exists()
+    except OSError as error:
+        raise InputError(
+            f"{folder} can be no index ({error.strerror}): name another folder"
+        ) from None
+
+
+def _digest(file: str | Path) -> str:
+    try:
+        return sha256(Path(file))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}): check the path") from None
 
 
 def _grown(
@@ -202,17 +228,27 @@ def _grown(
     on_heard: Callable[[float], None] | None,
 ) -> SpeechIndex:
     """The index in ``folder``, made if there is none, with those recordings in it."""
-    if (folder / HEADER).exists():
-        made = SpeechIndex.open(folder)
-        made.check(ear.hears, ear.encodes)
-    else:
+    new = not _begun(folder)
+    if new:
         made = SpeechIndex.create(folder, Origin(spec, ear.hears, ear.encodes))
-    for file in files:
-        digest = sha256(Path(file))
-        if digest not in made:
-            made.add(_hear(Path(file), digest, ear, window, on_heard))
-        elif on_heard:
-            on_heard(next(e.seconds for e in made.entries if e.digest == digest))
+    else:
+        made = SpeechIndex.open(folder)
+    made.check(ear.hears, ear.encodes)
+    try:
+        for file in files:
+            digest = _digest(file)
+            if digest not in made:
+                made.add(_hear(Path(file), digest, ear, window, on_heard))
+                continue
+            entry = next(e for e in made.entries if e.digest == digest)
+            if entry.name != os.path.abspath(file):
+                made.rename(digest, os.path.abspath(file))
+            if on_heard:
+                on_heard(entry.seconds)
+    except BaseException:
+        if new:  # what could not hear is not kept as what an index is heard by
+            made.discard()
+        raise
     return made
 
 

@@ -215,3 +215,46 @@ def test_spoken_sentences_are_found(tmp_path: Path) -> None:
         ("What was damaged in the earthquake?", "0.wav"),
     ):
         assert Path(listener.search(question, 1)[0].name).name == name
+
+
+def test_a_recording_that_was_renamed_is_not_lost(
+    talks: list[str], tmp_path: Path, ears: list[Ear]
+) -> None:
+    listen.index(talks[:1], tmp_path / "talks")
+    moved = Path(talks[0]).rename(tmp_path / "old.wav")
+    write_wav(Path(talks[0]), talk("penguin"))
+    made = listen.index([moved, talks[0]], tmp_path / "talks")
+    assert [Path(entry.name).name for entry in made.entries] == ["old.wav", "a.wav"]
+    assert [ear.clips for ear in ears] == [3, 1]
+    (hit,) = listen.search(tmp_path / "talks", "harbour", mode="words")
+    assert hit.name == str(moved)
+
+
+def test_what_could_not_hear_is_not_kept(
+    talks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deaf(self: Ear, waves: list[Wave]) -> Any:
+        raise ConfigError("no such language")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ear, "hear", deaf)
+        with pytest.raises(ConfigError, match="language"):
+            listen.index(talks, tmp_path / "talks")
+    assert not (tmp_path / "talks" / "index.json").exists()
+    assert len(listen.index(talks, tmp_path / "talks").entries) == 2
+
+
+def test_another_file_of_that_name_is_not_played(talks: list[str], tmp_path: Path) -> None:
+    listen.index(talks[:1], tmp_path / "talks")
+    (hit,) = listen.search(tmp_path / "talks", "bridge", mode="words")
+    (wave,) = listen.sound(hit.name, hit.digest, [(hit.start, hit.end)])
+    assert len(wave) == pytest.approx((hit.end - hit.start) * RATE, abs=1)
+    write_wav(Path(talks[0]), talk("penguin"))
+    with pytest.raises(InputError, match="not the recording that was heard"):
+        listen.sound(hit.name, hit.digest, [(hit.start, hit.end)])
+
+
+def test_a_recording_given_twice_is_one(talks: list[str]) -> None:
+    passages = listen.Listener.hear([talks[0], talks[0], talks[1]]).passages("the bridge", 5)
+    names = [document.name for document, _ in passages]
+    assert len(names) == len(set(names)) == 5

@@ -79,15 +79,16 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Show where in the recordings a question is answered, the best clip first."""
-    from narrows.listen import at
+    from narrows.listen import at, sound
     from narrows.listen import search as find
-    from narrows.retrieve.audio import read_spans, write_wav
+    from narrows.retrieve.audio import write_wav
 
     check_places(play)
     hits = find(index, question, k, mode=mode, rerank=rerank)
     if play is not None and hits:
         best = hits[0]
-        write_wav(play, read_spans(best.name, [(best.start, best.end)])[0])
+        (wave,) = sound(best.name, best.digest, [(best.start, best.end)])
+        write_wav(play, wave)
     if as_json:
         rows = [asdict(hit) for hit in hits]
         write(json.dumps({"question": question, "hits": rows}, ensure_ascii=False) + "\n")

@@ -54,7 +54,9 @@ def read_audio(path: str | Path) -> Iterator[Wave]:
     with _opened(path) as container:
         waiting: list[Wave] = []
         count = start = 0
-        for wave in _decoded(container, path):
+        until = 0.0
+        for wave, heard_to in _decoded(container, path):
+            until = heard_to
             if not np.isfinite(wave).all():
                 raise InputError(
                     f"{path} has samples that are no numbers {count / RATE:.1f} s into its sound: "
@@ -67,7 +69,7 @@ def read_audio(path: str | Path) -> Iterator[Wave]:
                 waiting, start = [], count
         if waiting:
             yield np.concatenate(waiting)
-        _check_length(container, count / RATE, path)
+        _check_length(container, count / RATE, until, path)
 
 
 def seconds_of(path: str | Path) -> float | None:
@@ -115,7 +117,9 @@ def _opened(path: str | Path) -> Iterator[InputContainer]:
     with _file(path) as file:
         _check_size(file, path)
         try:
-            container = av.open(file, "r", options={"format_whitelist": FORMATS})
+            container = av.open(
+                file, "r", options={"format_whitelist": FORMATS}, metadata_errors="ignore"
+            )
         except av.error.FFmpegError as error:
             raise InputError(
                 f"{path} is no sound that can be read, or is cut short: give a whole WAV, FLAC, "
@@ -139,9 +143,12 @@ def _file(path: str | Path) -> IO[bytes]:
 
 def _check_size(file: IO[bytes], path: str | Path) -> None:
     """Refuse an empty file, and a WAV shorter than it says itself."""
-    head = file.read(8)
-    size = file.seek(0, 2)
-    file.seek(0)
+    try:
+        head = file.read(8)
+        size = file.seek(0, 2)
+        file.seek(0)
+    except OSError:
+        raise InputError(f"{path} is no file that can be read twice: save it first") from None
     if not size:
         raise InputError(f"{path} is empty: give a recording")
     told = int.from_bytes(head[4:], "little") + len(head)
@@ -151,19 +158,22 @@ def _check_size(file: IO[bytes], path: str | Path) -> None:
         )
 
 
-def _decoded(container: InputContainer, path: str | Path) -> Iterator[Wave]:
-    """The sound piece by piece as it is decoded: at RATE, channels averaged."""
+def _decoded(container: InputContainer, path: str | Path) -> Iterator[tuple[Wave, float]]:
+    """The sound piece by piece as it is decoded, at RATE, channels averaged, and until when it
+    goes, in seconds, by the file's own time."""
     from av import AudioResampler
     from av.error import FFmpegError
 
     resampler = AudioResampler(format="fltp", rate=RATE)
-    count = 0
+    count, until = 0, 0.0
     try:
-        frames = container.decode(container.streams.audio[0])
-        for made in (m for f in chain(frames, [None]) for m in resampler.resample(f)):
-            wave: Wave = made.to_ndarray().mean(axis=0, dtype=np.float32)
-            count += len(wave)
-            yield wave
+        for frame in chain(container.decode(container.streams.audio[0]), [None]):
+            if frame is not None and frame.time is not None:
+                until = frame.time + frame.samples / frame.sample_rate
+            for made in resampler.resample(frame):
+                wave: Wave = made.to_ndarray().mean(axis=0, dtype=np.float32)
+                count += len(wave)
+                yield wave, until
     except (FFmpegError, ValueError) as error:
         raise InputError(
             f"{path} is damaged or cut short {count / RATE:.1f} s into its sound: copy or export "
@@ -171,16 +181,25 @@ def _decoded(container: InputContainer, path: str | Path) -> Iterator[Wave]:
         ) from error
 
 
-def _check_length(container: InputContainer, seconds: float, path: str | Path) -> None:
-    """Refuse a file without sound, and one that ended before the time its header says."""
+def _check_length(
+    container: InputContainer, seconds: float, until: float, path: str | Path
+) -> None:
+    """Refuse a file without sound, and one whose sound ended before the time its header says: by
+    its ``seconds``, or where it has gaps by when its last was to be heard, ``until``."""
     if not seconds:
         raise InputError(f"{path} holds no sound, 0 s of it: give a recording")
     kind = container.format.name
-    timed = kind.startswith(TIMED) or (kind == "mp3" and _counted(path))
-    if not timed or container.duration is None:
+    if not (kind.startswith(TIMED) or (kind == "mp3" and _counted(path))):
         return
-    told = container.duration / 1e6
-    if seconds < told - SLACK_S:
+    sound = container.streams.audio[0]
+    if sound.duration is not None and sound.time_base is not None:
+        told = float(sound.duration * sound.time_base)
+    elif container.duration is not None and len(container.streams) == 1:
+        told = container.duration / 1e6
+    else:  # of pictures, perhaps
+        return
+    first = float((sound.start_time or 0) * (sound.time_base or 0))
+    if max(seconds, until - first) < told - SLACK_S:
         raise InputError(
             f"{path} is cut short: {seconds:.1f} of {told:.1f} s are there; copy it again"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -51,7 +52,11 @@ def cut(blocks: Iterable[Wave], detect: Detector, *, window: float | None = None
     if window is not None and not LEAST_S <= window <= LONGEST_S:
         raise ConfigError(f"a window must be {LEAST_S} to {LONGEST_S:g} s (given: {window})")
     frames = _frames(blocks, detect)
-    return _pauses(frames) if window is None else _windows(frames, _count(window))
+    return (
+        _pauses(frames)
+        if window is None
+        else _windows(frames, max(_count(window), math.ceil(LEAST_S * RATE / FRAME)))
+    )
 
 
 def _pauses(frames: Iterable[tuple[Wave, float]]) -> Iterator[Clip]:

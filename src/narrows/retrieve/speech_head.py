@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from narrows.errors import ModelError
 from narrows.model import fetch, hub
 from narrows.retrieve.audio import RATE, Wave
 from narrows.retrieve.clips import LEAST_S
@@ -86,7 +87,13 @@ class HeadBackend(ABC):
     def hears(self) -> str:
         """See ``hearing.Backend``."""
         encoder = self.config.speech_encoder
-        own = fetch.sha256(self._folder / self.weights)[:16]
+        try:
+            own = fetch.sha256(self._folder / self.weights)[:16]
+        except OSError as error:
+            raise ModelError(
+                f"cannot read {self._folder / self.weights} ({error.strerror}): give the folder of "
+                "a trained one"
+            ) from None
         return f"{encoder} {hub.revision(hub.resolve(encoder))} {self.name} {own}"
 
     @cached_property

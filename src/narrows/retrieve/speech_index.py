@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from narrows.errors import ConfigError, InputError, reason
 from narrows.files import replacing
 from narrows.retrieve.hearing import Guesses, Heard
 
-HEADER = "index.json"
+HEADER, LOCK = "index.json", ".lock"
 FORMAT = "narrows speech index"
 VERSION = 1
 NAMES = ("ids", "chances")
@@ -79,18 +79,22 @@ class SpeechIndex:
 
     @classmethod
     def create(cls, folder: Path, origin: Origin) -> SpeechIndex:
-        """An empty index. Raises InputError where something else is, or cannot be written."""
+        """An empty index, or the one that another process has made there meanwhile. Raises
+        InputError where something else is, or cannot be written."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if any(not path.name.startswith(".") for path in folder.iterdir()):
-                raise InputError(f"{folder} holds other files: name a new folder for the index")
+            with FileLock(folder / LOCK):
+                if (folder / HEADER).exists():
+                    return cls.open(folder)
+                if any(not path.name.startswith(".") for path in folder.iterdir()):
+                    raise InputError(f"{folder} holds other files: name a new folder for the index")
+                index = cls(folder, origin, ())
+                index._write()
+                return index
         except OSError as error:
             raise InputError(
                 f"cannot make the index {folder} ({error.strerror}): name a folder you may write"
             ) from None
-        index = cls(folder, origin, ())
-        index._write()
-        return index
 
     @classmethod
     def open(cls, folder: Path) -> SpeechIndex:
@@ -123,12 +127,22 @@ class SpeechIndex:
             stale = [e.digest for e in self.entries if e.name == entry.name]
             self._commit({entry.digest: entry}, stale)
 
+    def rename(self, digest: str, name: str) -> None:
+        """Note that a recording is another file now. Raises InputError as ``add``, or if it is not
+        in."""
+        with self._turn():
+            self._commit({digest: replace(self._entry(digest), name=name)}, ())
+
+    def discard(self) -> None:
+        """Take the index away if nothing is in it. Raises InputError if it cannot be written."""
+        with self._turn():
+            if not self._entries:
+                (self.folder / HEADER).unlink()
+
     def delete(self, digest: str) -> None:
         """Take a recording out. Raises InputError if it is not in."""
         with self._turn():
-            if digest not in self._entries:
-                raise InputError(f"{self.folder} holds no recording {digest}")
-            self._commit({}, [digest])
+            self._commit({}, [self._entry(digest).digest])
 
     def merge(self, other: SpeechIndex) -> None:
         """Put in all that ``other`` holds. Raises ConfigError if something else heard it."""
@@ -145,9 +159,7 @@ class SpeechIndex:
     def recording(self, digest: str) -> Recording:
         """What was heard in one recording. Raises InputError if it is not in, or as
         ``recordings``."""
-        if digest not in self._entries:
-            raise InputError(f"{self.folder} holds no recording {digest}")
-        entry = self._entries[digest]
+        entry = self._entry(digest)
         return _load(self._place(entry), entry)
 
     def check(self, hears: str | None, encodes: str) -> None:
@@ -163,6 +175,11 @@ class SpeechIndex:
                     "another index"
                 )
 
+    def _entry(self, digest: str) -> Entry:
+        if digest not in self._entries:
+            raise InputError(f"{self.folder} holds no recording {digest}")
+        return self._entries[digest]
+
     def _place(self, entry: Entry) -> Path:
         return self.folder / f"{entry.checksum}.safetensors"
 
@@ -170,7 +187,7 @@ class SpeechIndex:
     def _turn(self) -> Iterator[None]:
         """Alone at work on the folder, on what it holds now."""
         try:
-            turn = FileLock(self.folder / ".lock").acquire()
+            turn = FileLock(self.folder / LOCK).acquire()
         except OSError as error:
             raise InputError(f"cannot write {self.folder}: {error.strerror}") from None
         with turn:
@@ -201,7 +218,7 @@ class SpeechIndex:
         }
         told["checksum"] = _checksum(told)
         with replacing(self.folder / HEADER) as beside:
-            beside.write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
+            beside.write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 
 def _read(path: Path) -> tuple[Origin, list[Entry]]:

@@ -163,7 +163,9 @@ class Transcriber:
         return made
 
     def _language(self, waves: Sequence[Wave]) -> str:
-        """That of the first LONGEST_S seconds."""
+        """That of the first LONGEST_S seconds; a model of English alone knows no other."""
+        if len(known := self._model.supported_languages) == 1:
+            return str(known[0])
         first = np.concatenate(waves)[: round(LONGEST_S * RATE)]
         found: str = self._model.detect_language(first)[0]
         return found
@@ -269,8 +271,8 @@ class TranscriptBackend:
         beam: str = "1",
         tail: str = f"{TAIL_S:g}",
     ) -> None:
-        if not beam.isdecimal():
-            raise ConfigError(f"beam must be a whole number (given: {beam!r})")
+        if not beam.isdecimal() or not int(beam):
+            raise ConfigError(f"beam must be a whole number from 1 on (given: {beam!r})")
         try:
             self._tail = float(tail)
         except ValueError:
@@ -298,7 +300,9 @@ class TranscriptBackend:
         """See ``hearing.Backend``."""
         beam = f" beam {self._beam}" if self._beam > 1 else ""
         tail = f" tail {self._tail:g} window {WINDOW_S:g}"
-        return f"{self._recogniser} {hub.revision(hub.resolve(self._recogniser))}{beam}{tail}"
+        language = f" language {self._language}" if self._language else ""
+        revision = hub.revision(hub.resolve(self._recogniser))
+        return f"{self._recogniser} {revision}{beam}{tail}{language}"
 
     @cached_property
     def encodes(self) -> str:

@@ -268,8 +268,7 @@ def test_an_index_is_not_made_where_something_is(tmp_path: Path, index: SpeechIn
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="holds other files"):
         SpeechIndex.create(tmp_path / "full", ORIGIN)
-    with pytest.raises(InputError, match="holds other files"):
-        SpeechIndex.create(index.folder, ORIGIN)
+    assert SpeechIndex.create(index.folder, ORIGIN).entries == index.entries
     with pytest.raises(InputError, match="cannot make the index"):
         SpeechIndex.create(tmp_path / "file", ORIGIN)
     assert SpeechIndex.create(tmp_path / "new" / "one", ORIGIN).entries == []
