@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -191,3 +192,45 @@ def test_recordings_of_people(data_folder: Path) -> None:
         wave = whole(path)
         assert len(wave) / RATE == pytest.approx(seconds_of(path), abs=0.01)
         assert 0.05 < np.abs(wave).max() <= 1.01
+
+
+def film(path: Path, sound_s: float, pictures_s: float) -> Path:
+    """A film whose pictures go on longer than its sound."""
+    import av
+
+    with av.open(str(path), "w") as file:
+        pictures = file.add_stream("mpeg4", rate=10)
+        pictures.width = pictures.height = 32
+        pictures.pix_fmt = "yuv420p"
+        sound = file.add_stream("aac", rate=RATE, layout="mono")
+        for _ in range(round(pictures_s * 10)):
+            black = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+            file.mux(pictures.encode(black))
+        made = av.AudioFrame.from_ndarray(tone(sound_s)[None], format="fltp", layout="mono")
+        made.sample_rate = RATE
+        file.mux([*sound.encode(made), *sound.encode(None), *pictures.encode(None)])
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_the_sound_of_a_film_is_as_long_as_it_is(tmp_path: Path, suffix: str) -> None:
+    assert len(whole(film(tmp_path / f"film.{suffix}", 2.0, 4.0))) / RATE == pytest.approx(
+        2, abs=0.2
+    )
+
+
+def test_a_tag_in_an_old_alphabet(tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "old.wav", tone(1))
+    tag = b"INFOIART" + (6).to_bytes(4, "little") + b"Caf\xe9\0\0"
+    data = path.read_bytes() + b"LIST" + len(tag).to_bytes(4, "little") + tag
+    path.write_bytes(data[:4] + (len(data) - 8).to_bytes(4, "little") + data[8:])
+    assert len(whole(path)) == RATE
+    assert seconds_of(path) == pytest.approx(1)
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = subprocess.Popen(["sh", "-c", f"echo sound > {tmp_path / 'pipe'}"])
+    with pytest.raises(InputError, match="save it first"):
+        whole(tmp_path / "pipe")
+    writer.wait()

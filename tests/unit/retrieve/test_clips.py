@@ -177,3 +177,8 @@ def test_people_are_found(data_folder: Path) -> None:
     wave = np.concatenate(list(read_audio(path)))
     clips = list(cut([wave], Silero()))
     assert sum(c.end - c.start for c in clips) > 0.85 * len(wave) / RATE
+
+
+def test_the_shortest_window_is_not_too_short_to_be_heard() -> None:
+    clips = cut_whole(sound((0.9, 2.0)), window=LEAST_S)
+    assert all(len(clip.wave) >= LEAST_S * RATE for clip in clips[:-1])
