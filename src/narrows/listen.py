@@ -22,7 +22,7 @@ from narrows.contracts import Document
 from narrows.errors import ConfigError, InputError
 from narrows.model.fetch import sha256
 from narrows.model.hub import cache_dir
-from narrows.registry import build
+from narrows.registry import build, split_spec
 from narrows.retrieve.audio import RATE, Wave, read_audio, read_spans, seconds_of
 from narrows.retrieve.clips import cut
 from narrows.retrieve.hearing import BACKENDS, NOTHING, Backend, Heard
@@ -72,6 +72,7 @@ def index(
     spec = backend or DEFAULT_BACKEND
     if backend is None and _begun(folder):
         spec = SpeechIndex.open(folder).origin.backend
+    spec = _anywhere(spec)
     return _grown(folder, files, spec, build(BACKENDS, spec), window, on_heard)
 
 
@@ -200,6 +201,17 @@ def at(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _anywhere(spec: str) -> str:
+    """A backend's spec in which folders have their full names: an index is searched from others,
+    too. One with a comma, which no spec can hold, stays as it is."""
+    name, options = split_spec(BACKENDS.kind, spec)
+    told = []
+    for option, value in options.items():
+        full = os.path.abspath(value)
+        told.append(f"{option}={full if os.path.isdir(value) and ',' not in full else value}")
+    return f"{name}:{','.join(told)}" if told else name
 
 
 def _begun(folder: Path) -> bool:

@@ -258,3 +258,14 @@ def test_a_recording_given_twice_is_one(talks: list[str]) -> None:
     passages = listen.Listener.hear([talks[0], talks[0], talks[1]]).passages("the bridge", 5)
     names = [document.name for document, _ in passages]
     assert len(names) == len(set(names)) == 5
+
+
+def test_folders_of_a_backend_are_found_from_everywhere(
+    talks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "mind").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    made = listen.index(talks, tmp_path / "talks", backend="transcript:encodes=mind,hears=one")
+    monkeypatch.chdir(tmp_path)
+    assert made.origin.backend == f"transcript:encodes={tmp_path / 'here' / 'mind'},hears=one"
+    assert len(said(tmp_path / "talks", "bridge")) == 2
