@@ -89,12 +89,16 @@ class LLM:
         yield from self.follow(self.submit(prompt, params))
 
     def follow(self, request: Request) -> Iterator[str]:
-        """Step the engine until ``request`` ends, giving its text in pieces."""
+        """Step the engine until ``request`` ends, giving its text in pieces; also those of steps
+        that others took."""
         try:
-            while request.state is not State.FINISHED:
-                for sequence, text in self.engine.step().pieces:
-                    if sequence is request and text:
+            while True:
+                while request.news:
+                    if text := request.news.pop(0):
                         yield text
+                if request.state is State.FINISHED:
+                    return
+                self.engine.step()
         finally:
             self._drop([request])
 

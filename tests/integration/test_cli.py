@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from narrows.config import SamplingParams
+from narrows.llm import LLM
 from narrows.model.flat import FlatModel
 from tiny_text import chat_model
 
@@ -188,6 +190,8 @@ def test_saved_caches_refuse_bad_input(run: Run, short: str, book: str, tmp_path
         (("save", str(file), "--doc", book), "but 256 fit; give a compression method"),
         (("save", str(file), "--doc", short, "--cache", "snapkv:keep=2"), "keep: "),
         (("save", str(tmp_path / "no" / "a"), "--doc", short), "cannot write"),
+        (("save", str(tmp_path), "--doc", short), "no ordinary file"),
+        (("save", str(Path(short) / "a"), "--doc", short), "cannot write"),
         (("save", str(file), "--doc", "none.txt"), "none.txt"),
         (("load", str(file), "Why?"), "no such file"),
         (("load", short, "Why?"), "not a saved cache"),
@@ -202,3 +206,35 @@ def test_saved_caches_refuse_bad_input(run: Run, short: str, book: str, tmp_path
     code, _, err = run("cache", "load", str(file), " ")
     assert code == 2
     assert "the question is empty" in err
+
+
+def test_streams_at_the_same_time_lose_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FlatModel, "load", classmethod(lambda *a, **k: chat_model()))
+    llm = LLM(max_sequences=2)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    alone = ["".join(llm.stream(prompt, params)) for prompt in ("one day", "two ships")]
+    requests = [llm.submit(prompt, params) for prompt in ("one day", "two ships")]
+    assert ["".join(llm.follow(request)) for request in requests] == alone
+    both = [llm.stream(prompt, params) for prompt in ("one day", "two ships")]
+    told = [""] * 2
+    for number in (0, 1) * 30:
+        told[number] += next(both[number], "")
+    assert told == alone
+
+
+def test_a_request_that_cannot_begin_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FlatModel, "load", classmethod(lambda *a, **k: chat_model()))
+    llm = LLM()
+    build = llm.engine.scheduler.build
+    bad, good = (llm.submit("one day", SamplingParams(max_tokens=4)) for _ in range(2))
+
+    def fails() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(llm.engine.scheduler, "build", fails)
+    with pytest.raises(MemoryError):
+        llm.engine.step()
+    monkeypatch.setattr(llm.engine.scheduler, "build", build)
+    assert list(llm.follow(bad)) == []
+    assert "".join(llm.follow(good)) == good.completion().text
+    assert not llm.engine.busy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,3 +227,16 @@ def test_a_longer_draft_than_a_sliding_layer_holds_is_refused() -> None:
     with pytest.raises(ConfigError, match="500"):
         engine("llama", drafter=drafter)
     assert torch.is_inference_mode_enabled() is False
+
+
+def test_names_of_drafters_come_before_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lookup").mkdir()
+    monkeypatch.chdir(tmp_path)
+    target = pair("llama")[0]
+    assert make_drafter("auto", target).name == "lookup"
+    assert make_drafter("lookup+none", target).name == "lookup"
+    assert make_drafter("none+none", target) is None
+    with pytest.raises(ConfigError, match="unknown drafter"):
+        make_drafter("x" * 300, target)

@@ -72,6 +72,7 @@ class DenseLayer(LayerCache):
             old = getattr(self, name)
             new = old.new_empty((old.shape[0], room, old.shape[2]))
             new[:, :keep] = old[:, start : self.held]
+            new[:, keep + n :] = 0  # saved with the rest: nothing that stood there before
             setattr(self, name, new)
         self.dropped += start
 

@@ -416,7 +416,7 @@ def _fit(layers: Sequence[EvictLayer], target: int) -> None:
             high = keep
         else:
             low = keep
-        if high - low < 1e-3:
+        if high - low < 1e-3 and (low > 0.0 or high < 1e-9):
             if taken > target and low > 0.0:
                 size(low)
             return

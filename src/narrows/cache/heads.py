@@ -183,6 +183,7 @@ def _buffer(x: Tensor, more: int = 0) -> Tensor:
     """``x`` ``[n, dim]`` copied into a buffer that has room for ``more`` tokens and some."""
     made = x.new_empty((1, room(len(x) + more), x.shape[1]))
     made[0, : len(x)] = x
+    made[0, len(x) + more :] = 0  # saved with the rest: nothing that stood there before
     return made
 
 

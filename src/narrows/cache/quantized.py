@@ -126,7 +126,7 @@ class Stretch:
         room = self.options.residual if x.shape[1] or least else 0
         room = max(room, least, x.shape[1])
         if room != self.tail.shape[1] or not room:
-            self.tail = x.new_empty((x.shape[0], room, x.shape[2]))
+            self.tail = x.new_zeros((x.shape[0], room, x.shape[2]))
         self.tail[:, : x.shape[1]] = x
 
 

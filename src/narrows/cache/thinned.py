@@ -43,6 +43,8 @@ class ThinnedLayer(QuantLayer):
         self.prompt: EvictLayer | None = prompt
         self.dense = prompt.prompt
         self.dropped = 0
+        self.sealed_at = 0
+        """Tokens read when it was sealed."""
         self.lends = False
         """Whether another layer reads these codes."""
         self.chosen: Choice | None = None
@@ -78,8 +80,19 @@ class ThinnedLayer(QuantLayer):
         pair = (x.take_along_dim(tokens, 1).transpose(0, 1) for x in (self.dense.k, self.dense.v))
         kept.append(*pair)
         self.dropped = self.dense.length - kept.length
+        self.sealed_at = self.dense.length
         self.prompt, self.dense = None, kept
         super().seal()
+
+    def rollback(self, n: int) -> None:
+        """See LayerCache, and QuantLayer. Tokens of a prompt that was thinned cannot be given back:
+        ValueError."""
+        if self.dropped and n > self.length - self.sealed_at:
+            raise ValueError(
+                f"cannot roll back {n} of {self.length} tokens: the prompt, {self.sealed_at} of "
+                "them, was thinned"
+            )
+        super().rollback(n)
 
 
 UNEVEN = "leaves KV heads of a layer with different tokens"

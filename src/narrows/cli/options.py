@@ -45,11 +45,16 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def check_places(*files: Path | None) -> None:
-    """Refuse, before a long run, a file that could not be written after it."""
+def check_places(*files: Path | None, folders: bool = False) -> None:
+    """Refuse, before a long run, a file (or folder) that could not be written after it."""
     for file in files:
-        if file is not None and not os.access(file.absolute().parent, os.W_OK):
+        if file is None:
+            continue
+        parent = file.absolute().parent
+        if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
             raise ConfigError(f"cannot write {file}: its folder is missing or not writable")
+        if not folders and os.path.lexists(file) and not os.path.isfile(file):
+            raise ConfigError(f"cannot write {file}: it is no ordinary file; name another")
 
 
 def numbers(name: str, text: str) -> list[int]:

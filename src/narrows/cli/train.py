@@ -111,7 +111,7 @@ def specformer(
     from narrows.train.prompts import CHARACTERS, from_data, from_file, long_from_data
 
     options = LoopOptions(steps=steps, rate=rate, save_every=save_every)
-    check_places(out)
+    check_places(out, folders=True)
     texts = from_file(prompts) if prompts else from_data(locate(data), count, seed)
     longest = 1024
     if long_count:
@@ -311,7 +311,7 @@ def clsr(
         joint = clsr.Goal(contrast=1 / 3, sampling=sampling, **told)
         options = LoopOptions(steps=joint_steps, rate=joint_rate, save_every=save_every)
         stages.append(("joint", joint, options))
-    check_places(out)
+    check_places(out, folders=True)
     crew = processes(device)
     first = crew.is_main_process
     with Progress("speech, then updates", visible=first) as progress:
@@ -388,7 +388,7 @@ def dual(
 
     goal = DualGoal(captions=captions, temperature=temperature, negatives=negatives)  # type: ignore[arg-type]
     options = LoopOptions(steps=steps, rate=rate, save_every=save_every)
-    check_places(out)
+    check_places(out, folders=True)
     if speech is not None and not (speech / "work").is_dir():
         raise ConfigError(f"{speech} holds no speech: give the folder of a run that made some")
     crew = processes(device)

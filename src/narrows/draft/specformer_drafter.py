@@ -73,7 +73,8 @@ class SpecFormerDrafter(Drafter):
             if rows.start == 0:
                 self._states[rows.number] = _State(self._cache())
             state = self._states[rows.number]
-            state.unread.append(taps[rows.first : rows.stop])
+            # A copy: a part would keep the states of all that was read in this step.
+            state.unread.append(taps[rows.first : rows.stop].clone())
             if state.count_unread() >= READ_AT:
                 due.append(state)
         if due:

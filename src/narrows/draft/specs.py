@@ -4,6 +4,7 @@ several of them joined by "+"."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,12 +44,12 @@ def make_drafter(spec: str, target: FlatModel) -> Drafter | None:
         if folder is None:
             raise ConfigError(f"no drafter is shipped for {target.name}; see `narrows train`")
         spec = str(folder)
-    if Path(spec).is_dir():
+    if spec.partition(":")[0] not in DRAFTERS and os.path.isdir(spec):
         return SpecFormerDrafter(SpecFormer.load(Path(spec)), target)
     parts = spec.split("+")
     if len(parts) > 1:
-        made = [make_drafter(part, target) for part in parts]
-        return Combined([one for one in made if one is not None])
+        made = [one for part in parts if (one := make_drafter(part, target)) is not None]
+        return Combined(made) if made else None
     return build(DRAFTERS, spec, target)
 
 

@@ -174,9 +174,15 @@ class Engine:
 
     def step(self) -> Step:
         """Read the planned tokens and sample where a sequence is ready. If the forward pass or
-        the sampling fails, the sequences of this step are cancelled and the error raised."""
+        the sampling fails, the sequences of this step are cancelled and the error raised; likewise
+        one that cannot enter the batch."""
         started = time.perf_counter()
-        work = self.scheduler.plan()
+        try:
+            work = self.scheduler.plan()
+        except BaseException:
+            if self.scheduler.waiting:
+                self.cancel(self.scheduler.waiting[0])
+            raise
         try:
             moved = self._advance(work)
         except BaseException:
@@ -187,6 +193,8 @@ class Engine:
         seconds = time.perf_counter() - started
         if self.speculation and len(moved) == sum(w.count for w in work):  # only decoding
             self.speculation.observe(len(moved) + sum(m.drafted for m in moved), seconds)
+        for m in moved:
+            m.sequence.news.append(m.text)
         written = sum(len(m.tokens) for m in moved)
         return Step(
             pieces=[(m.sequence, m.text) for m in moved],

@@ -122,6 +122,6 @@ class Scheduler:
             used += self._cost(self.waiting[0])
             if used > self.cache_bytes and self.running:
                 return
-            sequence = self.waiting.popleft()
-            sequence.start(self.build)
-            self.running.append(sequence)
+            sequence = self.waiting[0]
+            sequence.start(self.build)  # may fail, and then it still waits
+            self.running.append(self.waiting.popleft())

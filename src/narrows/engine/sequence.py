@@ -47,6 +47,8 @@ class Sequence:
         self.sealed = False
         self.state = State.WAITING
         self.finish_reason = ""
+        self.news: list[str] = []
+        """Pieces of final text that nobody has taken yet."""
         self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
         self.metrics = RequestMetrics(prompt_tokens=len(prompt))
         self._submitted = time.perf_counter()

@@ -202,3 +202,15 @@ def test_a_full_disk_leaves_the_old_file(file, monkeypatch):
 
 def test_nothing_is_in_a_file_but_tensors_and_text(file):
     assert all(isinstance(t, torch.Tensor) for t in load_file(file).values())
+
+
+@pytest.mark.parametrize("spec", ["dense", "snapkv:keep=0.4,window=8"])
+def test_what_stood_in_memory_before_is_not_saved(spec, tmp_path):
+    machine = engine(spec)
+    machine.read(PROMPT[:18])  # so that sizes as large are free
+    for size in (512, 1024, 2048, 4096, 8192, 16384, 32768):
+        junk = [torch.full((size,), 12345.678) for _ in range(20)]
+        del junk
+    save_cache(machine.read(PROMPT[:18]), tmp_path / "a.cache")
+    for values in load_file(tmp_path / "a.cache").values():
+        assert not (values.float() == 12345.678).any()

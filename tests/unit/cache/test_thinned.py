@@ -132,3 +132,13 @@ def test_what_cannot_be_combined_is_refused_with_the_reason(spec, message):
 
 def test_pairs_of_layers_are_no_combination():
     assert parse_cache("xquant:key_pairs=1+3").options.key_pairs == "1+3"
+
+
+@torch.inference_mode()
+def test_a_thinned_prompt_is_not_given_back():
+    flat, caches = sealed(SPECS[1].replace(SMALL, SMALL + ",hold=8"))
+    read(flat, caches, IDS, [3])
+    with pytest.raises(ValueError, match="was thinned"):
+        caches[0].rollback(4)
+    caches[0].rollback(3)
+    assert caches[0].length == 60
