@@ -189,6 +189,10 @@ def _buffer(x: Tensor, more: int = 0) -> Tensor:
 
 def room(tokens: int) -> int:
     """Tokens a buffer is given when it must hold ``tokens``."""
-    # Steps are powers of two, so that more tokens never get less room.
-    step = GROWTH << max(0, (tokens // GROWTH**2).bit_length() - 1)
-    return -(-tokens // step) * step
+    return -(-tokens // step(tokens)) * step(tokens)
+
+
+def step(tokens: int) -> int:
+    """Tokens by which a buffer of ``tokens`` grows: a power of two, so that more tokens never get
+    less room."""
+    return GROWTH << max(0, (tokens // GROWTH**2).bit_length() - 1)

@@ -40,6 +40,8 @@ from narrows.errors import ConfigError, InputError, reason
 from narrows.files import replacing
 
 FORMAT, VERSION = "narrows-cache", 2
+TOLD = ("model", "spec", "dtype", "nodes", "layers")
+"""What a header must hold."""
 
 CLASSES: dict[str, type] = {
     kind.__name__: kind
@@ -110,7 +112,10 @@ def load_cache(path: Path, rotary: Rotary | None, device: torch.device) -> Saved
             raise ValueError("its layers have not read its tokens")
         _check(made.values())
         return SavedCache(tokens, caches, header["spec"], header["model"], header["dtype"])
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ConfigError) as error:
+    except (
+        *(KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError),
+        ConfigError,
+    ) as error:
         raise InputError(f"{path}: not a cache this version can read: {reason(error)}") from None
 
 
@@ -143,6 +148,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                     f"{path}: version {header.get('version')} of the format, but this reads "
                     f"{VERSION}; save the cache anew"
                 )
+            if lost := [name for name in TOLD if name not in header]:
+                raise ValueError(f"its header lacks {', '.join(lost)}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if header.pop("checksum", None) != _checksum(header, tensors):
             raise InputError(f"{path}: the checksum is wrong; the file has been changed or damaged")

@@ -17,7 +17,7 @@ from torch import Tensor
 from narrows.cache.budget import Choice
 from narrows.cache.codebook import Codebook, Rule
 from narrows.cache.evict import EvictLayer, EvictOptions, EvictPolicy, copies
-from narrows.cache.heads import HeadStore, room
+from narrows.cache.heads import HeadStore, room, step
 from narrows.cache.scores import Scorer
 from narrows.contracts import LayerShape, ModelShape
 from narrows.errors import ConfigError
@@ -210,10 +210,16 @@ class SpindlePolicy(EvictPolicy):
         """See CachePolicy. Codes made while decoding may be larger than what they stand for."""
         bound = EvictPolicy.estimate(self, shape, tokens, prompt)
         options = self.options
-        if prompt is None or not options.settles:
+        if prompt is None:
             return bound
         heads = sum(layer.kv_heads for layer in shape.layers)
         width = max(layer.key_dim + layer.value_dim for layer in shape.layers)
+        if min(options.theta_k, options.theta_v) < 1:
+            # Codes are smaller than the buffer they spare, but what stays dense may soon grow one.
+            most = min(tokens, options.cap or tokens)
+            bound += heads * width * shape.dtype.itemsize * step(most)
+        if not options.settles:
+            return bound
         held = options.fold_every * width * shape.dtype.itemsize if options.hold else 0
         # Of what is evicted again the codes of the prompt, too, may shrink less than they spared.
         coded = options.cap * copies(options) if options.cap else tokens - prompt

@@ -235,3 +235,25 @@ def test_appending_alone_folds_as_steps_do():
     assert one.coded_until == several.coded_until > 60
     for a, b in zip(one.materialize(), several.materialize(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("spec", "prompt", "tokens"),
+    [
+        ("spindle:preset=codebook_only,tail=8,fold_every=4", 60, 61),
+        (
+            "spindle:score=random,preset=rehearsed,theta_v=0.6,pays=1.0,block=16,tail=4,fold_every=0",
+            60,
+            65,
+        ),
+        ("spindle:score=key_difference,preset=tuned,tail=4,fold_every=8", 33, 43),
+    ],
+)
+def test_short_prompts_stay_within_the_estimate(spec, prompt, tokens):
+    flat, policy = pair("llama")[0], parse_cache(spec)
+    caches = policy.build(flat.shape)
+    read(flat, caches, IDS * 2, [prompt])
+    for cache in caches:
+        cache.seal()
+    read(flat, caches, IDS * 2, [1] * (tokens - prompt))
+    assert sum(c.nbytes for c in caches) <= policy.estimate(flat.shape, tokens, prompt)
