@@ -39,7 +39,7 @@ from narrows.contracts import LayerCache, LayerShape, Rotary
 from narrows.errors import ConfigError, InputError, reason
 from narrows.files import replacing
 
-FORMAT, VERSION = "narrows-cache", 2
+FORMAT, VERSION = "narrows-cache", 3
 TOLD = ("model", "spec", "dtype", "nodes", "layers")
 """What a header must hold."""
 
@@ -112,10 +112,7 @@ def load_cache(path: Path, rotary: Rotary | None, device: torch.device) -> Saved
             raise ValueError("its layers have not read its tokens")
         _check(made.values())
         return SavedCache(tokens, caches, header["spec"], header["model"], header["dtype"])
-    except (
-        *(KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError),
-        ConfigError,
-    ) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ConfigError) as error:
         raise InputError(f"{path}: not a cache this version can read: {reason(error)}") from None
 
 
