@@ -94,8 +94,7 @@ class LLM:
         try:
             while True:
                 while request.news:
-                    if text := request.news.pop(0):
-                        yield text
+                    yield request.news.pop(0)
                 if request.state is State.FINISHED:
                     return
                 self.engine.step()

@@ -194,7 +194,8 @@ class Engine:
         if self.speculation and len(moved) == sum(w.count for w in work):  # only decoding
             self.speculation.observe(len(moved) + sum(m.drafted for m in moved), seconds)
         for m in moved:
-            m.sequence.news.append(m.text)
+            if m.text:
+                m.sequence.news.append(m.text)
         written = sum(len(m.tokens) for m in moved)
         return Step(
             pieces=[(m.sequence, m.text) for m in moved],
