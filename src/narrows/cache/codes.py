@@ -175,6 +175,11 @@ class Codes(ABC):
             held.put(self._row(first), rows, self._row(self._room(first + n)))
         self.tokens += n
 
+    def take(self, tail: Tensor) -> bool:
+        """As ``fold`` of the first token of ``tail`` ``[heads, n, dim]``, whose others move up by
+        one place, in one call. False, and nothing done, where that cannot be."""
+        return False
+
     def cut(self, tokens: int) -> None:
         """Forget all but the first ``tokens`` tokens, and the room behind them. Whole groups for
         keys, whole blocks where scale and zero are coded."""
@@ -289,22 +294,17 @@ class ValueCodes(Codes):
     ``lines`` as ``quant.value_lines``; scale and zero ``[heads, tokens, dim / group]``.
     """
 
-    def fold(self, x: Tensor) -> None:
-        """See Codes."""
-        if x.shape[1] == 1 and self._fold_one(x):
-            self.tokens += 1
-        else:
-            super().fold(x)
-
-    def _fold_one(self, x: Tensor) -> bool:
-        """In one call, where there is room and the numbers are its own; False: not done."""
+    def take(self, tail: Tensor) -> bool:
+        """See Codes: where there is room, and the numbers are its own."""
         scale, zero = self.scale, self.zero
         if not isinstance(scale, Plain) or not isinstance(zero, Plain):
             return False
         if self.tokens % self.block == 0 or (self.owner is not None and self.fit != "minmax"):
             return False
         held = scale.values, zero.values
-        return fold_value(x, self.bits, self.eta, self.lines, *held, self.tokens)
+        done = fold_value(tail, self.bits, self.eta, self.lines, *held, self.tokens)
+        self.tokens += done
+        return done
 
     def codes(self, first: int, stop: int) -> Tensor:
         """See Codes."""

@@ -184,6 +184,12 @@ def folded(options: QuantOptions, rule: str, tokens: int) -> int:
     return max(0, free - options.residual)
 
 
+def tail_room(options: QuantOptions, rule: str) -> int:
+    """Tokens a tail has room for: as many as wait for a block to be full, or the residual and the
+    one that pushes another out of it."""
+    return options.residual + (rule != "block")
+
+
 def nominal_bits(plans: list[LayerPlan]) -> float:
     """Bits of a code, mean over keys and values of all layers; a borrower has none (7.1)."""
     sides = [side for plan in plans for side in (plan.key, plan.value)]
@@ -200,8 +206,8 @@ def layer_bytes(
 ) -> int:
     """Bytes a sealed layer holds at ``tokens`` tokens (7.2), exactly what its storages sum to.
 
-    A tail that is not empty has room for ``residual`` tokens; quantised values have room in
-    whole blocks of them; with ``hold``, the originals of what a rollback may ask for stand beside
+    A tail that is not empty has its ``tail_room``; quantised values have room in
+    whole blocks of ``residual``; with ``hold``, the originals of what a rollback may ask for stand beside
     the codes (fewer after a rollback). Tails empty when a block is quantised, so this falls and
     rises; ``most`` bounds it for every length up to ``tokens``, within a step too, when a tail has
     the new token as well.
@@ -216,7 +222,9 @@ def layer_bytes(
         blocks = -(-done // options.residual)
         room = blocks * options.residual
         sink = min(tokens, options.sink)
-        tail = options.residual + most if most or tokens - sink > done else 0
+        tail = tail_room(options, rule) if tokens - sink > done else 0
+        if most:
+            tail = options.residual + 1
         originals = done - folded(options, rule, tokens - options.hold)
         if most:
             originals = min(done, options.hold + (rule == "block") * options.residual)

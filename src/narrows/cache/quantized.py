@@ -9,6 +9,7 @@ of the layer before them (XQuant, arXiv 2510.11236). The prompt is attended to u
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -26,6 +27,7 @@ from narrows.cache.plan import (
     layer_bytes,
     make_plan,
     nominal_bits,
+    tail_room,
     value_group,
 )
 from narrows.contracts import LayerCache, LayerShape, ModelShape, Span
@@ -84,32 +86,44 @@ class Stretch:
         dense = (self.sink, self.tail, self.originals)
         return self.codes.nbytes + sum(x.untyped_storage().nbytes() for x in dense)
 
+    @property
+    def sink_room(self) -> int:
+        """Tokens the sink still lacks."""
+        return self.options.sink - self.sink.shape[1]
+
     def append(self, x: Tensor) -> None:
         """Add tokens ``[heads, n, dim]`` to the tail, or to a sink that is not full yet."""
-        room = self.options.sink - self.sink.shape[1]
+        room = self.sink_room
         if room:
             self.sink = torch.cat([self.sink, x[:, :room]], 1)
             self.length += min(room, x.shape[1])
             x = x[:, room:]
-        used, n = self.tail_tokens, x.shape[1]
-        if not n:
-            return
+        n = x.shape[1]
+        if n:
+            self.grow(n)
+            self.tail[:, self.tail_tokens - n : self.tail_tokens] = x
+
+    def grow(self, n: int) -> None:
+        """Count ``n`` more tokens, and make sure the tail takes them; the sink must be full."""
+        used = self.tail_tokens
         if used + n > self.tail.shape[1]:
             self._keep(self.tail[:, :used], used + n)
-        self.tail[:, used : used + n] = x
         self.length += n
 
     def fold(self) -> None:
         """Quantise what has left the residual."""
         n = folded(self.options, self.rule, self.length) - self.codes.tokens
-        if n <= 0:
-            self._remember(self.tail[:, :0])
+        if n <= 0 and not self.options.hold:
             return
+        gone = self.tail[:, : max(0, n)]
+        if self.options.hold:
+            gone = gone.clone()
         used = self.tail_tokens
-        gone, rest = self.tail[:, :n], self.tail[:, n:used].clone()
-        self.codes.fold(gone)
+        if n > 0 and not (n == 1 and self.codes.take(self.tail[:, :used])):
+            rest = self.tail[:, n:used].clone()
+            self.codes.fold(gone)
+            self._keep(rest)
         self._remember(gone)
-        self._keep(rest)
 
     def _remember(self, gone: Tensor) -> None:
         """Keep of the originals, with ``gone`` behind them, what a rollback may ask for."""
@@ -123,7 +137,7 @@ class Stretch:
 
     def _keep(self, x: Tensor, least: int = 0) -> None:
         """Make ``x`` the tail, in a buffer as ``layer_bytes`` counts it."""
-        room = self.options.residual if x.shape[1] or least else 0
+        room = tail_room(self.options, self.rule) if x.shape[1] or least else 0
         room = max(room, least, x.shape[1])
         if room != self.tail.shape[1] or not room:
             self.tail = x.new_zeros((x.shape[0], room, x.shape[2]))
@@ -281,9 +295,11 @@ class QuantLayer(LayerCache):
                 cache.append(k[a:b], v[a:b])
                 out[a:b] = cache.attend(q[a:b], scale)
                 continue
-            pieces = list(cache._pieces(b - a))
-            if len(pieces) == 1:
-                cache.append(k[a:b], v[a:b])
+            pieces = [(0, 1)] if b - a == 1 else list(cache._pieces(b - a))
+            if len(pieces) == 1 and not cache._sealed[0].sink_room:
+                for side in cache._sealed:
+                    side.fold()
+                    side.grow(b - a)
                 ready.append((cache, (a, b)))
                 continue
             for first, stop in pieces:
@@ -292,7 +308,7 @@ class QuantLayer(LayerCache):
                 out[rows] = cache.attend(q[rows], scale)
         if ready:
             records = [cache.record() for cache, _ in ready]
-            mixed = packed.attend(records, q, [span for _, span in ready], scale)
+            mixed = packed.attend(records, q, [span for _, span in ready], scale, (k, v))
             for cache, _ in ready:
                 cache.settle()
             if len(ready) == len(caches):
@@ -394,15 +410,14 @@ class QuantPolicy:
         return self._bytes(shape, tokens, most=False)
 
     def _bytes(self, shape: ModelShape, tokens: int, most: bool) -> int:
-        options, plans = _planned(self, shape)
-        size = shape.dtype.itemsize
+        options, _ = _planned(self, shape)
         total = 0
-        for place, layer in enumerate(shape.layers):
-            if place in plans:
-                total += layer_bytes(options, plans[place], layer, shape.dtype, tokens, most)
+        for (plan, layer), times in _kinds(self, shape).items():
+            if plan is not None:
+                one = layer_bytes(options, plan, layer, shape.dtype, tokens, most)
             else:
-                room = max(capacity(tokens), 1)
-                total += layer.numbers * room * size
+                one = layer.numbers * max(capacity(tokens), 1) * shape.dtype.itemsize
+            total += times * one
         return total
 
     def nominal_bits(self, shape: ModelShape) -> float:
@@ -421,6 +436,22 @@ def _planned(policy: QuantPolicy, shape: ModelShape) -> tuple[QuantOptions, dict
     bytes in every step."""
     options = policy.resolved(shape)
     return options, {p.place: p for p in make_plan(options, shape)}
+
+
+@functools.lru_cache(maxsize=16)
+def _kinds(policy: QuantPolicy, shape: ModelShape) -> Counter[tuple[LayerPlan | None, LayerShape]]:
+    """How many layers of the model hold the same bytes, those with sliding windows without plan.
+    Plans of layers that differ in their places only are one."""
+
+    def placeless(side: Side) -> Side:
+        return replace(side, owner=None if side.owner is None else 0)
+
+    _, plans = _planned(policy, shape)
+    alike = {
+        place: LayerPlan(0, placeless(plan.key), placeless(plan.value))
+        for place, plan in plans.items()
+    }
+    return Counter((alike.get(place), layer) for place, layer in enumerate(shape.layers))
 
 
 def _even(part: int, count: int) -> int:

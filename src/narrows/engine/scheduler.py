@@ -109,6 +109,8 @@ class Scheduler:
         return max(cost, self.policy.estimate(self.shape, prompt))
 
     def _shrink(self) -> None:
+        if len(self.running) <= 1:
+            return
         used = sum(map(self._cost, self.running))
         while used > self.cache_bytes and len(self.running) > 1:
             newest = self.running.pop()
@@ -117,6 +119,8 @@ class Scheduler:
             self.waiting.appendleft(newest)
 
     def _admit(self) -> None:
+        if not self.waiting or len(self.running) >= self.config.max_sequences:
+            return
         used = sum(map(self._cost, self.running))
         while self.waiting and len(self.running) < self.config.max_sequences:
             used += self._cost(self.waiting[0])

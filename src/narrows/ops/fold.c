@@ -3,7 +3,8 @@
  * bit, so that it does not matter how tokens arrive. */
 #include "vector.h"
 
-/* x: heads rows of `dim` floats or bfloat16, `x_stride` apart. `lines` (null: a borrower, which
+/* x: the tail, for each head `used` rows of `dim` floats or bfloat16, heads `x_stride` apart: the
+ * first becomes codes, and the others move up. `lines` (null: a borrower, which
  * stores no codes) as quant.value_lines, a head `line_stride` bytes apart; scale and zero
  * [heads, tokens, dim / group], `meta_stride` numbers apart, kind 0 float32, 1 float16, 2 bfloat16.
  * Returns 0, 1 where a number is not finite in its kind (nothing is written then), or 2 where the
@@ -24,7 +25,7 @@ static int put(void *to, int kind, int64_t at, float x, int write) {
   return !isfinite(to_f32(short_));
 }
 
-int fold_value(const void *x, int is_bf16, int64_t x_stride, int64_t heads, int64_t dim,
+int fold_value(void *x, int is_bf16, int64_t x_stride, int64_t used, int64_t heads, int64_t dim,
                int64_t group, int bits, float eta, float shrink, uint8_t *lines,
                int64_t line_stride, void *scale, void *zero, int64_t meta_stride, int kind,
                int64_t token) {
@@ -57,10 +58,15 @@ int fold_value(const void *x, int is_bf16, int64_t x_stride, int64_t heads, int6
           line[bit / 8] |= (uint8_t)((int)code << bit % 8);
         }
       }
+  size_t size = is_bf16 ? sizeof(bf16) : sizeof(float);
+  for (int64_t h = 0; h < heads; h++) {
+    char *first = (char *)x + h * x_stride * size;
+    memmove(first, first + dim * size, (used - 1) * dim * size);
+  }
   return 0;
 }
 #else
-int fold_value(const void *x, int is_bf16, int64_t x_stride, int64_t heads, int64_t dim,
+int fold_value(void *x, int is_bf16, int64_t x_stride, int64_t used, int64_t heads, int64_t dim,
                int64_t group, int bits, float eta, float shrink, uint8_t *lines,
                int64_t line_stride, void *scale, void *zero, int64_t meta_stride, int kind,
                int64_t token) {

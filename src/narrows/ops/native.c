@@ -619,7 +619,7 @@ int64_t append_attend(place *places, int64_t sequences, const float *q, int64_t 
       }
     }
   }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+#pragma omp parallel for schedule(guided) num_threads(threads)
   for (int64_t t = 0; t < count; t++) {
     const int64_t *task = tasks + 4 * t;
     const place *p = places + task[0];

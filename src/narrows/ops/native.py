@@ -48,8 +48,8 @@ SIGNATURES = {
     "silu_mul_bf16": (None, (P, P, L, L, N)),
     "softmax_mass": (None, (P, N, L, L, L, L, L, L, P, P, N)),
     "packed_int8": (N, ()),
-    "attend_packed": (N, (P, L, P, L, P, L, L, L, L, F, N, N, N)),
-    "fold_value": (N, (P, N, L, L, L, L, N, F, F, P, L, P, P, L, N, L)),
+    "attend_packed": (N, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, N, N, N)),
+    "fold_value": (N, (P, N, L, L, L, L, L, N, F, F, P, L, P, P, L, N, L)),
     "greedy_cover": (L, (P, L, P, N, P, P, P)),
     "append_attend": (L, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, L, N, P, P, L, N)),
 }

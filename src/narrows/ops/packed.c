@@ -19,6 +19,8 @@
 #define DIM 256 /* greatest head size; also the coefficients a product sums over at most */
 #define LANES 16
 #define LINE 64
+#define KEYS_AHEAD 8
+#define VALUES_AHEAD 16
 
 int amx_ready(void);
 
@@ -89,6 +91,7 @@ static inline float dot(const float *a, const float *b, int64_t n) {
 typedef struct {
   const uint8_t *codes;
   int64_t bits, quad, block;
+  int64_t ahead; /* bytes from a line to the one that is needed some time later */
 } lines;
 
 /* The four codes of each of WIDTH places of a line, side by side in the low bits of 32; `part` 0
@@ -240,7 +243,11 @@ INLINE void direct_of(lines x, int bits, int64_t quads, int blocks, const int8_r
   memset(acc, 0, sizeof acc);
   for (int64_t k = 0; k < quads; k++) {
     __m512i code[PAIR];
-    for (int b = 0; b < blocks; b++) code[b] = bytes(x.codes + k * x.quad + b * x.block, bits);
+    for (int b = 0; b < blocks; b++) {
+      const uint8_t *line = x.codes + k * x.quad + b * x.block;
+      _mm_prefetch((const void *)(line + x.ahead), _MM_HINT_T0);
+      code[b] = bytes(line, bits);
+    }
     for (int r = 0; r < rows; r++)
       for (int part = 0; part < 2; part++) {
         int32_t four;
@@ -363,7 +370,8 @@ typedef struct {
   const uint8_t *codes;
   int64_t head, bits, tokens, group; /* head in bytes; group of tokens (keys), channels (values) */
   numbers scale, zero;
-  const void *sink, *tail;
+  const void *sink;
+  void *tail;
   int64_t sink_head, tail_head; /* elements */
 } side;
 typedef struct {
@@ -414,7 +422,8 @@ static void packed_scores(const side *k, int64_t h, int64_t from, int64_t to, in
         for (int64_t d = 0; d < D; d++) w->coef[r][d] = q[d] * w->scale[d];
         for (int64_t d = D; d % LINE; d++) w->coef[r][d] = 0;
       }
-      lines x = {k->codes + h * k->head + from / 16 * quads * line, k->bits, line, quads * line};
+      lines x = {k->codes + h * k->head + from / 16 * quads * line, k->bits, line, quads * line,
+                 KEYS_AHEAD * quads * line};
       product(x, quads, n / 16, rows, score, CHUNK, exact, w);
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -444,7 +453,8 @@ static void packed_mix(const side *v, int64_t h, int64_t from, int64_t n, int64_
         for (int64_t t = 0; t < n; t++) w->coef[r][t] = p[t] * w->scale[t];
         for (int64_t t = n; t % LINE; t++) w->coef[r][t] = 0;
       }
-      lines x = {v->codes + h * v->head + from / 4 * quad + first / 16 * line, v->bits, quad, line};
+      lines x = {v->codes + h * v->head + from / 4 * quad + first / 16 * line, v->bits, quad, line,
+                 VALUES_AHEAD * quad};
       product(x, quads, v->group / 16, rows, w->sum[0], DIM, exact, w);
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -510,6 +520,18 @@ static void mix(const packed_place *p, int64_t h, int64_t a, int64_t b, int64_t 
                exact, w);
 }
 
+static void ask(const void *x, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)x + i, 0, 2);
+}
+
+static void ask_values(const side *v, int64_t h, int64_t from, int64_t n, int64_t Dv) {
+  int64_t quad = Dv / 16 * v->bits * LINE / 8, groups = Dv / v->group;
+  if (from < 0 || from + n > v->tokens || !v->codes) return;
+  ask(v->codes + h * v->head + from / 4 * quad, n / 4 * quad);
+  ask((const uint16_t *)v->scale.data + h * v->scale.head + from * groups, 2 * n * groups);
+  ask((const uint16_t *)v->zero.data + h * v->zero.head + from * groups, 2 * n * groups);
+}
+
 static void run(const packed_place *p, const task *t, const float *q, int64_t q_stride,
                 int64_t group, int64_t D, int64_t Dv, float scale, int is_bf16, int exact,
                 room *w) {
@@ -522,6 +544,7 @@ static void run(const packed_place *p, const task *t, const float *q, int64_t q_
     const float *from = q + row * q_stride + (t->head * group + r % group) * D;
     for (int64_t d = 0; d < D; d++) w->query[r * D + d] = from[d] * scale;
   }
+  ask_values(&p->value, t->head, t->first - p->sink, n, Dv);
   scores(p, t->head, t->first, t->stop, rows, D, is_bf16, exact, w);
   for (int64_t r = 0; r < rows; r++) {
     int64_t seen = p->length - p->rows + t->row + r / group + 1; /* tokens this row may see */
@@ -565,10 +588,22 @@ int packed_int8(void) {
   return 0;
 }
 
+/* Writes n vectors of D floats, `stride` apart, to a head's tail. */
+static void put(const float *x, int64_t stride, int64_t n, int64_t D, void *tail, int64_t at,
+                int is_bf16) {
+  for (int64_t r = 0; r < n; r++, at += D, x += stride)
+    if (is_bf16)
+      for (int64_t i = 0; i < D; i++) ((bf16 *)tail)[at + i] = to_bf16(x[i]);
+    else
+      memcpy((float *)tail + at, x, D * sizeof *x);
+}
+
 /* Causal attention of the newest `rows` tokens of each place. Rows of q are q_stride floats apart;
- * out is [T, heads, Dv]. All packed tokens and the sink must be visible to all rows. `exact` keeps
- * float32's precision. Returns 0, or -1 if there was no memory. */
+ * so are those of k_new and v_new, which are first written to the ends of the tails (null: they
+ * stand there); out is [T, heads, Dv]. All packed tokens and the sink must be visible to all rows.
+ * `exact` keeps float32's precision. Returns 0, or -1 if there was no memory. */
 int attend_packed(const packed_place *places, int64_t sequences, const float *q, int64_t q_stride,
+                  const float *k_new, int64_t k_stride, const float *v_new, int64_t v_stride,
                   float *out, int64_t heads, int64_t kv_heads, int64_t D, int64_t Dv, float scale,
                   int is_bf16, int exact, int threads) {
   int64_t group = heads / kv_heads, few = ROWS / group, count = 0, units = 0, floats = 0;
@@ -580,6 +615,14 @@ int attend_packed(const packed_place *places, int64_t sequences, const float *q,
     count += chunks * blocks;
     units += blocks;
     floats += chunks * p->rows * heads * (Dv + 2);
+    int64_t first = p->length - p->rows - p->sink;
+    for (int64_t h = 0; h < kv_heads && k_new; h++) {
+      const side *k = &p->key, *v = &p->value;
+      put(k_new + p->first_row * k_stride + h * D, k_stride, p->rows, D, k->tail,
+          h * k->tail_head + (first - k->tokens) * D, is_bf16);
+      put(v_new + p->first_row * v_stride + h * Dv, v_stride, p->rows, Dv, v->tail,
+          h * v->tail_head + (first - v->tokens) * Dv, is_bf16);
+    }
   }
   task *tasks = malloc(count * sizeof *tasks), **unit = malloc((units + 1) * sizeof *unit);
   float *parts = malloc(floats * sizeof *parts), *part = parts;
@@ -605,7 +648,7 @@ int attend_packed(const packed_place *places, int64_t sequences, const float *q,
 #pragma omp parallel num_threads(threads)
     {
       room w;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(guided)
       for (int64_t i = 0; i < count; i++)
         run(places + tasks[i].place, tasks + i, q, q_stride, group, D, Dv, scale, is_bf16, exact,
             &w);

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from narrows.contracts import Span
-from narrows.ops import quant
+from narrows.ops import quant, ragged
 from narrows.ops.native import library
 
 FEW = 16
@@ -263,11 +263,20 @@ def implementation(layer: PackedLayer, q: Tensor) -> str:
     return "torch"
 
 
-def attend(layers: Sequence[PackedLayer], q: Tensor, spans: Sequence[Span], scale: float) -> Tensor:
+def attend(
+    layers: Sequence[PackedLayer],
+    q: Tensor,
+    spans: Sequence[Span],
+    scale: float,
+    new: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Causal attention for sequences laid end to end: rows ``spans[i]`` of ``q`` ``[T, heads, D]``
     are the newest tokens of ``layers[i]`` -> ``[T, heads, Dv]`` in q's dtype. Rows of no span are
     left unwritten. The layers are of one model layer. On the CPU all sequences with few rows go in
     one kernel call.
+
+    ``new``, if given, are keys ``[T, kv_heads, D]`` and values of these tokens, which are counted
+    in ``length`` already and are written to the tails before anything is read.
 
     Raises ValueError if a token that only some of the rows may see is in the sink or quantised: the
     sequence must then be attended to in steps.
@@ -284,7 +293,10 @@ def attend(layers: Sequence[PackedLayer], q: Tensor, spans: Sequence[Span], scal
         kind = implementation(layer, q[a:b])
         if kind in native:
             native[kind].append((layer, (a, b)))
-        elif kind == "triton":
+            continue
+        if new is not None:
+            _write(layer, new[0][a:b], new[1][a:b])
+        if kind == "triton":
             kernel = _triton()
             assert kernel is not None
             out[a:b] = kernel(layer, q[a:b], scale)
@@ -293,16 +305,24 @@ def attend(layers: Sequence[PackedLayer], q: Tensor, spans: Sequence[Span], scal
     for kind, few in native.items():
         if few:
             wide = out if q.dtype is torch.float32 else torch.empty(out.shape)
-            _attend_native(few, q.float(), wide, scale, exact=kind == "floats")
+            _attend_native(few, q.float(), new, wide, scale, exact=kind == "floats")
             if wide is not out:
                 for _, (a, b) in few:
                     out[a:b] = wide[a:b]
     return out
 
 
+def _write(layer: PackedLayer, k: Tensor, v: Tensor) -> None:
+    """Put keys and values ``[n, kv_heads, D]`` of the newest tokens where the tails have them."""
+    stop = layer.length - layer.sink
+    for tail, stored, x in ((layer.k_tail, layer.key_tokens, k), (layer.v_tail, layer.value_tokens, v)):
+        tail[:, stop - stored - len(x) : stop - stored] = x.transpose(0, 1)
+
+
 def _attend_native(
     few: list[tuple[PackedLayer, tuple[int, int]]],
     q: Tensor,
+    new: tuple[Tensor, Tensor] | None,
     out: Tensor,
     scale: float,
     exact: bool,
@@ -310,8 +330,11 @@ def _attend_native(
     """One call of packed.c for all sequences."""
     native = library()
     assert native is not None
-    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
-        q = q.contiguous()
+    q = ragged.rows(q)
+    written = (0, 0, 0, 0)
+    if new is not None:
+        k, v = (ragged.rows(x.float()) for x in new)
+        written = (k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0))
     table: list[int] = []
     for layer, (a, b) in few:
         key = (layer.key_tokens, layer.group, layer.key_scale, layer.key_zero)
@@ -321,7 +344,7 @@ def _attend_native(
         table += (layer.sink, layer.length, a, b - a)
     tail = few[0][0].v_tail
     failed = native.attend_packed(
-        *((ctypes.c_int64 * len(table))(*table), len(few), q.data_ptr(), q.stride(0)),
+        *((ctypes.c_int64 * len(table))(*table), len(few), q.data_ptr(), q.stride(0), *written),
         *(out.data_ptr(), q.shape[1], tail.shape[0], q.shape[2], tail.shape[2], scale),
         *(tail.dtype is torch.bfloat16, exact, torch.get_num_threads()),
     )

@@ -89,7 +89,7 @@ def append_attend(
     assert native is not None
     heads, dim = q.shape[1:]
     kv_heads, value_dim = v.shape[1:]
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = rows(q), rows(k), rows(v)
     table: list[int] = []
     room = 0
     for p in places:
@@ -168,6 +168,6 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor
     return (seen_weights(q, k, scale, seen) @ v.float()).transpose(0, 1)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     """``x`` with each row's heads contiguous (rows themselves may be strided)."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

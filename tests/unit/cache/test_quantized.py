@@ -179,7 +179,8 @@ def test_sizes_on_the_default_model_and_on_a_wide_one() -> None:
 
 
 def test_closed_form_of_the_sheet() -> None:
-    """Section 7.2, for lengths at which nothing is rounded."""
+    """Section 7.2, for lengths at which nothing is rounded; but our tails of values have room for
+    the token that pushes another out."""
     made = shape(32, 8, 128, torch.float16)
     for spec, tokens, bits in (
         ("kivi:group=32,value_group=32", 1024, 3.81),
@@ -188,7 +189,7 @@ def test_closed_form_of_the_sheet() -> None:
         ("xquant:value_group=128", 8192, 1.74),
         ("kivi:value_group=128", 32768, 2.28),
     ):
-        assert policy(spec).true_bits(made, tokens) == pytest.approx(bits, abs=0.006)
+        assert policy(spec).true_bits(made, tokens) == pytest.approx(bits + 8 / tokens, abs=0.006)
 
 
 @pytest.mark.parametrize(
