@@ -53,8 +53,8 @@ class Plain(Metadata):
         self.values[:, rows:] = 0
 
     def numbers(self, width: int) -> Tensor:
-        """See Metadata."""
-        return self.values.view(self.values.shape[0], -1, width)
+        """See Metadata. A row of these is what is kept for one block."""
+        return self.values
 
     @property
     def nbytes(self) -> int:

@@ -110,20 +110,22 @@ class Stretch:
             self._keep(self.tail[:, :used], used + n)
         self.length += n
 
-    def fold(self) -> None:
-        """Quantise what has left the residual."""
+    def fold(self) -> bool:
+        """Quantise what has left the residual. Whether storages have been replaced for that."""
         n = folded(self.options, self.rule, self.length) - self.codes.tokens
         if n <= 0 and not self.options.hold:
-            return
+            return False
         gone = self.tail[:, : max(0, n)]
         if self.options.hold:
             gone = gone.clone()
         used = self.tail_tokens
-        if n > 0 and not (n == 1 and self.codes.take(self.tail[:, :used])):
+        anew = n > 0 and not (n == 1 and self.codes.take(self.tail[:, :used]))
+        if anew:
             rest = self.tail[:, n:used].clone()
             self.codes.fold(gone)
             self._keep(rest)
         self._remember(gone)
+        return anew
 
     def _remember(self, gone: Tensor) -> None:
         """Keep of the originals, with ``gone`` behind them, what a rollback may ask for."""
@@ -151,6 +153,8 @@ class QuantLayer(LayerCache):
     dense in the step that reads it. ``owner`` is the layer whose codes this one reads, if any;
     it must be sealed, and take its steps, before this one.
     """
+
+    _record: PackedLayer | None = None
 
     def __init__(
         self,
@@ -214,6 +218,7 @@ class QuantLayer(LayerCache):
         if self.dense is not None:
             self.dense.append(k, v)
             return
+        self._record = None
         for a, b in self._pieces(k.shape[0]):
             for side, x in zip(self._sealed, (k, v), strict=True):
                 side.fold()
@@ -233,12 +238,29 @@ class QuantLayer(LayerCache):
             if owner is not None:
                 owner.settle()
         for side in self._sealed:
-            side.fold()
+            if side.fold():
+                self._record = None  # which would keep the old storages
 
     def record(self) -> PackedLayer:
-        """What attention reads; shares the storages of this layer and its owner."""
+        """What attention reads; shares the storages of this layer and its owner. The last one,
+        with other counts, as long as no storage has been replaced."""
         keys, values = self._sealed
-        return PackedLayer(
+        last = self._record
+        if (
+            last is not None
+            and last.k_tail is keys.tail
+            and last.v_tail is values.tail
+            and last.k_sink is keys.sink
+            and last.v_sink is values.sink
+            and last.key_codes is keys.codes.borrowed
+            and last.value_codes is values.codes.borrowed
+            and last.key_zero is keys.codes.zeros()
+            and last.value_zero is values.codes.zeros()
+        ):
+            last.key_tokens, last.value_tokens = keys.codes.tokens, values.codes.tokens
+            last.length = keys.length
+            return last
+        self._record = PackedLayer(
             key_codes=keys.codes.borrowed,
             key_bits=keys.codes.bits,
             key_scale=keys.codes.scales(),
@@ -257,6 +279,10 @@ class QuantLayer(LayerCache):
             v_sink=values.sink,
             length=keys.length,
         )
+        return self._record
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_record": None}  # which holds addresses
 
     def _pieces(self, n: int) -> Iterator[Span]:
         """The next ``n`` tokens in runs within which nothing leaves the residual, so that to read a
@@ -287,13 +313,13 @@ class QuantLayer(LayerCache):
         scale: float,
     ) -> Tensor:
         """See LayerCache. Sealed sequences with one run of new tokens attend in one call."""
-        out = q.new_empty((*q.shape[:2], v.shape[2]))
         ready: list[tuple[QuantLayer, Span]] = []
+        other: list[tuple[Span, Tensor]] = []
         for cache, (a, b) in zip(caches, spans, strict=True):
             assert isinstance(cache, QuantLayer)
             if cache.dense is not None:
                 cache.append(k[a:b], v[a:b])
-                out[a:b] = cache.attend(q[a:b], scale)
+                other.append(((a, b), cache.attend(q[a:b], scale)))
                 continue
             pieces = [(0, 1)] if b - a == 1 else list(cache._pieces(b - a))
             if len(pieces) == 1 and not cache._sealed[0].sink_room:
@@ -305,16 +331,16 @@ class QuantLayer(LayerCache):
             for first, stop in pieces:
                 rows = slice(a + first, a + stop)
                 cache.append(k[rows], v[rows])
-                out[rows] = cache.attend(q[rows], scale)
-        if ready:
+                other.append(((a + first, a + stop), cache.attend(q[rows], scale)))
+        if not ready:
+            out = q.new_empty((*q.shape[:2], v.shape[2]))
+        else:
             records = [cache.record() for cache, _ in ready]
-            mixed = packed.attend(records, q, [span for _, span in ready], scale, (k, v))
-            for cache, _ in ready:
-                cache.settle()
-            if len(ready) == len(caches):
-                return mixed
-            for _, (a, b) in ready:
-                out[a:b] = mixed[a:b]
+            out = packed.attend(records, q, [span for _, span in ready], scale, (k, v))
+        for cache, _ in ready:
+            cache.settle()
+        for (a, b), mixed in other:
+            out[a:b] = mixed
         return out
 
     def rollback(self, n: int) -> None:
@@ -328,6 +354,7 @@ class QuantLayer(LayerCache):
                 f"cannot roll back {n} of {self.length} tokens: what they pushed out of the "
                 f"residual is quantised; give the cache hold={n}"
             )
+        self._record = None
         for side in self._sealed:
             side.forget(n)
 

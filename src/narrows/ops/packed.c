@@ -602,14 +602,14 @@ static void put(const float *x, int64_t stride, int64_t n, int64_t D, void *tail
  * so are those of k_new and v_new, which are first written to the ends of the tails (null: they
  * stand there); out is [T, heads, Dv]. All packed tokens and the sink must be visible to all rows.
  * `exact` keeps float32's precision. Returns 0, or -1 if there was no memory. */
-int attend_packed(const packed_place *places, int64_t sequences, const float *q, int64_t q_stride,
+int attend_packed(const packed_place *const *places, int64_t sequences, const float *q, int64_t q_stride,
                   const float *k_new, int64_t k_stride, const float *v_new, int64_t v_stride,
                   float *out, int64_t heads, int64_t kv_heads, int64_t D, int64_t Dv, float scale,
                   int is_bf16, int exact, int threads) {
   int64_t group = heads / kv_heads, few = ROWS / group, count = 0, units = 0, floats = 0;
   exact |= !packed_int8();
   for (int64_t s = 0; s < sequences; s++) {
-    const packed_place *p = places + s;
+    const packed_place *p = places[s];
     int64_t chunks = (p->sink + CHUNK - 1) / CHUNK + (p->length - p->sink + CHUNK - 1) / CHUNK;
     int64_t blocks = (p->rows + few - 1) / few * kv_heads;
     count += chunks * blocks;
@@ -630,7 +630,7 @@ int attend_packed(const packed_place *places, int64_t sequences, const float *q,
   task *t = tasks;
   units = 0;
   for (int64_t s = 0; s < sequences && done == 0; s++) {
-    const packed_place *p = places + s;
+    const packed_place *p = places[s];
     for (int64_t row = 0; row < p->rows; row += few)
       for (int64_t h = 0; h < kv_heads; h++) {
         int64_t rows = least(few, p->rows - row), a = 0;
@@ -650,11 +650,11 @@ int attend_packed(const packed_place *places, int64_t sequences, const float *q,
       room w;
 #pragma omp for schedule(guided)
       for (int64_t i = 0; i < count; i++)
-        run(places + tasks[i].place, tasks + i, q, q_stride, group, D, Dv, scale, is_bf16, exact,
+        run(places[tasks[i].place], tasks + i, q, q_stride, group, D, Dv, scale, is_bf16, exact,
             &w);
 #pragma omp for schedule(static)
       for (int64_t u = 0; u < units; u++)
-        join(places + unit[u]->place, unit[u], unit[u + 1] - unit[u], out, heads, group, Dv);
+        join(places[unit[u]->place], unit[u], unit[u + 1] - unit[u], out, heads, group, Dv);
 #ifdef TILES
       if (!exact && amx_ready()) _tile_release();
 #endif

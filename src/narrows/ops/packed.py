@@ -12,7 +12,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -65,7 +65,7 @@ Numbers = Tensor | Coarse
 """Scales or zero points ``[kv_heads, n, m]``: float32, float16, bfloat16, or coarse."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PackedLayer:
     """What attention reads of one layer of one sequence, ``length`` tokens in all.
 
@@ -79,6 +79,9 @@ class PackedLayer:
     ``quant.value_lines``; both may be longer than the counts say and may be another layer's.
     ``key_scale``, ``key_zero`` are ``[kv_heads, tokens / group, D]``, ``value_scale``,
     ``value_zero`` ``[kv_heads, tokens, Dv / value_group]``. Codes and scale None: zero points only.
+
+    The counts ``key_tokens``, ``value_tokens`` and ``length`` may be changed; for other tensors make
+    another record.
     """
 
     key_codes: Tensor | None
@@ -98,6 +101,8 @@ class PackedLayer:
     k_sink: Tensor
     v_sink: Tensor
     length: int
+    told: ctypes.Array[ctypes.c_int64] | None = field(default=None, init=False, repr=False)
+    """What packed.c reads of it, once it has."""
 
     @property
     def sink(self) -> int:
@@ -315,7 +320,10 @@ def attend(
 def _write(layer: PackedLayer, k: Tensor, v: Tensor) -> None:
     """Put keys and values ``[n, kv_heads, D]`` of the newest tokens where the tails have them."""
     stop = layer.length - layer.sink
-    for tail, stored, x in ((layer.k_tail, layer.key_tokens, k), (layer.v_tail, layer.value_tokens, v)):
+    for tail, stored, x in (
+        (layer.k_tail, layer.key_tokens, k),
+        (layer.v_tail, layer.value_tokens, v),
+    ):
         tail[:, stop - stored - len(x) : stop - stored] = x.transpose(0, 1)
 
 
@@ -335,21 +343,42 @@ def _attend_native(
     if new is not None:
         k, v = (ragged.rows(x.float()) for x in new)
         written = (k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0))
-    table: list[int] = []
+    tables = []
     for layer, (a, b) in few:
-        key = (layer.key_tokens, layer.group, layer.key_scale, layer.key_zero)
-        value = (layer.value_tokens, layer.value_group, layer.value_scale, layer.value_zero)
-        table += _side(layer.key_codes, layer.key_bits, *key, layer.k_sink, layer.k_tail)
-        table += _side(layer.value_codes, layer.value_bits, *value, layer.v_sink, layer.v_tail)
-        table += (layer.sink, layer.length, a, b - a)
+        if layer.told is None:
+            layer.told = _tell(layer)
+        told = layer.told
+        told[KEY_TOKENS], told[VALUE_TOKENS] = layer.key_tokens, layer.value_tokens
+        told[LENGTH], told[FIRST_ROW], told[COUNT] = layer.length, a, b - a
+        tables.append(ctypes.addressof(told))
     tail = few[0][0].v_tail
     failed = native.attend_packed(
-        *((ctypes.c_int64 * len(table))(*table), len(few), q.data_ptr(), q.stride(0), *written),
+        (ctypes.c_void_p * len(few))(*tables),
+        *(len(few), q.data_ptr(), q.stride(0), *written),
         *(out.data_ptr(), q.shape[1], tail.shape[0], q.shape[2], tail.shape[2], scale),
         *(tail.dtype is torch.bfloat16, exact, torch.get_num_threads()),
     )
     if failed:
         raise MemoryError("attention on packed codes found no memory for its partial sums")
+
+
+SIDE = 23
+"""Numbers of a ``side`` of packed.c."""
+KEY_TOKENS, VALUE_TOKENS, LENGTH = 3, SIDE + 3, 2 * SIDE + 1
+FIRST_ROW, COUNT = 2 * SIDE + 2, 2 * SIDE + 3
+"""Places in a ``packed_place`` of what changes from step to step."""
+
+
+def _tell(layer: PackedLayer) -> ctypes.Array[ctypes.c_int64]:
+    """One ``packed_place`` of packed.c."""
+    key = (layer.key_tokens, layer.group, layer.key_scale, layer.key_zero)
+    value = (layer.value_tokens, layer.value_group, layer.value_scale, layer.value_zero)
+    numbers = (
+        *_side(layer.key_codes, layer.key_bits, *key, layer.k_sink, layer.k_tail),
+        *_side(layer.value_codes, layer.value_bits, *value, layer.v_sink, layer.v_tail),
+        *(layer.sink, layer.length, 0, 0),
+    )
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def _side(

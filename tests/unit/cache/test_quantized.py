@@ -269,8 +269,11 @@ def test_a_copy_lives_on_its_own(spec: str) -> None:
         for x, y in zip(a.materialize(), b.materialize(), strict=True):
             assert torch.equal(x, y)
     q, k, v = data(50, made, seed=9)
+    spans = [slice(0, 1), slice(1, 2), slice(2, 50)]  # the first alone: in the storages known
     for cache in forked:
-        type(cache).step([cache], q, k, v, [(0, 50)], 0.2)
+        for rows in spans:
+            n = rows.stop - rows.start
+            type(cache).step([cache], q[rows], k[rows], v[rows], [(0, n)], 0.2)
     for x, y in zip(state(stack), before, strict=True):
         assert torch.equal(x, y)
     for place, cache in enumerate(forked):

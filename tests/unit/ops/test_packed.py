@@ -197,6 +197,28 @@ class TestKernel:
             bound = 1e-5 if dtype is torch.float32 else 5e-3
             torch.testing.assert_close(got.double(), expected, rtol=bound, atol=bound)
 
+    @pytest.mark.parametrize("kind", ["native", "torch"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_new_tokens_are_written_first(
+        self, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if kind == "torch":
+            monkeypatch.setattr(packed, "implementation", lambda layer, q: "torch")
+        layers = [layer_of(SHAPES[0], counts, dtype) for counts in (COUNTS[1], COUNTS[4])]
+        q, spans = queries(SHAPES[0], 7), [(4, 7), (1, 3)]
+        expected = attend(layers, q, spans, 0.2)
+        k, v = torch.zeros(7, 3, 64), torch.zeros(7, 3, 64)
+        for layer, (a, b) in zip(layers, spans, strict=True):
+            tails = (layer.k_tail, layer.key_tokens, k), (layer.v_tail, layer.value_tokens, v)
+            for tail, stored, x in tails:
+                stop = layer.length - layer.sink - stored
+                newest = tail[:, stop - (b - a) : stop]
+                x[a:b] = newest.transpose(0, 1)
+                newest.zero_()
+        got = attend(layers, q, spans, 0.2, (k, v))
+        for a, b in spans:
+            assert torch.equal(got[a:b], expected[a:b])
+
     def test_many_sequences_in_one_call(self) -> None:
         layers, spans, at = [], [], 1
         for i, counts in enumerate([*COUNTS, (2000, 2, 1920, 1870)]):
