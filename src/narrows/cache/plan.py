@@ -206,11 +206,11 @@ def layer_bytes(
 ) -> int:
     """Bytes a sealed layer holds at ``tokens`` tokens (7.2), exactly what its storages sum to.
 
-    A tail that is not empty has its ``tail_room``; quantised values have room in
-    whole blocks of ``residual``; with ``hold``, the originals of what a rollback may ask for stand beside
-    the codes (fewer after a rollback). Tails empty when a block is quantised, so this falls and
-    rises; ``most`` bounds it for every length up to ``tokens``, within a step too, when a tail has
-    the new token as well.
+    A tail that is not empty has its ``tail_room``; quantised values have room in whole blocks of
+    ``residual``; with ``hold``, the originals of what a rollback may ask for stand beside the codes
+    (fewer after a rollback). Tails empty when a block is quantised, so this falls and rises;
+    ``most`` bounds it for every length up to ``tokens``, within a step too, when a tail has the
+    new token as well.
     """
     size, heads, total = dtype.itemsize, layer.kv_heads, 0
     sides = (

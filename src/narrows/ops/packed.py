@@ -80,7 +80,7 @@ class PackedLayer:
     ``key_scale``, ``key_zero`` are ``[kv_heads, tokens / group, D]``, ``value_scale``,
     ``value_zero`` ``[kv_heads, tokens, Dv / value_group]``. Codes and scale None: zero points only.
 
-    The counts ``key_tokens``, ``value_tokens`` and ``length`` may be changed; for other tensors make
+    The counts ``key_tokens``, ``value_tokens`` and ``length`` may be changed; other tensors need
     another record.
     """
 

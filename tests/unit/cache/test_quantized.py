@@ -262,7 +262,7 @@ def test_a_borrower_of_equal_data_equals_its_owner_and_of_other_data_does_not() 
 def test_a_copy_lives_on_its_own(spec: str) -> None:
     made = shape()
     stack = policy(spec).build(made)
-    run(stack, 90, [90], made, 80)
+    run(stack, 91, [90], made, 80)
     forked = copy.deepcopy(stack)
     before = [x.clone() for x in state(stack)]
     for a, b in zip(stack, forked, strict=True):
