@@ -269,12 +269,22 @@ def test_a_copy_lives_on_its_own(spec: str) -> None:
         for x, y in zip(a.materialize(), b.materialize(), strict=True):
             assert torch.equal(x, y)
     q, k, v = data(50, made, seed=9)
-    spans = [slice(0, 1), slice(1, 2), slice(2, 50)]  # the first alone: in the storages known
-    for cache in forked:
-        for rows in spans:
-            n = rows.stop - rows.start
-            type(cache).step([cache], q[rows], k[rows], v[rows], [(0, n)], 0.2)
+
+    def go_on(stack: list[LayerCache]) -> None:
+        for cache in stack:
+            for rows in (
+                slice(0, 1),
+                slice(1, 2),
+                slice(2, 50),
+            ):  # the first alone: in known storages
+                n = rows.stop - rows.start
+                type(cache).step([cache], q[rows], k[rows], v[rows], [(0, n)], 0.2)
+
+    go_on(forked)
     for x, y in zip(state(stack), before, strict=True):
+        assert torch.equal(x, y)
+    go_on(stack)
+    for x, y in zip(state(stack), state(forked), strict=True):
         assert torch.equal(x, y)
     for place, cache in enumerate(forked):
         assert isinstance(cache, QuantLayer)
