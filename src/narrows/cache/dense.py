@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ class DenseLayer(LayerCache):
     A sliding-window layer frees tokens that no later query can see.
     """
 
+    _place: ragged.Place | None = None
+    """Of the buffers there are."""
+
     def __init__(self, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
         self.length = 0
@@ -59,10 +62,14 @@ class DenseLayer(LayerCache):
         self.v[:, stop - n : stop] = v.transpose(0, 1)
         self.length += n
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_place": None}  # which holds addresses
+
     def reserve(self, n: int) -> None:
         """Make sure the buffers take ``n`` more tokens."""
         if self.held + n <= self.k.shape[1]:
             return
+        self._place = None
         keep = self.held
         if self.shape.window is not None:
             keep = min(keep, self.shape.window - 1 + ROLLBACK)
@@ -117,7 +124,10 @@ class DenseLayer(LayerCache):
             assert isinstance(cache, DenseLayer)
             cache.reserve(b - a)
             cache.length += b - a
-            places.append(ragged.Place(cache.k, cache.v, cache.held, a, b - a))
+            place = cache._place
+            if place is None:
+                place = cache._place = ragged.Place(cache.k, cache.v)
+            places.append(place.at(cache.held, a, b - a))
         window = few[0][0].shape.window  # type: ignore[attr-defined]
         return ragged.append_attend(places, q, k, v, scale, window)
 

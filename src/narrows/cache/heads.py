@@ -133,23 +133,18 @@ class HeadStore:
         """What the kernel for few new tokens reads of a head; ``rows`` have been counted."""
         if self._fixed is None:
             self._fixed = [self._place(head) for head in range(len(self.held))]
-        place = self._fixed[head]
-        return place._replace(stored=self.held[head], first_row=first_row, rows=rows)
+        return self._fixed[head].at(self.held[head], first_row, rows)
 
     def _place(self, head: int) -> ragged.Place:
         """What is the same in every step until a buffer or a book changes."""
         keys, values = self.books[0][head], self.books[1][head]
-        place = ragged.Place(
+        return ragged.Place(
             self.k[head],
             self.v[head],
-            stored=0,
-            first_row=0,
-            rows=0,
             k_codes=None if keys is None else keys.codes(),
             v_codes=None if values is None else values.codes(),
             seen=None if self.seen is None else self.seen[head],
         )
-        return place._replace(told=ragged.tell(place))
 
     def whole(self, side: int, head: int) -> Tensor:
         """All of a head's keys or values, dense ``[n, dim]``."""

@@ -186,7 +186,7 @@ def _fields(thing: Any) -> Iterator[tuple[str, Any]]:
         for field in dataclasses.fields(thing):
             yield field.name, getattr(thing, field.name)
     else:
-        made_anew = ("_codes", "_fixed", "_record")  # of the rest, and full of addresses
+        made_anew = ("_codes", "_fixed", "_record", "_place")  # of the rest, and full of addresses
         yield from ((k, None if k in made_anew else v) for k, v in vars(thing).items())
 
 

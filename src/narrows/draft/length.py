@@ -1,8 +1,10 @@
 """How many guesses are worth verifying in a step, for each sequence.
 
 A guess is worth its chance of being committed; verifying it costs what one more row costs the
-step. Guesses are taken in order of their chances, over all sequences, as long as tokens per
-second rise. None at all is a choice, so speculation turns itself off where it does not pay.
+step, and making it what its kind of guesses costs to make, most of which the first one pays.
+Guesses are taken in order of their chances, over all sequences, as long as tokens per second rise;
+and once more without the kind that is dearest to make, where that is faster. None at all is a
+choice, so speculation turns itself off where it does not pay.
 
 The chances come from what became of earlier guesses of the same kind and place, so a choice
 depends on the past and never on the guesses it drops, which would bend the distribution of
@@ -12,8 +14,9 @@ sampled text (sheet 6.5).
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 
 from narrows.contracts import Offer
 
@@ -25,28 +28,32 @@ OWN_TRIALS = 4.0
 MEMORY = 0.98
 """Weight of the past at each new trial, and at each new step."""
 FADING = 0.999
-"""Weight of the past each time a kind is left untried, so that it is given another chance."""
+"""Weight of the past at each step that leaves a kind untried, so that it is tried again."""
 CAUTION = 1.25
-"""What verifying guesses is taken to cost, of what it seems to, so that doubtful gains are left."""
-ROW_COST = 0.12
+"""What drafting is taken to cost, of what it seems to, so that doubtful gains are left."""
+ROW_COST = 0.06
 """What a row adds to a step, of a step of one row, until steps have shown it."""
 TRUST = 0.5
 """Spread of rows (their variance) at which steps taken count as much as ROW_COST."""
 LEAST = 0.1
-"""Share of the mean step below which no step is expected."""
+"""Share of the mean time below which nothing is expected to be done."""
 
 
-class StepTimes:
-    """Seconds of a step by its rows of tokens, learnt from the steps taken: a straight line through
-    their mean, the latest weighing most, steeper or flatter than ROW_COST has it as far as steps of
-    different rows have shown that."""
+class Times:
+    """Seconds by rows of tokens, learnt from what was done: a straight line through the mean, the
+    latest weighing most, steeper or flatter than ROW_COST has it as far as different rows have
+    shown that."""
 
     def __init__(self) -> None:
         self._weight = self._rows = self._seconds = self._spread = self._joint = 0.0
 
+    @property
+    def known(self) -> bool:
+        """Whether anything has been observed."""
+        return self._weight > 0
+
     def observe(self, rows: int, seconds: float) -> None:
-        """Note a step of ``rows`` tokens. One that takes far too long counts as twice what was
-        expected."""
+        """Note what ``rows`` took. What takes far too long counts as twice what was expected."""
         if self._weight:
             seconds = min(seconds, 2 * self(rows))
         self._weight = self._weight * MEMORY + 1
@@ -58,8 +65,7 @@ class StepTimes:
         self._joint = (1 - share) * (self._joint + share * more_rows * longer)
 
     def __call__(self, rows: int) -> float:
-        """Seconds expected of a step of ``rows`` tokens, in an arbitrary unit before the first
-        observation."""
+        """Seconds expected of ``rows``, in an arbitrary unit before the first observation."""
         if not self._weight:
             return 1 + ROW_COST * (rows - 1)
         usual = ROW_COST * self._seconds / (1 + ROW_COST * (self._rows - 1))
@@ -78,14 +84,26 @@ class _Record:
         self.trials = self.trials * MEMORY + 1
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is verified in a step: of each sequence ``lengths`` guesses of the offer in ``taken``,
+    if any. ``speed`` is what is expected of it, in tokens a second."""
+
+    taken: list[Offer | None]
+    lengths: list[int]
+    speed: float
+
+
 class DraftLength:
     """Chooses draft lengths and learns from their outcomes.
 
-    ``times`` learns what steps cost, drafting included.
+    ``steps`` learns what steps of the target cost by their rows, ``making[kind]`` what making
+    guesses of a kind costs by their number.
     """
 
     def __init__(self) -> None:
-        self.times = StepTimes()
+        self.steps = Times()
+        self.making: dict[str, Times] = defaultdict(Times)
         self._kinds: dict[tuple[str, int], _Record] = {}
         self._own: dict[int, dict[tuple[str, int], _Record]] = defaultdict(
             lambda: defaultdict(lambda: _Record(0.0, 0.0))
@@ -105,38 +123,76 @@ class DraftLength:
             total += chance
         return total
 
-    def choose(self, offers: Sequence[tuple[int, Offer]], rows: int, decoding: int) -> list[int]:
-        """Guesses to verify of each offer, given with its sequence's number. Without any, the
+    def likeliest(self, number: int, offers: Sequence[Offer]) -> Offer | None:
+        """The one of a sequence's offers of which most is expected, if there are any."""
+        return max(offers, key=lambda offer: self.expected(number, offer), default=None)
+
+    def choose(
+        self, asked: Sequence[tuple[int, Sequence[Offer]]], rows: int, decoding: int
+    ) -> Plan:
+        """What to verify of the offers for each sequence, given with its number. Without any, the
         step has ``rows`` rows, and ``decoding`` sequences get a token each."""
-        lengths = [0] * len(offers)
-        heap: list[tuple[float, int]] = []
-
-        def push(i: int, chance: float) -> None:
-            number, offer = offers[i]
-            if lengths[i] < offer.k:
-                chance *= self.survival(number, offer.kind, lengths[i])
-                heapq.heappush(heap, (-chance, i))
-
-        for i in range(len(offers)):
-            push(i, 1.0)
-        expected, plain = float(decoding), self.times(rows)
-        best, chosen = expected / plain, list(lengths)
-        while heap:
-            negative, i = heapq.heappop(heap)
-            lengths[i] += 1
-            rows, expected = rows + 1, expected - negative
-            speed = expected / (plain + CAUTION * (self.times(rows) - plain))
-            if speed > best:
-                best, chosen = speed, list(lengths)
-            push(i, -negative)
-        return chosen
-
-    def learn(self, number: int, kind: str, tried: int, kept: int) -> None:
-        """Note that the first ``kept`` of ``tried`` guesses of an offered ``kind`` stayed."""
-        if not tried:
+        kinds = {offer.kind for _, offers in asked for offer in offers}
+        best = self._plan(asked, kinds, rows, decoding)
+        dearest = max(kinds, key=lambda kind: self._seconds(kind, 1), default=None)
+        if dearest is not None and self._seconds(dearest, 1):
+            without = self._plan(asked, kinds - {dearest}, rows, decoding)
+            best = max(best, without, key=lambda plan: plan.speed)
+        used = {offer.kind for offer in best.taken if offer is not None}
+        for kind in kinds - used:
             record, (hits, trials) = self._common(kind, 0), FIRST_PRIOR
             record.hits = hits + (record.hits - hits) * FADING
             record.trials = trials + (record.trials - trials) * FADING
+        return best
+
+    def _plan(
+        self,
+        asked: Sequence[tuple[int, Sequence[Offer]]],
+        kinds: Set[str],
+        rows: int,
+        decoding: int,
+    ) -> Plan:
+        """The best that can be made of offers of ``kinds``."""
+        offers = [
+            self.likeliest(number, [offer for offer in some if offer.kind in kinds])
+            for number, some in asked
+        ]
+        lengths = [0] * len(asked)
+        made: Counter[str] = Counter()
+        heap: list[tuple[float, int]] = []
+
+        def push(i: int, offer: Offer | None, chance: float) -> None:
+            if offer is not None and lengths[i] < offer.k:
+                chance *= self.survival(asked[i][0], offer.kind, lengths[i])
+                heapq.heappush(heap, (-chance, i))
+
+        for i, offer in enumerate(offers):
+            push(i, offer, 1.0)
+        expected, plain = float(decoding), self.steps(rows)
+        best, chosen = expected / plain, list(lengths)
+        while heap:
+            negative, i = heapq.heappop(heap)
+            offer = offers[i]
+            assert offer is not None
+            lengths[i] += 1
+            made[offer.kind] += 1
+            rows, expected = rows + 1, expected - negative
+            more = self.steps(rows) - plain
+            more += sum(self._seconds(kind, count) for kind, count in made.items())
+            speed = expected / (plain + CAUTION * more)
+            if speed > best:
+                best, chosen = speed, list(lengths)
+            push(i, offer, -negative)
+        taken = [offer if k else None for offer, k in zip(offers, chosen, strict=True)]
+        return Plan(taken, chosen, best)
+
+    def _seconds(self, kind: str, count: int) -> float:
+        """What making ``count`` guesses of a kind takes; nothing before it was first done."""
+        times = self.making[kind]
+        return times(count) if times.known else 0.0
+
+    def learn(self, number: int, kind: str, tried: int, kept: int) -> None:
+        """Note that the first ``kept`` of ``tried`` guesses of a ``kind`` stayed."""
         for place in range(min(kept + 1, tried)):
             for record in (self._common(kind, place), self._own[number][kind, place]):
                 record.add(place < kept)

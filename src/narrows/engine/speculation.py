@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from narrows.contracts import Asked, CachePolicy, Draft, Drafter, LayerCache, ModelShape, Offer
-from narrows.draft.length import DraftLength
+from narrows.draft.length import DraftLength, Plan
 from narrows.engine.scheduler import Work
 from narrows.engine.sequence import Sequence
 
@@ -30,6 +32,8 @@ class Speculation:
         self.tried = [0] * self.most
         self.kept = [0] * self.most
         self._offered: dict[int, Offer] = {}
+        self._drafting = 0.0
+        """Seconds that making the guesses of this step took."""
 
     def drafts(self, work: list[Work], limit: Callable[[Sequence], int]) -> list[Draft]:
         """A draft, often empty, for each item of ``work``; none reaches the request's ``limit``."""
@@ -41,28 +45,30 @@ class Speculation:
                 asked[i] = Asked(sequence.number, sequence.tokens, k)
         rows = sum(item.count for item in work)
         decoding = sum(item.count == item.sequence.pending for item in work)
+        offers = self.drafter.offer(list(asked.values()))
+        offered = [(one.number, some) for one, some in zip(asked.values(), offers, strict=True)]
+        plan = self._plan(offered, rows, decoding)
+        wanted: dict[str, dict[int, Asked]] = defaultdict(dict)
         self._offered = {}
-        for one, offers in zip(
-            asked.values(), self.drafter.offer(list(asked.values())), strict=True
-        ):
-            if offers:
-                likeliest = max(offers, key=lambda o: self.length.expected(one.number, o))
-                self._offered[one.number] = likeliest
-        lengths = self._lengths(rows, decoding)
-        wanted = {
-            i: Asked(one.number, one.tokens, lengths[one.number], self._offered[one.number].kind)
-            for i, one in asked.items()
-            if lengths.get(one.number)
-        }
-        made = dict(zip(wanted, self.drafter.propose(list(wanted.values())), strict=True))
+        for (i, one), offer, k in zip(asked.items(), plan.taken, plan.lengths, strict=True):
+            if offer is not None:
+                wanted[offer.kind][i] = Asked(one.number, one.tokens, k, offer.kind)
+                self._offered[one.number] = offer
+        made: dict[int, Draft] = {}
+        self._drafting = 0.0
+        for kind, some in wanted.items():
+            started = time.perf_counter()
+            made |= zip(some, self.drafter.propose(list(some.values())), strict=True)
+            seconds = time.perf_counter() - started
+            self.length.making[kind].observe(sum(one.k for one in some.values()), seconds)
+            self._drafting += seconds
         return [made.get(i, Draft([])) for i in range(len(work))]
 
-    def _lengths(self, rows: int, decoding: int) -> dict[int, int]:
-        """Guesses to verify by sequence with an offer."""
-        if not self.adapts:
-            return {number: offer.k for number, offer in self._offered.items()}
-        chosen = self.length.choose(list(self._offered.items()), rows, decoding)
-        return dict(zip(self._offered, chosen, strict=True))
+    def _plan(self, asked: list[tuple[int, list[Offer]]], rows: int, decoding: int) -> Plan:
+        if self.adapts:
+            return self.length.choose(asked, rows, decoding)
+        taken = [self.length.likeliest(number, offers) for number, offers in asked]
+        return Plan(taken, [offer.k if offer else 0 for offer in taken], 0.0)
 
     def learn(self, sequence: Sequence, draft: Draft, kept: int) -> None:
         """Note how many guesses of a sequence's draft were right."""
@@ -75,7 +81,7 @@ class Speculation:
 
     def observe(self, rows: int, seconds: float) -> None:
         """Note what a step of ``rows`` tokens took, drafting included."""
-        self.length.times.observe(rows, seconds)
+        self.length.steps.observe(rows, seconds - self._drafting)
 
     def forget(self, sequence: Sequence) -> None:
         """A sequence has ended."""

@@ -588,14 +588,14 @@ REBUILD(rebuild_bf16, bf16, load_bf16, to_f32, store_bf16, to_bf16)
  * A task is one stretch of CHUNK keys of one key head, for all rows of a sequence, so that keys
  * and values are read from memory once; each of its rows is a part. Stretches begin at multiples of
  * CHUNK, so a row is summed alike whatever the rows beside it. */
-int64_t append_attend(place *places, int64_t sequences, const float *q, int64_t q_stride,
-                      const float *k_new, int64_t k_stride, const float *v_new, int64_t v_stride,
-                      float *out, int64_t heads, int64_t kv_heads, int64_t D, int64_t Dv, float scale,
-                      int64_t window, int is_bf16, int64_t *tasks, float *parts, int64_t room,
-                      int threads) {
+int64_t append_attend(const place *const *places, int64_t sequences, const float *q,
+                      int64_t q_stride, const float *k_new, int64_t k_stride, const float *v_new,
+                      int64_t v_stride, float *out, int64_t heads, int64_t kv_heads, int64_t D,
+                      int64_t Dv, float scale, int64_t window, int is_bf16, int64_t *tasks,
+                      float *parts, int64_t room, int threads) {
   int64_t group = heads / kv_heads, stride = Dv + 2, size = group * stride, count = 0, used = 0;
   for (int64_t s = 0; s < sequences; s++) {
-    place *p = places + s;
+    const place *p = places[s];
     int64_t held = p->stored - p->rows, start = window && held >= window ? held + 1 - window : 0;
     for (int64_t h = 0; h < kv_heads; h++) {
       for (int64_t r = 0; r < p->rows; r++) {
@@ -622,7 +622,7 @@ int64_t append_attend(place *places, int64_t sequences, const float *q, int64_t 
 #pragma omp parallel for schedule(guided) num_threads(threads)
   for (int64_t t = 0; t < count; t++) {
     const int64_t *task = tasks + 4 * t;
-    const place *p = places + task[0];
+    const place *p = places[task[0]];
     int64_t h = task[1], ko = h * p->capacity * D, vo = h * p->capacity * Dv;
     int64_t last = task[2] + CHUNK < p->stored ? task[2] + CHUNK : p->stored;
     int coded = task[2] < p->k_codes.n || task[2] < p->v_codes.n;
@@ -663,7 +663,7 @@ int64_t append_attend(place *places, int64_t sequences, const float *q, int64_t 
   }
   for (int64_t t = 0; t < count;) { /* join the stretches of each row and key head */
     const int64_t *task = tasks + 4 * t;
-    const place *p = places + task[0];
+    const place *p = places[task[0]];
     int64_t chunks = 1;
     while (t + chunks < count && task[4 * chunks] == task[0] && task[4 * chunks + 1] == task[1])
       chunks++;

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -43,28 +42,35 @@ class Codes:
 
 
 NO_CODES = (0,) * 9
-Told = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-class Place(NamedTuple):
+@dataclass(slots=True)
+class Place:
     """One sequence's buffers ``[kv_heads, capacity, dim]``; ``stored`` counts this step's tokens
     too, whose rows in the flat batch are ``first_row`` and the ``rows - 1`` after it.
 
     With one KV head, codes may stand for its first keys and values, whose buffers then begin
     behind them; and of the first tokens ``seen`` int16 ``[n]`` may say, a bit each, which query
     heads see them.
+
+    The three numbers may be changed from step to step; other tensors need another place.
     """
 
     k: Tensor
     v: Tensor
-    stored: int
-    first_row: int
-    rows: int
+    stored: int = 0
+    first_row: int = 0
+    rows: int = 0
     k_codes: Codes | None = None
     v_codes: Codes | None = None
     seen: Tensor | None = None
-    told: Told | None = None
-    """What ``tell`` says of it, where that is known already."""
+    told: ctypes.Array[ctypes.c_int64] | None = field(default=None, init=False, repr=False)
+    """What native.c reads of it, once it has."""
+
+    def at(self, stored: int, first_row: int, rows: int) -> Place:
+        """This place, with other numbers."""
+        self.stored, self.first_row, self.rows = stored, first_row, rows
+        return self
 
 
 def supported(q: Tensor, k: Tensor, group: int | None = None) -> bool:
@@ -90,17 +96,20 @@ def append_attend(
     heads, dim = q.shape[1:]
     kv_heads, value_dim = v.shape[1:]
     q, k, v = rows(q), rows(k), rows(v)
-    table: list[int] = []
+    tables = []
     room = 0
     for p in places:
-        buffers, codes = p.told or tell(p)
-        table += (*buffers, p.stored, p.first_row, p.rows, *codes)
+        told = p.told
+        if told is None:
+            told = p.told = _tell(p)
+        told[STORED], told[FIRST_ROW], told[COUNT] = p.stored, p.first_row, p.rows
+        tables.append(ctypes.addressof(told))
         room += p.rows * kv_heads * (p.stored // CHUNK + 1)
     out = q.new_empty((q.shape[0], heads, value_dim))
     tasks = torch.empty(4 * room, dtype=torch.int64)
     parts = torch.empty(room * (heads // kv_heads) * (value_dim + 2))
     used = native.append_attend(
-        *((ctypes.c_int64 * len(table))(*table), len(places), q.data_ptr(), q.stride(0)),
+        *((ctypes.c_void_p * len(places))(*tables), len(places), q.data_ptr(), q.stride(0)),
         *(k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)),
         *(out.data_ptr(), heads, kv_heads, dim, value_dim, scale, window or 0),
         int(places[0].k.dtype == torch.bfloat16),
@@ -110,12 +119,17 @@ def append_attend(
     return out
 
 
-def tell(p: Place) -> Told:
-    """The fields of a place in native.c that do not change from step to step: those before its
-    tokens and rows, and those behind."""
+STORED, FIRST_ROW, COUNT = 3, 4, 5
+"""Places in a ``place`` of native.c of what changes from step to step."""
+
+
+def _tell(p: Place) -> ctypes.Array[ctypes.c_int64]:
+    """One ``place`` of native.c."""
     seen = (0, 0) if p.seen is None else (p.seen.data_ptr(), len(p.seen))
     codes = (NO_CODES if c is None else c.fields for c in (p.k_codes, p.v_codes))
-    return (p.k.data_ptr(), p.v.data_ptr(), p.k.shape[1]), (*next(codes), *next(codes), *seen)
+    buffers = (p.k.data_ptr(), p.v.data_ptr(), p.k.shape[1])
+    numbers = (*buffers, 0, 0, 0, *next(codes), *next(codes), *seen)
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def append_attend_torch(

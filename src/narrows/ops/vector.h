@@ -166,7 +166,7 @@ static inline float exponentials(float *score, int64_t n, float top) {
  * Scores are made for 16 keys at a time and values summed in registers, 64 or 16 columns and up
  * to HEADS rows at a time; odd sizes go one by one. */
 #define HEADS 4
-#define AHEAD 0 /* keys ahead of those scored that are asked of memory */
+#define DENSE_AHEAD 32 /* keys that are asked of memory ahead of those scored */
 static inline void fetch(const void *from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i);
 }
@@ -204,9 +204,10 @@ static inline void fetch(const void *from, int64_t bytes) {
   static inline void name##_dots(const float *q, int64_t rows, int64_t D, int64_t Dv,          \
                                  const T *keys, const T *values, int64_t n, float *score) {    \
     int64_t blocked = D % WIDTH ? 0 : n - n % WIDTH;                                           \
+    fetch(keys, (n < DENSE_AHEAD ? n : DENSE_AHEAD) * D * sizeof(T));                          \
     for (int64_t t = 0; t < blocked; t += WIDTH) {                                             \
       const T *key = keys + t * D;                                                             \
-      fetch(key + AHEAD * D, WIDTH * D * sizeof(T));                                           \
+      if (t + DENSE_AHEAD < n) fetch(key + DENSE_AHEAD * D, WIDTH * D * sizeof(T));            \
       fetch(values + t * Dv, WIDTH * Dv * sizeof(T));                                          \
       for (int64_t g = 0; g < rows; g += HEADS) {                                              \
         const float *query = q + g * D;                                                        \
@@ -221,9 +222,13 @@ static inline void fetch(const void *from, int64_t bytes) {
     }                                                                                          \
     for (int64_t t = blocked; t < n; t++)                                                      \
       for (int64_t g = 0; g < rows; g++) {                                                     \
+        vec acc = {0};                                                                         \
         float dot = 0;                                                                         \
-        for (int64_t i = 0; i < D; i++) dot += q[g * D + i] * scalar(keys[t * D + i]);         \
-        score[g * CHUNK + t] = dot;                                                            \
+        int64_t i = 0;                                                                         \
+        for (; i + WIDTH <= D; i += WIDTH)                                                     \
+          acc += load_f32(q + g * D + i) * load(keys + t * D + i);                             \
+        for (; i < D; i++) dot += q[g * D + i] * scalar(keys[t * D + i]);                      \
+        score[g * CHUNK + t] = sum(acc) + dot;                                                 \
       }                                                                                        \
   }                                                                                            \
   static inline void name##_mix(const float *score, int64_t rows, int64_t n, int64_t Dv,       \

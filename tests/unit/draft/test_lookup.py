@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrows.contracts import Asked, Offer
-from narrows.draft.length import CAUTION, DraftLength, StepTimes
+from narrows.draft.length import CAUTION, DraftLength, Times
 from narrows.draft.specs import make_drafter
 from narrows.errors import ConfigError
 
@@ -68,32 +68,32 @@ def test_bad_specs_are_refused(spec, message):
 def length_for(*steps: tuple[int, float]) -> DraftLength:
     made = DraftLength()
     for rows, seconds in steps:
-        made.times.observe(rows, seconds)
+        made.steps.observe(rows, seconds)
     return made
 
 
 def test_free_rows_take_every_guess_and_dear_ones_none():
-    offers = [(i, Offer("x", 3)) for i in range(3)]
-    assert length_for((3, 1.0), (12, 1.0)).choose(offers, 3, 3) == [3, 3, 3]
-    assert length_for((3, 3.0), (4, 4.0), (12, 12.0)).choose(offers, 3, 3) == [0, 0, 0]
+    offers = [(i, [Offer("x", 3)]) for i in range(3)]
+    assert length_for((3, 1.0), (12, 1.0)).choose(offers, 3, 3).lengths == [3, 3, 3]
+    assert length_for((3, 3.0), (4, 4.0), (12, 12.0)).choose(offers, 3, 3).lengths == [0, 0, 0]
 
 
 def test_the_choice_is_the_best_of_all_choices():
     for seed in range(10):
         length = length_for((3, 1.0), (6, 1.1 + seed / 20), (12, 1.6 + seed / 5))
-        offers = [(i, Offer(f"{i}", 3)) for i in range(3)]
-        for number, offer in offers:
+        offers = [(i, [Offer(f"{i}", 3)]) for i in range(3)]
+        for number, (offer,) in offers:
             for _ in range(10):
                 length.learn(number, offer.kind, 3, (seed + number) % 4)
 
         def speed(ks, length=length, offers=offers):
             expected = 3.0
-            for (number, offer), k in zip(offers, ks, strict=True):
+            for (number, (offer,)), k in zip(offers, ks, strict=True):
                 expected += length.expected(number, Offer(offer.kind, k))
-            plain = length.times(3)
-            return expected / (plain + CAUTION * (length.times(3 + sum(ks)) - plain))
+            plain = length.steps(3)
+            return expected / (plain + CAUTION * (length.steps(3 + sum(ks)) - plain))
 
-        chosen = length.choose(offers, 3, 3)
+        chosen = length.choose(offers, 3, 3).lengths
         best = max(itertools.product(range(4), repeat=3), key=speed)
         assert speed(chosen) == pytest.approx(speed(best), rel=1e-6)
 
@@ -102,17 +102,34 @@ def test_a_kind_that_fails_is_left_and_tried_again_later():
     length, offer = length_for((1, 1.0), (2, 1.3), (3, 1.6)), Offer("x", 2)
     tries = []
     for _ in range(600):
-        (k,) = length.choose([(0, offer)], 1, 1)
+        (k,) = length.choose([(0, [offer])], 1, 1).lengths
         tries.append(k)
         length.learn(0, "x", k, 0)
-        length.times.observe(1 + k, 1.0 + 0.3 * k)
+        length.steps.observe(1 + k, 1.0 + 0.3 * k)
     assert tries[0] > 0
     assert tries[30] == 0
     assert 0 < sum(t > 0 for t in tries[50:]) < 60
 
 
+def test_guesses_that_are_dear_to_make_are_left_where_they_do_not_pay():
+    cheap, dear = Offer("cheap", 2), Offer("dear", 2)
+    for made_in, wanted in ((0.05, "dear"), (0.6, "cheap")):
+        length = length_for((2, 1.0), (3, 1.05), (4, 1.1), (6, 1.2))
+        for _ in range(40):  # of the dear ones more are right
+            length.learn(0, "cheap", 2, 1)
+            length.learn(0, "dear", 2, 2)
+            length.making["cheap"].observe(2, 0.001)
+            length.making["dear"].observe(2, made_in)
+        plan = length.choose([(0, [cheap, dear]), (1, [cheap])], 2, 2)
+        assert [offer and offer.kind for offer in plan.taken] == [wanted, "cheap"]
+    for _ in range(40):
+        length.making["dear"].observe(2, 2.0)
+    alone = length.choose([(0, [dear])], 2, 2)
+    assert (alone.taken, alone.lengths) == ([None], [0])
+
+
 def test_times_are_learnt_and_one_slow_step_is_forgotten():
-    times = StepTimes()
+    times = Times()
     assert times(9) > times(1)
     for _ in range(40):
         times.observe(1, 0.02)
@@ -129,7 +146,7 @@ def test_times_are_learnt_and_one_slow_step_is_forgotten():
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.floats(1e-3, 1.0)), min_size=1, max_size=80))
 def test_no_step_is_expected_to_be_free_or_faster_with_more_rows(steps):
-    times = StepTimes()
+    times = Times()
     for rows, seconds in steps:
         times.observe(rows, seconds)
     expected = [times(rows) for rows in range(1, 100)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -43,10 +45,10 @@ def test_kernel_equals_definition(dtype, coded, masked):
     g = torch.Generator().manual_seed(9)
     q = torch.randn(first, 3, 16, generator=g)
     k, v = (torch.randn(first, 1, 16, generator=g).to(dtype).float() for _ in range(2))
-    copies = [p._replace(k=p.k.clone(), v=p.v.clone()) for p in places]
+    copies = [dataclasses.replace(p, k=p.k.clone(), v=p.v.clone()) for p in places]
     got = append_attend(places, q, k, v, 0.25, None)
     wanted = append_attend_torch(
-        [p._replace(k=p.k.float(), v=p.v.float()) for p in copies], q, k, v, 0.25, None
+        [dataclasses.replace(p, k=p.k.float(), v=p.v.float()) for p in copies], q, k, v, 0.25, None
     )
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-5)
     for p, c in zip(places, copies, strict=True):
@@ -57,7 +59,7 @@ def test_kernel_equals_definition(dtype, coded, masked):
 @pytest.mark.skipif(library() is None, reason="no compiler")
 def test_a_query_head_that_sees_only_the_newest_token():
     p = place(0, torch.float32, (0, 0), 300, 300, 1, 0)
-    p = p._replace(seen=torch.full((300,), 0b101, dtype=torch.int16))
+    p = dataclasses.replace(p, seen=torch.full((300,), 0b101, dtype=torch.int16))
     q, k, v = torch.randn(1, 3, 16), torch.randn(1, 1, 16), torch.randn(1, 1, 16)
     out = append_attend([p], q, k, v, 0.25, None)
     torch.testing.assert_close(out[0, 1], v[0, 0])
