@@ -92,12 +92,13 @@ class EitherLayer(LayerCache):
         for cache, span in zip(caches, spans, strict=True):
             assert isinstance(cache, EitherLayer)
             kinds.setdefault(type(cache.now), []).append((cache.now, span))
-        out = q.new_empty((*q.shape[:2], v.shape[2]))
+        parts = []
         for kind, part in kinds.items():
             own = [span for _, span in part]
             mixed = kind.step([cache for cache, _ in part], q, k, v, own, scale)
-            if len(kinds) == 1:
-                return mixed
+            parts.append((own, mixed))
+        (_, out), *rest = parts
+        for own, mixed in rest:
             for a, b in own:
                 out[a:b] = mixed[a:b]
         return out

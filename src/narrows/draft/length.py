@@ -105,15 +105,13 @@ class DraftLength:
         self.steps = Times()
         self.making: dict[str, Times] = defaultdict(Times)
         self._kinds: dict[tuple[str, int], _Record] = {}
-        self._own: dict[int, dict[tuple[str, int], _Record]] = defaultdict(
-            lambda: defaultdict(lambda: _Record(0.0, 0.0))
-        )
+        self._own: dict[int, dict[tuple[str, int], _Record]] = defaultdict(dict)
 
     def survival(self, number: int, kind: str, place: int) -> float:
         """Chance that the guess at ``place`` stays, given that those before it did."""
-        common, own = self._common(kind, place), self._own[number][kind, place]
+        common, own = self._common(kind, place), self._own[number].get((kind, place))
         rate = common.hits / common.trials
-        return (own.hits + OWN_TRIALS * rate) / (own.trials + OWN_TRIALS)
+        return (own.hits + OWN_TRIALS * rate) / (own.trials + OWN_TRIALS) if own else rate
 
     def expected(self, number: int, offer: Offer) -> float:
         """Guesses of an offer that would stay if all were verified."""
@@ -125,7 +123,9 @@ class DraftLength:
 
     def likeliest(self, number: int, offers: Sequence[Offer]) -> Offer | None:
         """The one of a sequence's offers of which most is expected, if there are any."""
-        return max(offers, key=lambda offer: self.expected(number, offer), default=None)
+        if len(offers) <= 1:
+            return offers[0] if offers else None
+        return max(offers, key=lambda offer: self.expected(number, offer))
 
     def choose(
         self, asked: Sequence[tuple[int, Sequence[Offer]]], rows: int, decoding: int
@@ -169,9 +169,12 @@ class DraftLength:
         for i, offer in enumerate(offers):
             push(i, offer, 1.0)
         expected, plain = float(decoding), self.steps(rows)
+        a_row = CAUTION * (self.steps(rows + 1) - plain)
         best, chosen = expected / plain, list(lengths)
         while heap:
             negative, i = heapq.heappop(heap)
+            if -negative < best * a_row:  # nor can any of the rest, likely as this or less
+                break
             offer = offers[i]
             assert offer is not None
             lengths[i] += 1
@@ -193,13 +196,17 @@ class DraftLength:
 
     def learn(self, number: int, kind: str, tried: int, kept: int) -> None:
         """Note that the first ``kept`` of ``tried`` guesses of a ``kind`` stayed."""
+        own = self._own[number]
         for place in range(min(kept + 1, tried)):
-            for record in (self._common(kind, place), self._own[number][kind, place]):
-                record.add(place < kept)
+            self._common(kind, place).add(place < kept)
+            own.setdefault((kind, place), _Record(0.0, 0.0)).add(place < kept)
 
     def _common(self, kind: str, place: int) -> _Record:
-        prior = LATER_PRIOR if place else FIRST_PRIOR
-        return self._kinds.setdefault((kind, place), _Record(*prior))
+        found = self._kinds.get((kind, place))
+        if found is None:
+            prior = LATER_PRIOR if place else FIRST_PRIOR
+            found = self._kinds[kind, place] = _Record(*prior)
+        return found
 
     def forget(self, number: int) -> None:
         """Drop a sequence's own record."""

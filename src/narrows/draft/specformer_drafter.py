@@ -25,8 +25,11 @@ from narrows.errors import ConfigError
 from narrows.model.flat import FlatModel
 from narrows.ops import native
 
-READ_AT = 64
-"""Tokens of a sequence that are read at the latest when so many have gathered."""
+AT_ONCE = 64
+"""Tokens of a sequence that are taken in at once when one step has read so many: a prompt's."""
+LET_GO = 256
+"""Other tokens wait for the next draft. A sequence for which so many wait gets no draft any more,
+and they are dropped, so that a drafter that is not used costs next to nothing."""
 
 
 class SpecFormerDrafter(Drafter):
@@ -63,20 +66,26 @@ class SpecFormerDrafter(Drafter):
     def estimate(self, tokens: int) -> int:
         """See Drafter."""
         shape = self.target.shape
-        unread = READ_AT * len(self.taps) * shape.hidden_size * 4
+        unread = LET_GO * len(self.taps) * shape.hidden_size * 4
         return DensePolicy().estimate(replace(shape, layers=(self.shape,)), tokens) + unread
 
     def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:
-        """See Drafter. Where nothing is drafted, states gather, so that reading costs little."""
+        """See Drafter. A prompt is taken in at once, what is written with the next draft."""
         due = []
         for rows in kept:
             if rows.start == 0:
                 self._states[rows.number] = _State(self._cache())
-            state = self._states[rows.number]
+            state = self._states.get(rows.number)
+            if state is None:
+                continue
+            count = rows.stop - rows.first
             # A copy: a part would keep the states of all that was read in this step.
             state.unread.append(taps[rows.first : rows.stop].clone())
-            if state.count_unread() >= READ_AT:
+            state.waiting += count
+            if count >= AT_ONCE:
                 due.append(state)
+            elif state.waiting > LET_GO:
+                del self._states[rows.number]
         if due:
             self._catch_up(due)
 
@@ -84,7 +93,7 @@ class SpecFormerDrafter(Drafter):
     def _catch_up(self, states: Sequence[_State]) -> None:
         """Take in what has gathered for sequences, in one pass."""
         module = self.module
-        counts = [state.count_unread() for state in states]
+        counts = [state.waiting for state in states]
         ends = list(itertools.accumulate(counts))
         spans = list(zip([0, *ends[:-1]], ends, strict=True))
         places = [
@@ -101,13 +110,14 @@ class SpecFormerDrafter(Drafter):
         for state, context in zip(states, contexts, strict=True):
             state.context = context
             state.unread.clear()
+            state.waiting = 0
 
     def _cache(self) -> LayerCache:
         return DenseLayer(self.shape, self.target.shape.dtype, self.target.shape.device)
 
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
         """See Drafter."""
-        return [[Offer(self.name, one.k)] for one in asked]
+        return [[Offer(self.name, one.k)] if one.number in self._states else [] for one in asked]
 
     @torch.inference_mode()
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
@@ -146,17 +156,14 @@ class SpecFormerDrafter(Drafter):
 
 
 class _State:
-    """What is known of one sequence: ``cache`` of the tokens read, hidden states of those not yet
-    read, and the context vector of the newest one that was."""
+    """What is known of one sequence: ``cache`` of the tokens read, hidden states of the ``waiting``
+    ones not yet read, and the context vector of the newest one that was."""
 
     def __init__(self, cache: LayerCache) -> None:
         self.cache = cache
         self.unread: list[Tensor] = []
+        self.waiting = 0
         self.context = torch.empty(0)
-
-    def count_unread(self) -> int:
-        """Tokens not yet read."""
-        return sum(len(rows) for rows in self.unread)
 
 
 def check_target(config: SpecFormerConfig, target: FlatModel) -> None:

@@ -12,6 +12,7 @@ from narrows.cache.dense import DensePolicy
 from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
 from narrows.contracts import FlatBatch
+from narrows.draft.length import Plan
 from narrows.draft.specformer import (
     WEIGHTS,
     GroupedRMSNorm,
@@ -122,7 +123,7 @@ def test_in_the_engine_guesses_are_those_of_the_whole_sequence(
 ):
     """Whatever the chunks of the prompt, after any rollback, and after tokens behind which nothing
     was guessed."""
-    monkeypatch.setattr("narrows.draft.specformer_drafter.READ_AT", gather)
+    monkeypatch.setattr("narrows.draft.specformer_drafter.AT_ONCE", gather)
     flat = pair(family)[0]
     asked = prompts(3, longest=40, seed=5)
     drafter = SpecFormerDrafter(module(family), flat)
@@ -151,6 +152,29 @@ def test_in_the_engine_guesses_are_those_of_the_whole_sequence(
     for tokens, context in seen:
         whole = contexts(module(family), family, tokens)
         torch.testing.assert_close(context, whole[-2], rtol=1e-3, atol=1e-4)
+
+
+def test_a_sequence_that_is_never_drafted_for_is_let_go(monkeypatch):
+    monkeypatch.setattr("narrows.draft.specformer_drafter.LET_GO", 20)
+    flat = pair("llama")[0]
+    drafter = SpecFormerDrafter(module("llama"), flat)
+    machine = Engine(flat, parse_cache("dense"), EngineConfig(cache_bytes=1 << 28), drafter)
+    offered = {0: [], 1: []}
+
+    def take(asked, rows, decoding):  # the second sequence's offers only
+        for number, offers in asked:
+            offered[number].append(len(offers))
+        taken = [offers[0] if number and offers else None for number, offers in asked]
+        return Plan(taken, [2 if offer else 0 for offer in taken], 0.0)
+
+    machine.speculation._plan = take
+    for prompt in prompts(2, longest=10, seed=5):
+        machine.submit(prompt, SamplingParams(max_tokens=60, ignore_eos=True))
+    for _ in machine.run():
+        pass
+    assert offered[0] == sorted(offered[0], reverse=True)
+    assert 8 < sum(offered[0]) <= 20 < len(offered[0])
+    assert all(offered[1])
 
 
 @pytest.mark.parametrize("changes", [{}, EXTENDED])
