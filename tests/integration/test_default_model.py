@@ -45,8 +45,11 @@ PROMPTS = [
     "User: How do I learn to swim?\nAssistant:",
 ]
 GREEDY = SamplingParams(max_tokens=16)
-DRAFTED = (64, 160) if os.environ.get("NARROWS_FULL") else (8, 40)
-"""Prompts, and tokens behind each, on which drafting is compared with plain decoding."""
+FULL = bool(os.environ.get("NARROWS_FULL"))
+DRAFTED = (64, 160) if FULL else (8, 40)
+"""Prompts, and tokens behind each, on which drafting is compared with plain decoding,"""
+SIZES = (1, 8, 64) if FULL else (8,)
+"""in batches of these sizes."""
 
 
 def run(model: FlatModel, batch: list[list[int]], **limits: int) -> list[list[int]]:
@@ -89,7 +92,12 @@ def write(
 
 @pytest.mark.parametrize(
     ("spec", "count", "tokens"),
-    [("dense", *DRAFTED), ("kivi:bits=4,residual=32,group=32", 8, 60), ("xquant", 8, 60)],
+    [
+        ("dense", *DRAFTED),
+        ("kivi:bits=4,residual=32,group=32", 8, 60),
+        ("xquant", 8, 60),
+        ("spindle:preset=tuned,keep=0.8", 8, 40),
+    ],
 )
 def test_drafting_changes_no_token(
     smollm: FlatModel, data_folder: Path, spec: str, count: int, tokens: int
@@ -103,10 +111,12 @@ def test_drafting_changes_no_token(
         for c in chats
     ]
     kept = 0
-    for first in range(0, count, 16):
-        some = batch[first : first + 16]
-        expected, _ = write(smollm, some, tokens, spec, None)
-        got, right = write(smollm, some, tokens, spec, make_drafter("auto", smollm))
-        assert got == expected
-        kept += right
+    expected = write(smollm, batch, tokens, spec, None)[0]
+    for size in SIZES:
+        for first in range(0, count, size):
+            some = slice(first, first + size)
+            drafter = make_drafter("lookup+shipped", smollm)
+            got, right = write(smollm, batch[some], tokens, spec, drafter)
+            assert got == expected[some]
+            kept += right
     assert kept > 0
