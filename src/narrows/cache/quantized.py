@@ -133,7 +133,7 @@ class Stretch:
             return
         least = folded(self.options, self.rule, self.length - self.options.hold)
         n = max(0, self.codes.tokens - least)
-        if n or self.originals.shape[1]:
+        if gone.shape[1] or n != self.originals.shape[1]:
             together = torch.cat([self.originals, gone], 1)
             self.originals = together[:, max(0, together.shape[1] - n) :].clone()
 
