@@ -26,6 +26,7 @@ SECOND_LEVEL = {"int8": 8, "int4": 4}
 
 Count = Annotated[int, Field(ge=0)]
 Pairs = Annotated[str, Field(pattern=r"^\d+(\+\d+)*$")]
+Run = Annotated[str, Field(pattern=r"^\d+-\d+$")]
 Eta = Annotated[float, Field(ge=0.0, le=0.5)]
 
 
@@ -33,8 +34,9 @@ class QuantOptions(Settings):
     """Options of the quantised caches.
 
     ``bits`` are those of keys below layer ``key_hi`` and values below ``value_hi``; later layers
-    have ``lo_bits``. From ``key_share_from`` (``value_share_from``) on odd layers store no codes
-    and read those of the layer before them; ``key_pairs`` (``value_pairs``), such as "17+20", names
+    have ``lo_bits``; ``key_at`` (``value_at``), such as "15-19", says instead which run of layers
+    has ``bits``, all others ``lo_bits``. From ``key_share_from`` (``value_share_from``) on odd
+    layers store no codes and read those of the layer before them; ``key_pairs`` (``value_pairs``), such as "17+20", names
     the layers that do instead. None stands for the policy's own plan. ``eta1`` and
     ``eta2`` calibrate codes of 1 and 2 bits. ``borrow`` is how a borrower fits its own scale and
     zero to codes that are not its own. ``group`` counts tokens (keys), ``value_group`` channels.
@@ -50,6 +52,8 @@ class QuantOptions(Settings):
     lo_bits: int = 1
     key_hi: Count | None = None
     value_hi: Count | None = None
+    key_at: Run | None = None
+    value_at: Run | None = None
     key_share_from: Count | None = None
     value_share_from: Count | None = None
     key_pairs: Pairs | None = None
@@ -111,12 +115,18 @@ def make_plan(options: QuantOptions, shape: ModelShape) -> list[LayerPlan]:
     for place in places:
         _check_sizes(options, place, shape.layers[place])
     sides = []
-    for name, below, first, pairs in (
-        ("keys", options.key_hi, options.key_share_from, options.key_pairs),
-        ("values", options.value_hi, options.value_share_from, options.value_pairs),
+    for name, below, run, first, pairs in (
+        ("keys", options.key_hi, options.key_at, options.key_share_from, options.key_pairs),
+        (
+            "values",
+            options.value_hi,
+            options.value_at,
+            options.value_share_from,
+            options.value_pairs,
+        ),
     ):
-        high = len(places) if below is None else below
-        bits = [options.bits if i < high else options.lo_bits for i in range(len(places))]
+        high = _high(name, len(places), below, run)
+        bits = [options.bits if i in high else options.lo_bits for i in range(len(places))]
         borrowers = _borrowers(name, len(places), first, pairs)
         for i in borrowers:
             _check_pair(name, shape, places[i - 1], places[i], bits[i - 1], bits[i])
@@ -124,6 +134,19 @@ def make_plan(options: QuantOptions, shape: ModelShape) -> list[LayerPlan]:
             [Side(b, places[i - 1] if i in borrowers else None) for i, b in enumerate(bits)]
         )
     return [LayerPlan(*x) for x in zip(places, *sides, strict=True)]
+
+
+def _high(name: str, count: int, below: int | None, run: str | None) -> range:
+    """The full-attention layers whose codes have ``bits``."""
+    if run is None:
+        return range(count if below is None else below)
+    first, last = map(int, run.split("-"))
+    if not first <= last < count:
+        raise ConfigError(
+            f"{name} of layers {run} cannot have codes of their own: the model has full-attention "
+            f"layers 0 to {count - 1}; give the first and the last, such as 0-{count - 1}"
+        )
+    return range(first, last + 1)
 
 
 def _borrowers(name: str, count: int, first: int | None, pairs: str | None) -> set[int]:

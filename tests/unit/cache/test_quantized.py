@@ -362,6 +362,8 @@ def test_bad_options_are_refused_when_parsed(spec: str, message: str) -> None:
         ("kivi:value_group=48", shape(2, dim=64), "value_group 48"),
         ("xquant:value_pairs=3+4", shape(8), "layer 4 cannot be borrowed"),
         ("xquant:value_pairs=0", shape(8), "layer 0 cannot be borrowed"),
+        ("kivi:value_at=3-8", shape(8), "layers 3-8 cannot have"),
+        ("kivi:key_at=4-2", shape(8), "layers 4-2 cannot have"),
         ("xquant:key_pairs=8", shape(8), "layer 8 cannot be borrowed"),
         ("xquant:key_hi=4,key_pairs=4", shape(8), "layers 3 and 4 cannot share"),
     ],
@@ -385,6 +387,14 @@ def test_named_pairs_take_the_place_of_the_threshold() -> None:
     assert policy("xquant:value_pairs=2+5").spec == "xquant:value_pairs=2+5"
     with pytest.raises(ConfigError, match="value_pairs"):
         parse_cache("xquant:value_pairs=2-5")
+
+
+def test_a_run_of_layers_takes_the_place_of_the_threshold() -> None:
+    made = policy("kivi:bits=8,lo_bits=4,value_at=2-4,key_at=0-0")
+    plans = made.plan(shape(6))
+    assert [plan.value.bits for plan in plans] == [4, 4, 8, 8, 8, 4]
+    assert [plan.key.bits for plan in plans] == [8, 4, 4, 4, 4, 4]
+    assert parse_cache(made.spec) == made
 
 
 def test_pairs_are_counted_among_full_attention_layers() -> None:
