@@ -36,12 +36,12 @@ class QuantOptions(Settings):
     ``bits`` are those of keys below layer ``key_hi`` and values below ``value_hi``; later layers
     have ``lo_bits``; ``key_at`` (``value_at``), such as "15-19", says instead which run of layers
     has ``bits``, all others ``lo_bits``. From ``key_share_from`` (``value_share_from``) on odd
-    layers store no codes and read those of the layer before them; ``key_pairs`` (``value_pairs``), such as "17+20", names
-    the layers that do instead. None stands for the policy's own plan. ``eta1`` and
-    ``eta2`` calibrate codes of 1 and 2 bits. ``borrow`` is how a borrower fits its own scale and
-    zero to codes that are not its own. ``group`` counts tokens (keys), ``value_group`` channels.
-    The newest ``residual`` tokens and the first ``sink`` stay dense. ``fold`` "token" quantises
-    values one by one as they leave the residual (the papers' rule), "block" whole blocks of
+    layers store no codes and read those of the layer before them; ``key_pairs`` (``value_pairs``),
+    such as "17+20", names the layers that do instead. None stands for the policy's own plan.
+    ``eta1`` and ``eta2`` calibrate codes of 1 and 2 bits. ``borrow`` is how a borrower fits its own
+    scale and zero to codes that are not its own. ``group`` counts tokens (keys), ``value_group``
+    channels. The newest ``residual`` tokens and the first ``sink`` stay dense. ``fold`` "token"
+    quantises values one by one as they leave the residual (the papers' rule), "block" whole blocks of
     ``residual``, as keys always are. ``hold`` tokens can be rolled back exactly: the originals of
     what they push into the codes are kept beside them. ``key_meta`` and ``value_meta`` are the
     types of scale and zero; int8 and int4 are coded themselves, against a minimum and a step a
