@@ -42,8 +42,8 @@ class QuantOptions(Settings):
     scale and zero to codes that are not its own. ``group`` counts tokens (keys), ``value_group``
     channels. The newest ``residual`` tokens and the first ``sink`` stay dense. ``fold`` "token"
     quantises values one by one as they leave the residual (the papers' rule), "block" whole blocks
-    of ``residual``, as keys always are. ``hold`` tokens can be rolled back exactly: the originals of
-    what they push into the codes are kept beside them. ``key_meta`` and ``value_meta`` are the
+    of ``residual``, as keys always are. ``hold`` tokens can be rolled back exactly: the originals
+    of what they push into the codes are kept beside them. ``key_meta`` and ``value_meta`` are the
     types of scale and zero; int8 and int4 are coded themselves, against a minimum and a step a
     block.
     """
