@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from narrows.contracts import Offer
 
-FIRST_PRIOR, LATER_PRIOR = (1.0, 2.0), (2.0, 3.0)
+FIRST_PRIOR, LATER_PRIOR = (5.0, 10.0), (6.0, 10.0)
 """Hits and trials a kind of guess is credited with before it has been tried, at its first place and
 at later ones: where one guess was right, the next is likelier to be."""
 OWN_TRIALS = 4.0
@@ -28,7 +28,8 @@ OWN_TRIALS = 4.0
 MEMORY = 0.98
 """Weight of the past at each new trial, and at each new step."""
 FADING = 0.999
-"""Weight of the past at each step that leaves a kind untried, so that it is tried again."""
+"""Weight of the past at each step that leaves a kind untried: of its misses and of what making it
+cost, so that it is tried again."""
 CAUTION = 1.25
 """What drafting is taken to cost, of what it seems to, so that doubtful gains are left."""
 ROW_COST = 0.06
@@ -51,6 +52,11 @@ class Times:
     def known(self) -> bool:
         """Whether anything has been observed."""
         return self._weight > 0
+
+    def fade(self) -> None:
+        """Expect a little less."""
+        self._seconds *= FADING
+        self._joint *= FADING
 
     def observe(self, rows: int, seconds: float) -> None:
         """Note what ``rows`` took. What takes far too long counts as twice what was expected."""
@@ -82,6 +88,11 @@ class _Record:
     def add(self, hit: bool) -> None:
         self.hits = self.hits * MEMORY + hit
         self.trials = self.trials * MEMORY + 1
+
+    def fade(self, hits: float, trials: float) -> None:
+        """Come a little nearer to ``hits`` of ``trials``."""
+        self.hits = hits + (self.hits - hits) * FADING
+        self.trials = trials + (self.trials - trials) * FADING
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +151,11 @@ class DraftLength:
             best = max(best, without, key=lambda plan: plan.speed)
         used = {offer.kind for offer in best.taken if offer is not None}
         for kind in kinds - used:
-            record, (hits, trials) = self._common(kind, 0), FIRST_PRIOR
-            record.hits = hits + (record.hits - hits) * FADING
-            record.trials = trials + (record.trials - trials) * FADING
+            self._common(kind, 0).fade(*FIRST_PRIOR)
+            for number, _ in asked:
+                if (own := self._own[number].get((kind, 0))) is not None:
+                    own.fade(0.0, 0.0)
+            self.making[kind].fade()
         return best
 
     def _plan(

@@ -34,7 +34,8 @@ and they are dropped, so that a drafter that is not used costs next to nothing."
 
 class SpecFormerDrafter(Drafter):
     """A trained module beside its target. Guesses are the likeliest tokens of the slots, each given
-    the guess before it where the module looks at that.
+    the guess before it where the module looks at that. It makes none for a sequence whose first
+    tokens it has not seen, such as one that goes on from a saved cache.
 
     Raises ConfigError if the module belongs to another target.
     """

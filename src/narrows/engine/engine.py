@@ -151,11 +151,6 @@ class Engine:
                 f"the saved cache is {saved.spec!r}, but this engine's caches are "
                 f"{self.policy.spec!r}; load the model with cache={saved.spec!r}"
             )
-        if self.drafter and self.drafter.taps:
-            raise ConfigError(
-                f"drafter {self.drafter.name!r} must see every token that is read, so it cannot "
-                "go on from a saved cache; use draft='lookup' or 'none'"
-            )
 
     def cancel(self, sequence: Sequence) -> None:
         """End a request now; its text so far stays. Does nothing if it has ended."""

@@ -34,6 +34,8 @@ class Speculation:
         self._offered: dict[int, Offer] = {}
         self._drafting = 0.0
         """Seconds that making the guesses of this step took."""
+        self._made: set[str] = set()
+        """Kinds of guesses made before: the first time is no measure, as nothing is at hand yet."""
 
     def drafts(self, work: list[Work], limit: Callable[[Sequence], int]) -> list[Draft]:
         """A draft, often empty, for each item of ``work``; none reaches the request's ``limit``."""
@@ -60,8 +62,10 @@ class Speculation:
             started = time.perf_counter()
             made |= zip(some, self.drafter.propose(list(some.values())), strict=True)
             seconds = time.perf_counter() - started
-            self.length.making[kind].observe(sum(one.k for one in some.values()), seconds)
             self._drafting += seconds
+            if kind in self._made:
+                self.length.making[kind].observe(sum(one.k for one in some.values()), seconds)
+            self._made.add(kind)
         return [made.get(i, Draft([])) for i in range(len(work))]
 
     def _plan(self, asked: list[tuple[int, list[Offer]]], rows: int, decoding: int) -> Plan:

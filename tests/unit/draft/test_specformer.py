@@ -12,6 +12,7 @@ from narrows.cache.dense import DensePolicy
 from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
 from narrows.contracts import FlatBatch
+from narrows.draft.combined import Combined
 from narrows.draft.length import Plan
 from narrows.draft.specformer import (
     WEIGHTS,
@@ -20,6 +21,7 @@ from narrows.draft.specformer import (
     SpecFormerConfig,
 )
 from narrows.draft.specformer_drafter import SpecFormerDrafter
+from narrows.draft.specs import make_drafter
 from narrows.engine.engine import Engine
 from narrows.errors import ConfigError, ModelError
 from narrows.model.saved import CONFIG
@@ -175,6 +177,31 @@ def test_a_sequence_that_is_never_drafted_for_is_let_go(monkeypatch):
     assert offered[0] == sorted(offered[0], reverse=True)
     assert 8 < sum(offered[0]) <= 20 < len(offered[0])
     assert all(offered[1])
+
+
+def test_after_a_saved_cache_only_lookup_drafts():
+    flat, config = pair("llama")[0], EngineConfig(cache_bytes=1 << 28, draft_tokens=3)
+    prompt, more = prompts(1, longest=30, seed=5)[0] * 2, [7, 8, 9]
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    texts, kinds = [], set()
+    for drafter in (
+        None,
+        Combined([make_drafter("lookup", flat), SpecFormerDrafter(module(), flat)]),
+    ):
+        machine = Engine(flat, parse_cache("dense"), config, drafter)
+        saved = machine.read(prompt)
+        request = machine.submit(more, params, saved)
+        if drafter is not None:
+            plain = drafter.propose
+            drafter.propose = lambda asked, plain=plain: (
+                kinds.update(a.kind for a in asked) or plain(asked)
+            )
+        for _ in machine.run():
+            pass
+        texts.append(request.generated)
+    assert texts[0] == texts[1]
+    assert kinds
+    assert not any(kind.startswith("specformer") for kind in kinds)
 
 
 @pytest.mark.parametrize("changes", [{}, EXTENDED])
