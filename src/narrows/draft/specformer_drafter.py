@@ -145,7 +145,8 @@ class SpecFormerDrafter(Drafter):
         for slot in range(most):
             likely = scores[:, slot]
             if self.narrowed is not None:
-                likely = likely + module.followers(self.narrowed[before])
+                # Float32, which the fast products of few rows take.
+                likely = likely + module.followers(self.narrowed[before].float())
             best = likely.argmax(-1)
             before = best if self.named is None else self.named[best]
             found.append(before)
