@@ -19,8 +19,8 @@
 #define DIM 256 /* greatest head size; also the coefficients a product sums over at most */
 #define LANES 16
 #define LINE 64
-#define KEYS_AHEAD 8
-#define VALUES_AHEAD 16
+#define KEYS_AHEAD 8    /* blocks of 16 keys, and */
+#define VALUES_AHEAD 16 /* quads of values, that are asked of memory ahead of their use */
 
 int amx_ready(void);
 
@@ -520,10 +520,12 @@ static void mix(const packed_place *p, int64_t h, int64_t a, int64_t b, int64_t 
                exact, w);
 }
 
+/* Asks for what is needed after the keys: as fetch, into the second cache. */
 static void ask(const void *x, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)x + i, 0, 2);
 }
 
+/* Of packed tokens [from, from + n), if they are that: codes, and scales and zeros of two bytes. */
 static void ask_values(const side *v, int64_t h, int64_t from, int64_t n, int64_t Dv) {
   int64_t quad = Dv / 16 * v->bits * LINE / 8, groups = Dv / v->group;
   if (from < 0 || from + n > v->tokens || !v->codes) return;
@@ -602,10 +604,10 @@ static void put(const float *x, int64_t stride, int64_t n, int64_t D, void *tail
  * so are those of k_new and v_new, which are first written to the ends of the tails (null: they
  * stand there); out is [T, heads, Dv]. All packed tokens and the sink must be visible to all rows.
  * `exact` keeps float32's precision. Returns 0, or -1 if there was no memory. */
-int attend_packed(const packed_place *const *places, int64_t sequences, const float *q, int64_t q_stride,
-                  const float *k_new, int64_t k_stride, const float *v_new, int64_t v_stride,
-                  float *out, int64_t heads, int64_t kv_heads, int64_t D, int64_t Dv, float scale,
-                  int is_bf16, int exact, int threads) {
+int attend_packed(const packed_place *const *places, int64_t sequences, const float *q,
+                  int64_t q_stride, const float *k_new, int64_t k_stride, const float *v_new,
+                  int64_t v_stride, float *out, int64_t heads, int64_t kv_heads, int64_t D,
+                  int64_t Dv, float scale, int is_bf16, int exact, int threads) {
   int64_t group = heads / kv_heads, few = ROWS / group, count = 0, units = 0, floats = 0;
   exact |= !packed_int8();
   for (int64_t s = 0; s < sequences; s++) {
@@ -648,6 +650,7 @@ int attend_packed(const packed_place *const *places, int64_t sequences, const fl
 #pragma omp parallel num_threads(threads)
     {
       room w;
+      /* Guided: a thread goes on with the next stretch, which it has asked for. */
 #pragma omp for schedule(guided)
       for (int64_t i = 0; i < count; i++)
         run(places[tasks[i].place], tasks + i, q, q_stride, group, D, Dv, scale, is_bf16, exact,

@@ -185,8 +185,11 @@ def test_one_token_at_a_time_is_all_at_once(
     expected = quant.value_lines(coded.codes.flatten(-2), bits)
     lines = torch.zeros_like(expected)
     scale, zero = (torch.zeros(heads, tokens, dim // group, dtype=meta) for _ in range(2))
+    tail = torch.zeros(heads, tokens + 3, dim, dtype=dtype)
+    tail[:, :tokens] = x
     for t in range(tokens):
-        assert fold_value(x[:, t : t + 1], bits, eta, lines, scale, zero, t)
+        assert torch.equal(tail[:, : tokens - t], x[:, t:])  # what comes later moves up
+        assert fold_value(tail[:, : tokens - t], bits, eta, lines, scale, zero, t)
     assert torch.equal(lines, expected)
     assert torch.equal(scale, coded.scale.to(meta))
     assert torch.equal(zero, coded.zero.to(meta))
