@@ -196,7 +196,8 @@ def draw_points(rows: Sequence[Row], path: Path, *, x: str, label: str = "method
     """Draw the rows as one panel of a PNG, see ``plot_points``. Raises as ``draw``."""
     if not rows:
         raise ConfigError(f"there are no rows to draw in {path}")
-    figure = new_figure(8, 6.5)
+    longest = max(len(str(r[label])) for r in rows)
+    figure = new_figure(max(8, longest / 6), 6.5)  # two such names stand side by side below
     plot_points(figure.subplots(), rows, x=x, label=label)
     figure.legend(loc="outside lower center", fontsize="small", ncols=2)
     save_figure(figure, path)
