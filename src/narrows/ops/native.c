@@ -603,13 +603,8 @@ int64_t append_attend(const place *const *places, int64_t sequences, const float
         const float *kn = k_new + row * k_stride + h * D, *vn = v_new + row * v_stride + h * Dv;
         int64_t ko = (h * p->capacity + at - p->k_codes.n) * D;
         int64_t vo = (h * p->capacity + at - p->v_codes.n) * Dv;
-        if (is_bf16) {
-          for (int64_t i = 0; i < D; i++) ((bf16 *)p->k)[ko + i] = to_bf16(kn[i]);
-          for (int64_t i = 0; i < Dv; i++) ((bf16 *)p->v)[vo + i] = to_bf16(vn[i]);
-        } else {
-          memcpy((float *)p->k + ko, kn, D * sizeof(float));
-          memcpy((float *)p->v + vo, vn, Dv * sizeof(float));
-        }
+        store_row(kn, D, p->k, ko, is_bf16);
+        store_row(vn, Dv, p->v, vo, is_bf16);
       }
       for (int64_t a = start - start % CHUNK; a < p->stored; a += CHUNK) {
         if (used + p->rows > room) return -1;

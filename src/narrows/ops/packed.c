@@ -590,16 +590,6 @@ int packed_int8(void) {
   return 0;
 }
 
-/* Writes n vectors of D floats, `stride` apart, to a head's tail. */
-static void put(const float *x, int64_t stride, int64_t n, int64_t D, void *tail, int64_t at,
-                int is_bf16) {
-  for (int64_t r = 0; r < n; r++, at += D, x += stride)
-    if (is_bf16)
-      for (int64_t i = 0; i < D; i++) ((bf16 *)tail)[at + i] = to_bf16(x[i]);
-    else
-      memcpy((float *)tail + at, x, D * sizeof *x);
-}
-
 /* Causal attention of the newest `rows` tokens of each place. Rows of q are q_stride floats apart;
  * so are those of k_new and v_new, which are first written to the ends of the tails (null: they
  * stand there); out is [T, heads, Dv]. All packed tokens and the sink must be visible to all rows.
@@ -618,13 +608,15 @@ int attend_packed(const packed_place *const *places, int64_t sequences, const fl
     units += blocks;
     floats += chunks * p->rows * heads * (Dv + 2);
     int64_t first = p->length - p->rows - p->sink;
-    for (int64_t h = 0; h < kv_heads && k_new; h++) {
-      const side *k = &p->key, *v = &p->value;
-      put(k_new + p->first_row * k_stride + h * D, k_stride, p->rows, D, k->tail,
-          h * k->tail_head + (first - k->tokens) * D, is_bf16);
-      put(v_new + p->first_row * v_stride + h * Dv, v_stride, p->rows, Dv, v->tail,
-          h * v->tail_head + (first - v->tokens) * Dv, is_bf16);
-    }
+    for (int64_t h = 0; h < kv_heads && k_new; h++)
+      for (int64_t r = 0; r < p->rows; r++) {
+        const side *k = &p->key, *v = &p->value;
+        int64_t row = p->first_row + r;
+        store_row(k_new + row * k_stride + h * D, D, k->tail,
+                  h * k->tail_head + (first + r - k->tokens) * D, is_bf16);
+        store_row(v_new + row * v_stride + h * Dv, Dv, v->tail,
+                  h * v->tail_head + (first + r - v->tokens) * Dv, is_bf16);
+      }
   }
   task *tasks = malloc(count * sizeof *tasks), **unit = malloc((units + 1) * sizeof *unit);
   float *parts = malloc(floats * sizeof *parts), *part = parts;

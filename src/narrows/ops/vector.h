@@ -161,6 +161,14 @@ static inline float exponentials(float *score, int64_t n, float top) {
   return sum(total) + rest;
 }
 
+/* Writes a row of n floats to a cache of bfloat16 or of floats, as its elements `at` and on. */
+static inline void store_row(const float *x, int64_t n, void *cache, int64_t at, int is_bf16) {
+  if (is_bf16)
+    for (int64_t i = 0; i < n; i++) ((bf16 *)cache)[at + i] = to_bf16(x[i]);
+  else
+    memcpy((float *)cache + at, x, n * sizeof *x);
+}
+
 /* For element type T. name_dots: score[r * CHUNK + t] = q[r] . key[t] of n keys and `rows` rows,
  * while the same tokens' values are asked of memory. name_mix: out[r] = sum of score[r][t] v[t].
  * Scores are made for 16 keys at a time and values summed in registers, 64 or 16 columns and up
