@@ -520,18 +520,13 @@ static void mix(const packed_place *p, int64_t h, int64_t a, int64_t b, int64_t 
                exact, w);
 }
 
-/* Asks for what is needed after the keys: as fetch, into the second cache. */
-static void ask(const void *x, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)x + i, 0, 2);
-}
-
-/* Of packed tokens [from, from + n), if they are that: codes, and scales and zeros of two bytes. */
+/* Asks memory for packed tokens [from, from + n), if they are that: codes, and scales and zeros of two bytes. */
 static void ask_values(const side *v, int64_t h, int64_t from, int64_t n, int64_t Dv) {
   int64_t quad = Dv / 16 * v->bits * LINE / 8, groups = Dv / v->group;
   if (from < 0 || from + n > v->tokens || !v->codes) return;
-  ask(v->codes + h * v->head + from / 4 * quad, n / 4 * quad);
-  ask((const uint16_t *)v->scale.data + h * v->scale.head + from * groups, 2 * n * groups);
-  ask((const uint16_t *)v->zero.data + h * v->zero.head + from * groups, 2 * n * groups);
+  fetch(v->codes + h * v->head + from / 4 * quad, n / 4 * quad);
+  fetch((const uint16_t *)v->scale.data + h * v->scale.head + from * groups, 2 * n * groups);
+  fetch((const uint16_t *)v->zero.data + h * v->zero.head + from * groups, 2 * n * groups);
 }
 
 static void run(const packed_place *p, const task *t, const float *q, int64_t q_stride,
