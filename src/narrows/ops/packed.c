@@ -520,7 +520,8 @@ static void mix(const packed_place *p, int64_t h, int64_t a, int64_t b, int64_t 
                exact, w);
 }
 
-/* Asks memory for packed tokens [from, from + n), if they are that: codes, and scales and zeros of two bytes. */
+/* Asks memory for packed tokens [from, from + n), if they are that: codes, and scales and zeros of
+ * two bytes. */
 static void ask_values(const side *v, int64_t h, int64_t from, int64_t n, int64_t Dv) {
   int64_t quad = Dv / 16 * v->bits * LINE / 8, groups = Dv / v->group;
   if (from < 0 || from + n > v->tokens || !v->codes) return;
