@@ -39,6 +39,7 @@ TILE(tile_4x3, 4, 3)
 TILE(tile_4x2, 4, 2)
 TILE(tile_4x1, 4, 1)
 TILE(tile_1x1, 1, 1)
+#undef TILE
 
 void linear_bf16(const float *x, const bf16 *w, const float *bias, float *y, int64_t M,
                  int64_t N, int64_t K, int threads) {
@@ -456,27 +457,35 @@ void softmax_mass(void *scores, int is_bf16, int64_t groups, int64_t rows, int64
 
 #define MAX_GROUP 16 /* query heads that share a key head */
 
-/* One query row and key head, keys [first, stop): running maximum, sum, and weighted values. Query
- * head g sees key t < seen_n only if bit g of seen[t] is set. */
+/* Queries q [rows * group, D] of the tokens at key `at` and after it, and one key head, keys
+ * [from, to) of those that lie there: each head's maximum, sum, and weighted values. A token sees
+ * the keys up to its own, at most `window` of them (0: all). Query head g sees key t < seen_n only
+ * if bit g of seen[t] is set. */
 #define ATTEND(name, T, dense)                                                                 \
-  static void name(const float *q, int64_t group, int64_t D, int64_t Dv, const T *k,           \
-                   const T *v, int64_t first, int64_t stop, float scale, const uint16_t *seen, \
-                   int64_t seen_n, float *part) {                                              \
+  static void name(const float *q, int64_t rows, int64_t group, int64_t D, int64_t Dv,         \
+                   const T *k, const T *v, int64_t from, int64_t to, int64_t at,               \
+                   int64_t window, float scale, const uint16_t *seen, int64_t seen_n,          \
+                   float *part) {                                                              \
     float score[MAX_GROUP][CHUNK];                                                             \
-    int64_t n = stop - first, stride = Dv + 2;                                                 \
-    dense##_dots(q, group, D, Dv, k + first * D, v + first * Dv, n, score[0]);                 \
-    for (int64_t g = 0; g < group; g++) {                                                      \
-      for (int64_t t = 0; t < n; t++) score[g][t] *= scale;                                    \
-      for (int64_t t = first; t < stop && t < seen_n; t++)                                     \
-        if (!(seen[t] >> g & 1)) score[g][t - first] = -INFINITY;                              \
-      float top = part[g * stride] = greatest(score[g], n);                                    \
-      if (top == -INFINITY) { /* none is seen */                                               \
-        memset(score[g], 0, n * sizeof(float));                                                \
-        part[g * stride + 1] = 0;                                                              \
-      } else                                                                                   \
-        part[g * stride + 1] = exponentials(score[g], n, top);                                 \
+    int64_t n = to - from, stride = Dv + 2;                                                    \
+    dense##_dots(q, rows * group, D, Dv, k + from * D, v + from * Dv, n, score[0]);            \
+    for (int64_t r = 0; r < rows; r++) {                                                       \
+      int64_t stop = at + r + 1, start = window && stop > window ? stop - window : 0;          \
+      start = start < from ? 0 : start > to ? n : start - from;                                \
+      stop = stop < from + start ? start : stop > to ? n : stop - from;                        \
+      for (int64_t g = 0; g < group; g++) {                                                    \
+        float *own = score[r * group + g], *told = part + (r * group + g) * stride;            \
+        for (int64_t t = start; t < stop; t++) own[t] *= scale;                                \
+        for (int64_t t = start; t < stop && from + t < seen_n; t++)                            \
+          if (!(seen[from + t] >> g & 1)) own[t] = -INFINITY;                                  \
+        float top = told[0] = greatest(own + start, stop - start);                             \
+        int64_t first = top == -INFINITY ? stop : start; /* if none is seen */                 \
+        told[1] = exponentials(own + first, stop - first, top);                                \
+        memset(own, 0, first * sizeof(float));                                                 \
+        memset(own + stop, 0, (n - stop) * sizeof(float));                                     \
+      }                                                                                        \
     }                                                                                          \
-    dense##_mix(score[0], group, n, Dv, v + first * Dv, part + 2, stride);                     \
+    dense##_mix(score[0], rows * group, n, Dv, v + from * Dv, part + 2, stride);               \
   }
 ATTEND(attend_f32, float, dense_f32)
 ATTEND(attend_bf16, bf16, dense_bf16)
@@ -594,8 +603,11 @@ int64_t append_attend(const place *const *places, int64_t sequences, const float
                       int64_t Dv, float scale, int64_t window, int is_bf16, int64_t *tasks,
                       float *parts, int64_t room, int threads) {
   int64_t group = heads / kv_heads, stride = Dv + 2, size = group * stride, count = 0, used = 0;
-  for (int64_t s = 0; s < sequences; s++) {
-    const place *p = places[s];
+  /* Sequences of several rows come last: threads take long runs of tasks first, then short ones, so
+   * that work of different weight is shared out in the end. */
+  for (int64_t n = 0; n < 2 * sequences; n++) {
+    const place *p = places[n % sequences];
+    if ((p->rows > 1) != (n >= sequences)) continue;
     int64_t held = p->stored - p->rows, start = window && held >= window ? held + 1 - window : 0;
     for (int64_t h = 0; h < kv_heads; h++) {
       for (int64_t r = 0; r < p->rows; r++) {
@@ -609,51 +621,54 @@ int64_t append_attend(const place *const *places, int64_t sequences, const float
       for (int64_t a = start - start % CHUNK; a < p->stored; a += CHUNK) {
         if (used + p->rows > room) return -1;
         int64_t *task = tasks + 4 * count++;
-        task[0] = s, task[1] = h, task[2] = a, task[3] = used;
+        task[0] = n % sequences, task[1] = h, task[2] = a, task[3] = used;
         used += p->rows;
       }
     }
   }
+  int64_t fit = MAX_GROUP / group;
 #pragma omp parallel for schedule(guided) num_threads(threads)
   for (int64_t t = 0; t < count; t++) {
     const int64_t *task = tasks + 4 * t;
     const place *p = places[task[0]];
-    int64_t h = task[1], ko = h * p->capacity * D, vo = h * p->capacity * Dv;
-    int64_t last = task[2] + CHUNK < p->stored ? task[2] + CHUNK : p->stored;
-    int coded = task[2] < p->k_codes.n || task[2] < p->v_codes.n;
+    int64_t h = task[1], from = task[2], to = from + CHUNK < p->stored ? from + CHUNK : p->stored;
+    int64_t at = p->stored - p->rows, n = p->seen_n;
+    int coded = from < p->k_codes.n || from < p->v_codes.n;
     float scratch[coded ? CHUNK * (D + Dv) : 1]; /* this stretch, written out */
-    void *keys = scratch, *values = scratch + CHUNK * D;
-    if (coded && is_bf16) {
-      rebuild_bf16(&p->k_codes, p->k, D, task[2], last, keys);
-      rebuild_bf16(&p->v_codes, p->v, Dv, task[2], last, values);
-    } else if (coded) {
-      rebuild_f32(&p->k_codes, p->k, D, task[2], last, keys);
-      rebuild_f32(&p->v_codes, p->v, Dv, task[2], last, values);
-    }
+    float queries[p->rows > 1 ? MAX_GROUP * D : 1];
     /* A stretch behind all codes is read where it lies. */
-    ko -= p->k_codes.n * D, vo -= p->v_codes.n * Dv;
-    for (int64_t r = 0; r < p->rows; r++) {
+    const char *keys = p->k, *values = p->v;
+    int64_t wide = is_bf16 ? sizeof(bf16) : sizeof(float);
+    keys += (h * p->capacity - p->k_codes.n) * D * wide;
+    values += (h * p->capacity - p->v_codes.n) * Dv * wide;
+    const uint16_t *seen = p->seen;
+    if (coded) {
+      keys = (char *)scratch, values = (char *)(scratch + CHUNK * D);
+      if (is_bf16) {
+        rebuild_bf16(&p->k_codes, p->k, D, from, to, (bf16 *)keys);
+        rebuild_bf16(&p->v_codes, p->v, Dv, from, to, (bf16 *)values);
+      } else {
+        rebuild_f32(&p->k_codes, p->k, D, from, to, (float *)keys);
+        rebuild_f32(&p->v_codes, p->v, Dv, from, to, (float *)values);
+      }
+      seen = seen ? seen + from : NULL;
+      at -= from, n -= from, to -= from, from = 0;
+    }
+    for (int64_t r = 0; r < p->rows; r += fit) {
+      int64_t rows = p->rows - r < fit ? p->rows - r : fit;
       const float *query = q + (p->first_row + r) * q_stride + h * group * D;
       float *part = parts + (task[3] + r) * size;
-      int64_t end = p->stored - p->rows + r + 1, start = window && end > window ? end - window : 0;
-      int64_t first = task[2] > start ? task[2] : start;
-      int64_t stop = task[2] + CHUNK < end ? task[2] + CHUNK : end;
-      if (first >= stop) { /* a stretch that other rows see */
-        memset(part, 0, size * sizeof *part);
-        for (int64_t g = 0; g < group; g++) part[g * stride] = -INFINITY;
-      } else if (coded) {
-        const uint16_t *seen = p->seen ? p->seen + task[2] : NULL;
-        int64_t from = first - task[2], to = stop - task[2], rest = p->seen_n - task[2];
-        if (is_bf16)
-          attend_bf16(query, group, D, Dv, keys, values, from, to, scale, seen, rest, part);
-        else
-          attend_f32(query, group, D, Dv, keys, values, from, to, scale, seen, rest, part);
-      } else if (is_bf16)
-        attend_bf16(query, group, D, Dv, (bf16 *)p->k + ko, (bf16 *)p->v + vo, first, stop, scale,
-                    p->seen, p->seen_n, part);
+      if (rows > 1) {
+        for (int64_t i = 0; i < rows; i++)
+          memcpy(queries + i * group * D, query + i * q_stride, group * D * sizeof *query);
+        query = queries;
+      }
+      if (is_bf16)
+        attend_bf16(query, rows, group, D, Dv, (const bf16 *)keys, (const bf16 *)values, from, to,
+                    at + r, window, scale, seen, n, part);
       else
-        attend_f32(query, group, D, Dv, (float *)p->k + ko, (float *)p->v + vo, first, stop, scale,
-                   p->seen, p->seen_n, part);
+        attend_f32(query, rows, group, D, Dv, (const float *)keys, (const float *)values, from, to,
+                   at + r, window, scale, seen, n, part);
     }
   }
   for (int64_t t = 0; t < count;) { /* join the stretches of each row and key head */

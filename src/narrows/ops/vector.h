@@ -97,34 +97,47 @@ static inline vec vexp(vec x) {
   return p * scale;
 }
 
-/* out[j] = sum of v[j], j < WIDTH */
-static inline vec sums(const vec *v) {
+/* fold: the way to four sums, of v[0] to v[3]; folded: sum j of those, j < WIDTH. */
 #ifdef __AVX512F__
-  __m512 x[16], y[4];
-  memcpy(x, v, sizeof x);
 #define ADD(lo, hi) _mm512_add_ps(lo, hi)
 #define PD(x) _mm512_castps_pd(x)
 #define PS(x) _mm512_castpd_ps(x)
-  for (int i = 0; i < 4; i++) {
-    __m512 a = x[4 * i], b = x[4 * i + 1], c = x[4 * i + 2], d = x[4 * i + 3];
-    __m512 ab = ADD(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    __m512 cd = ADD(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    y[i] = ADD(PS(_mm512_unpacklo_pd(PD(ab), PD(cd))), PS(_mm512_unpackhi_pd(PD(ab), PD(cd))));
-  }
 #define FOLD(a, b) ADD(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd))
-  __m512 first = FOLD(y[0], y[1]), second = FOLD(y[2], y[3]), all = FOLD(first, second);
-  vec out;
-  memcpy(&out, &all, sizeof out);
-  return out;
+typedef __m512 quad;
+static inline quad fold(const vec *v) {
+  __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+  __m512 ab = ADD(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  __m512 cd = ADD(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  return ADD(PS(_mm512_unpacklo_pd(PD(ab), PD(cd))), PS(_mm512_unpackhi_pd(PD(ab), PD(cd))));
+}
+static inline vec folded(const quad *q) {
+  return (vec)FOLD(FOLD(q[0], q[1]), FOLD(q[2], q[3]));
+}
 #undef FOLD
 #undef PS
 #undef PD
 #undef ADD
 #else
-  vec out;
-  for (int j = 0; j < WIDTH; j++) out[j] = sum(v[j]);
+typedef struct {
+  float of[4];
+} quad;
+static inline quad fold(const vec *v) {
+  quad out;
+  for (int j = 0; j < 4; j++) out.of[j] = sum(v[j]);
   return out;
+}
+static inline vec folded(const quad *q) {
+  vec out;
+  memcpy(&out, q, sizeof out);
+  return out;
+}
 #endif
+
+/* out[j] = sum of v[j], j < WIDTH */
+static inline vec sums(const vec *v) {
+  quad q[WIDTH / 4];
+  for (int i = 0; i < WIDTH / 4; i++) q[i] = fold(v + 4 * i);
+  return folded(q);
 }
 
 /* ---- a few query rows, some dense keys and values -------------------------------------------- */
@@ -172,28 +185,32 @@ static inline void store_row(const float *x, int64_t n, void *cache, int64_t at,
 /* For element type T. name_dots: score[r * CHUNK + t] = q[r] . key[t] of n keys and `rows` rows,
  * while the same tokens' values are asked of memory. name_mix: out[r] = sum of score[r][t] v[t].
  * Scores are made for 16 keys at a time and values summed in registers, 64 or 16 columns and up
- * to HEADS rows at a time; odd sizes go one by one. */
+ * to HEADS rows at a time; odd sizes go one by one. Every number is made in the same way wherever
+ * its key stands among the n, and whatever the rows beside it. */
 #define HEADS 4
+#define TOGETHER(rows) ((rows) % 3 ? HEADS : 3) /* no odd one where it can be helped */
 #define DENSE_AHEAD 32 /* keys that are asked of memory ahead of those scored */
 static inline void fetch(const void *from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i);
 }
 #define DENSE(name, T, load, scalar)                                                           \
   static inline __attribute__((always_inline)) void name##_scores(                             \
-      const float *q, int64_t heads, int64_t D, const T *key, float *score) {                  \
-    vec part[HEADS][WIDTH];                                                                    \
-    for (int64_t t = 0; t < WIDTH; t += 4) {                                                   \
+      const float *q, int64_t heads, int64_t D, const T *key, float *score, int64_t kept) {    \
+    quad part[HEADS][WIDTH / 4];                                                               \
+    _Pragma("GCC unroll 4") for (int t = 0; t < WIDTH / 4; t++) {                              \
       vec acc[HEADS][4];                                                                       \
       memset(acc, 0, sizeof acc);                                                              \
       for (int64_t i = 0; i < D; i += WIDTH)                                                   \
         for (int j = 0; j < 4; j++) {                                                          \
-          vec k = load(key + (t + j) * D + i);                                                 \
+          vec k = load(key + (4 * t + j) * D + i);                                             \
           for (int64_t g = 0; g < heads; g++) acc[g][j] += load_f32(q + g * D + i) * k;        \
         }                                                                                      \
-      for (int64_t g = 0; g < heads; g++)                                                      \
-        for (int j = 0; j < 4; j++) part[g][t + j] = acc[g][j];                                \
+      for (int64_t g = 0; g < heads; g++) part[g][t] = fold(acc[g]);                           \
     }                                                                                          \
-    for (int64_t g = 0; g < heads; g++) *(vec *)(score + g * CHUNK) = sums(part[g]);           \
+    for (int64_t g = 0; g < heads; g++) {                                                      \
+      vec made = folded(part[g]);                                                              \
+      memcpy(score + g * CHUNK, &made, kept * sizeof(float));                                  \
+    }                                                                                          \
   }                                                                                            \
   static inline __attribute__((always_inline)) void name##_values(                             \
       const float *score, int64_t heads, int64_t n, int64_t Dv, int columns, const T *v,       \
@@ -209,24 +226,35 @@ static inline void fetch(const void *from, int64_t bytes) {
       for (int j = 0; j < columns; j++)                                                        \
         *(vec *)(out + g * out_stride + j * WIDTH) = acc[g][j];                                \
   }                                                                                            \
+  static inline __attribute__((always_inline)) void name##_block(                              \
+      const float *q, int64_t rows, int64_t D, const T *key, float *score, int64_t kept) {     \
+    for (int64_t g = 0; g < rows; g += TOGETHER(rows)) {                                       \
+      const float *query = q + g * D;                                                          \
+      float *to = score + g * CHUNK;                                                           \
+      switch (rows - g < TOGETHER(rows) ? rows - g : TOGETHER(rows)) {                         \
+        case 1: name##_scores(query, 1, D, key, to, kept); break;                              \
+        case 2: name##_scores(query, 2, D, key, to, kept); break;                              \
+        case 3: name##_scores(query, 3, D, key, to, kept); break;                              \
+        default: name##_scores(query, 4, D, key, to, kept);                                    \
+      }                                                                                        \
+    }                                                                                          \
+  }                                                                                            \
   static inline void name##_dots(const float *q, int64_t rows, int64_t D, int64_t Dv,          \
                                  const T *keys, const T *values, int64_t n, float *score) {    \
-    int64_t blocked = D % WIDTH ? 0 : n - n % WIDTH;                                           \
+    int64_t blocked = D % WIDTH ? 0 : n - n % WIDTH, rest = n - blocked;                       \
     fetch(keys, (n < DENSE_AHEAD ? n : DENSE_AHEAD) * D * sizeof(T));                          \
     for (int64_t t = 0; t < blocked; t += WIDTH) {                                             \
       const T *key = keys + t * D;                                                             \
       if (t + DENSE_AHEAD < n) fetch(key + DENSE_AHEAD * D, WIDTH * D * sizeof(T));            \
       fetch(values + t * Dv, WIDTH * Dv * sizeof(T));                                          \
-      for (int64_t g = 0; g < rows; g += HEADS) {                                              \
-        const float *query = q + g * D;                                                        \
-        float *to = score + g * CHUNK + t;                                                     \
-        switch (rows - g) {                                                                    \
-          case 1: name##_scores(query, 1, D, key, to); break;                                  \
-          case 2: name##_scores(query, 2, D, key, to); break;                                  \
-          case 3: name##_scores(query, 3, D, key, to); break;                                  \
-          default: name##_scores(query, 4, D, key, to);                                        \
-        }                                                                                      \
-      }                                                                                        \
+      name##_block(q, rows, D, key, score + t, WIDTH);                                         \
+    }                                                                                          \
+    if (D % WIDTH == 0 && rest) { /* the last few, with others that do not count */            \
+      T last[WIDTH * D];                                                                       \
+      memset(last, 0, sizeof last);                                                            \
+      memcpy(last, keys + blocked * D, rest * D * sizeof(T));                                  \
+      name##_block(q, rows, D, last, score + blocked, rest);                                   \
+      return;                                                                                  \
     }                                                                                          \
     for (int64_t t = blocked; t < n; t++)                                                      \
       for (int64_t g = 0; g < rows; g++) {                                                     \
@@ -239,24 +267,28 @@ static inline void fetch(const void *from, int64_t bytes) {
         score[g * CHUNK + t] = sum(acc) + dot;                                                 \
       }                                                                                        \
   }                                                                                            \
+  static inline __attribute__((always_inline)) void name##_columns(const float *score, int64_t heads, int64_t n, int64_t Dv,  \
+                                    int columns, const T *v, float *out, int64_t stride) {     \
+    switch (heads) {                                                                           \
+      case 1: name##_values(score, 1, n, Dv, columns, v, out, stride); break;                  \
+      case 2: name##_values(score, 2, n, Dv, columns, v, out, stride); break;                  \
+      case 3: name##_values(score, 3, n, Dv, columns, v, out, stride); break;                  \
+      default: name##_values(score, 4, n, Dv, columns, v, out, stride);                        \
+    }                                                                                          \
+  }                                                                                            \
   static inline void name##_mix(const float *score, int64_t rows, int64_t n, int64_t Dv,       \
                                 const T *values, float *to, int64_t stride) {                  \
     int64_t i = 0;                                                                             \
     while (i + WIDTH <= Dv) {                                                                  \
       int wide = i + 4 * WIDTH <= Dv;                                                          \
-      for (int64_t g = 0; g < rows; g += HEADS) {                                              \
+      for (int64_t g = 0; g < rows; g += TOGETHER(rows)) {                                     \
+        int64_t now = rows - g < TOGETHER(rows) ? rows - g : TOGETHER(rows);                   \
         const float *weight = score + g * CHUNK;                                               \
         float *out = to + g * stride + i;                                                      \
-        switch ((rows - g < HEADS ? rows - g : HEADS) + wide * HEADS) {                        \
-          case 1: name##_values(weight, 1, n, Dv, 1, values + i, out, stride); break;          \
-          case 2: name##_values(weight, 2, n, Dv, 1, values + i, out, stride); break;          \
-          case 3: name##_values(weight, 3, n, Dv, 1, values + i, out, stride); break;          \
-          case 4: name##_values(weight, 4, n, Dv, 1, values + i, out, stride); break;          \
-          case 5: name##_values(weight, 1, n, Dv, 4, values + i, out, stride); break;          \
-          case 6: name##_values(weight, 2, n, Dv, 4, values + i, out, stride); break;          \
-          case 7: name##_values(weight, 3, n, Dv, 4, values + i, out, stride); break;          \
-          default: name##_values(weight, 4, n, Dv, 4, values + i, out, stride);                \
-        }                                                                                      \
+        if (wide)                                                                              \
+          name##_columns(weight, now, n, Dv, 4, values + i, out, stride);                      \
+        else                                                                                   \
+          name##_columns(weight, now, n, Dv, 1, values + i, out, stride);                      \
       }                                                                                        \
       i += wide ? 4 * WIDTH : WIDTH;                                                           \
     }                                                                                          \
