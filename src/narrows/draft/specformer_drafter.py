@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from narrows.cache.dense import DenseLayer, DensePolicy
 from narrows.contracts import (
@@ -20,10 +20,11 @@ from narrows.contracts import (
     LayerShape,
     Offer,
 )
-from narrows.draft.specformer import SpecFormer, SpecFormerConfig
+from narrows.draft.specformer import GroupedRMSNorm, SpecFormer, SpecFormerConfig
 from narrows.errors import ConfigError
 from narrows.model.flat import FlatModel
 from narrows.ops import native
+from narrows.ops.forecast import Forecaster
 
 AT_ONCE = 64
 """Tokens of a sequence that are taken in at once when one step has read so many: a prompt's."""
@@ -60,6 +61,7 @@ class SpecFormerDrafter(Drafter):
         self.shape = LayerShape(config.kv_heads, config.head_dim, config.head_dim)
         with torch.inference_mode():
             self.narrowed = self.module.narrowed(target.embed(torch.arange(config.vocab_size)))
+        self.fast = _forecaster(self)
         every = torch.arange(target.shape.max_tokens, device=target.shape.device)
         self.cosine, self.sine = target.rotary(every)
         self._states: dict[int, _State] = {}
@@ -138,7 +140,10 @@ class SpecFormerDrafter(Drafter):
         """The likeliest ``most`` tokens behind context vectors ``[n, hidden]`` and the token each
         was followed by, ``[n]``: int64 ``[n, most]``."""
         module, target = self.module, self.target
-        slots = module.slots(states, target.embed(newest).to(states.dtype), most)
+        entered = target.embed(newest).to(states.dtype)
+        if self.fast is not None and len(states) <= self.fast.most:
+            return self.fast(states, newest, entered, most)
+        slots = module.slots(states, entered, most)
         scores = native.linear(target.final_norm(slots.flatten(0, 1)), self.head)
         scores = scores.view(len(states), most, -1)
         found, before = [], newest
@@ -166,6 +171,54 @@ class _State:
         self.unread: list[Tensor] = []
         self.waiting = 0
         self.context = torch.empty(0)
+
+
+def _forecaster(drafter: SpecFormerDrafter) -> Forecaster | None:
+    """``drafter.guesses`` as one kernel, where there is one for such a module and target."""
+    module, config, norm = drafter.module, drafter.module.config, drafter.target.plain_norm
+    if norm is None or native.library() is None or drafter.head.dtype is not torch.bfloat16:
+        return None
+
+    def weight(layer: nn.Linear | None) -> Tensor | None:
+        return None if layer is None else layer.weight
+
+    def scale(layer: GroupedRMSNorm | None) -> Tensor | None:
+        return None if layer is None else layer.weight.float()
+
+    spread, bias = module.spread, module.slot_bias
+    weights = {
+        "spread": weight(spread),
+        "spread_bias": None if spread is None else spread.bias.float(),
+        "slot_bias": None if bias is None else bias.float(),
+        "anchor": weight(module.anchor),
+        "qkv": weight(module.between.qkv),
+        "out": weight(module.between.out),
+        "gate_up": weight(module.gate_up),
+        "down": weight(module.down),
+        "head": drafter.head,
+        "after": weight(module.after),
+        "narrowed": drafter.narrowed,
+        "vocabulary": drafter.named,
+        "spread_norm": scale(module.spread_norm),
+        "token_norm": scale(module.token_norm),
+        "slot_norm": scale(module.between.norm),
+        "mlp_norm": scale(module.mlp_norm),
+        "final_norm": norm[0],
+    }
+    sizes = {
+        "hidden": config.hidden_size,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "dim": config.head_dim,
+        "slots": config.slots,
+        "wide": config.intermediate_size,
+        "named": len(drafter.head),
+        "markov": config.markov,
+        "causal": int(config.draft_attention == "causal"),
+        "eps": config.eps,
+        "final_eps": norm[1],
+    }
+    return Forecaster(weights, sizes)
 
 
 def check_target(config: SpecFormerConfig, target: FlatModel) -> None:

@@ -162,6 +162,12 @@ class FlatModel:
         normed: Tensor = norm(states)
         return normed
 
+    @property
+    def plain_norm(self) -> tuple[Tensor, float] | None:
+        """Weight, float32, and epsilon of ``final_norm``, where that is one over the root mean
+        square and the tuned pass runs it."""
+        return None if self._fast is None else (self._fast.norm, self._fast.eps)
+
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of ``hidden`` ``[n, hidden_size]`` -> float32 ``[n, vocab_size]``, or

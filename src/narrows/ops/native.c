@@ -325,6 +325,19 @@ void linear_bf16_amx(const float *x, const bf16 *w, const float *bias, float *y,
 }
 #endif
 
+/* The fastest of the three for weights of a size on this processor. On AMX tiles activations count
+ * with 16 bits of mantissa and without any units with 24; the products of AVX-512 round them to
+ * bfloat16, which makes them twice as fast. */
+void linear_few(const float *x, const bf16 *w, const float *bias, float *y, int64_t M, int64_t N,
+                int64_t K, int threads) {
+  if (N % (2 * TILE_ROWS) == 0 && K % TILE_K == 0 && amx_ready())
+    linear_bf16_amx(x, w, bias, y, M, N, K, threads);
+  else if (bf16_dots())
+    linear_bf16_dot(x, w, bias, y, M, N, K, threads);
+  else
+    linear_bf16(x, w, bias, y, M, N, K, threads);
+}
+
 /* ---- small row-wise operators -------------------------------------------------------------- */
 
 /* h += delta (if given); out = h / rms(h) * weight. delta and out are float32 or bfloat16. */

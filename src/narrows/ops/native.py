@@ -1,4 +1,4 @@
-"""The CPU kernels of ``native.c`` and ``packed.c``: compiled once with the machine's C compiler,
+"""The CPU kernels of ``native.c`` and its neighbours: compiled once with the machine's C compiler,
 called by ctypes.
 
 Each operator here has its definition in plain torch and uses the kernel where it can: float32
@@ -18,7 +18,6 @@ import subprocess
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 import torch
@@ -28,7 +27,9 @@ from torch.nn.functional import silu
 
 from narrows.ops.rotary import turn
 
-SOURCES = tuple(Path(__file__).with_name(x) for x in ("native.c", "packed.c", "fold.c", "cover.c"))
+SOURCES = tuple(
+    Path(__file__).with_name(f"{x}.c") for x in ("native", "packed", "fold", "cover", "forecast")
+)
 HEADER = Path(__file__).with_name("vector.h")
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11"),
@@ -39,9 +40,9 @@ P, L, F, N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES = {
     "amx_ready": (N, ()),
     "bf16_dots": (N, ()),
-    "linear_bf16": (None, (P, P, P, P, L, L, L, N)),
-    "linear_bf16_dot": (None, (P, P, P, P, L, L, L, N)),
-    "linear_bf16_amx": (None, (P, P, P, P, L, L, L, N)),
+    "linear_few": (None, (P, P, P, P, L, L, L, N)),
+    "forecast_room": (L, (P, L)),
+    "forecast": (None, (P, L, P, P, P, L, P, P, N)),
     "add_rms_norm": (None, (P, P, N, P, F, P, N, L, L, N)),
     "norm_rotate": (None, (P, L, L, L, P, F, P, P, L, N)),
     "silu_mul": (None, (P, P, L, L, N)),
@@ -167,16 +168,6 @@ def _kernel_rows(native: ctypes.CDLL | None) -> int:
     return DOT_ROWS if native.bf16_dots() and not _has_tiles() else KERNEL_ROWS
 
 
-@functools.cache
-def _products(native: ctypes.CDLL, outer: int, inner: int) -> Any:
-    """The fastest kernel of few rows there is for weights of a size on this processor. On AMX
-    tiles activations count with 16 bits of mantissa and without any units with 24; the dot
-    products of AVX-512 round them to bfloat16, which makes them twice as fast."""
-    if outer % 32 == 0 and inner % 32 == 0 and _has_tiles():
-        return native.linear_bf16_amx
-    return native.linear_bf16_dot if native.bf16_dots() else native.linear_bf16
-
-
 def flow_dtype(rows: int, weight: torch.dtype) -> torch.dtype:
     """In which precision ``rows`` activations go into and come out of products with ``weight``:
     bfloat16 where those are done in it anyway, which saves converting, else float32."""
@@ -196,7 +187,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     native = library()
     if native is not None and weight.dtype == torch.bfloat16 and rows <= _kernel_rows(native):
         out = x.new_empty((rows, outer))
-        _products(native, outer, inner)(
+        native.linear_few(
             *(x.contiguous().data_ptr(), weight.data_ptr(), _pointer(bias), out.data_ptr()),
             *(rows, outer, inner, torch.get_num_threads()),
         )

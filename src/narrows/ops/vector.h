@@ -1,7 +1,7 @@
-/* What the CPU kernels share: vector types, conversions, the exponential, and attention of a few
- * query rows to some dense keys and values. Vector types are the compiler's own, so that the files
- * build for any instruction set; a vector is one register, since compilers keep wider ones in
- * memory, which is several times slower. */
+/* What the CPU kernels share: vector types, conversions, the exponential, attention of a few query
+ * rows to some dense keys and values, and kernels that others build on. Vector types are the
+ * compiler's own, so that the files build for any instruction set; a vector is one register, since
+ * compilers keep wider ones in memory, which is several times slower. */
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -267,8 +267,9 @@ static inline void fetch(const void *from, int64_t bytes) {
         score[g * CHUNK + t] = sum(acc) + dot;                                                 \
       }                                                                                        \
   }                                                                                            \
-  static inline __attribute__((always_inline)) void name##_columns(const float *score, int64_t heads, int64_t n, int64_t Dv,  \
-                                    int columns, const T *v, float *out, int64_t stride) {     \
+  static inline __attribute__((always_inline)) void name##_columns(                            \
+      const float *score, int64_t heads, int64_t n, int64_t Dv, int columns, const T *v,       \
+      float *out, int64_t stride) {                                                            \
     switch (heads) {                                                                           \
       case 1: name##_values(score, 1, n, Dv, columns, v, out, stride); break;                  \
       case 2: name##_values(score, 2, n, Dv, columns, v, out, stride); break;                  \
@@ -302,3 +303,11 @@ static inline void fetch(const void *from, int64_t bytes) {
   }
 DENSE(dense_f32, float, load_f32, SAME)
 DENSE(dense_bf16, bf16, load_bf16, to_f32)
+
+/* ---- kernels of native.c that others build on ------------------------------------------------ */
+
+void linear_few(const float *x, const bf16 *w, const float *bias, float *y, int64_t M, int64_t N,
+                int64_t K, int threads);
+void add_rms_norm(float *h, const void *delta, int delta_bf16, const float *weight, float eps,
+                  void *out, int out_bf16, int64_t M, int64_t N, int threads);
+void silu_mul(const float *gate_up, float *out, int64_t M, int64_t N, int threads);

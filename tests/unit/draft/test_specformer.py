@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -24,7 +25,9 @@ from narrows.draft.specformer_drafter import SpecFormerDrafter
 from narrows.draft.specs import make_drafter
 from narrows.engine.engine import Engine
 from narrows.errors import ConfigError, ModelError
+from narrows.model.flat import FlatModel
 from narrows.model.saved import CONFIG
+from narrows.ops.native import linear
 from tiny import FAMILIES, pair, prompts
 
 
@@ -241,6 +244,38 @@ def test_extensions_look_at_the_token_before():
         before = newest if slot == 0 else found[:, slot - 1]
         biased = scores[:, slot] + made.followers(made.narrowed(flat.embed(before)))
         assert torch.equal(biased.argmax(-1) + 30, found[:, slot])
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, EXTENDED, {"draft_attention": "causal", "markov": 8}, {"positional": False}]
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_one_kernel_forecasts_what_the_module_does(family, changes):
+    """Bfloat16 weights; each token it finds is the likeliest by the module itself, given the one
+    before it, up to what bfloat16 rounds."""
+    flat = FlatModel(copy.deepcopy(pair(family)[0].model).bfloat16(), None, "")
+    made = module(family, fingerprint=flat.fingerprint, **changes)
+    if made.slot_bias is not None:
+        torch.nn.init.normal_(made.slot_bias)
+    drafter = SpecFormerDrafter(made, flat)
+    assert drafter.fast is not None
+    states, newest = torch.randn(7, flat.shape.hidden_size), torch.arange(7, 14)
+    for most in (4, 2):
+        found = drafter.fast(states, newest, flat.embed(newest).float(), most)
+        with torch.inference_mode():
+            slots = made.slots(states, flat.embed(newest).float(), most)
+            scores = linear(flat.final_norm(slots.flatten(0, 1)), drafter.head).view(7, most, -1)
+            for slot in range(most):
+                before = newest if slot == 0 else found[:, slot - 1]
+                likely = scores[:, slot]
+                if drafter.narrowed is not None:
+                    likely = likely + made.followers(drafter.narrowed[before].float())
+                named = torch.arange(200) if drafter.named is None else drafter.named
+                place = torch.searchsorted(named, found[:, slot])
+                best = likely.max(-1).values
+                mine = likely.gather(-1, place[:, None])[:, 0]
+                torch.testing.assert_close(mine, best, rtol=0.02, atol=0.02)
+                assert (mine == best).sum() >= 5
 
 
 @pytest.mark.parametrize("changes", [{}, EXTENDED])

@@ -1,0 +1,120 @@
+/* From the context vectors of a SpecFormer to the tokens they forecast, in one call: one after the
+ * other, the operations of a draft of one sequence take longer to call than to do. Defined by
+ * draft/specformer.py (slots, followers); activations are float32, weights bfloat16 [out, in]. */
+#include "vector.h"
+
+typedef struct {
+  const bf16 *spread, *anchor, *qkv, *out, *gate_up, *down, *head, *after; /* or null */
+  const float *spread_bias, *slot_bias;                                    /* one of them */
+  const float *spread_norm, *token_norm, *slot_norm, *mlp_norm, *final_norm;
+  const bf16 *narrowed;      /* [vocabulary, markov] */
+  const int64_t *vocabulary; /* [named], or null: all tokens are */
+  int64_t hidden, heads, kv_heads, dim, slots, wide, named, markov, causal;
+  float eps, final_eps;
+} forecaster;
+
+/* Floats of room that `forecast` needs for n sequences. */
+int64_t forecast_room(const forecaster *f, int64_t n) {
+  int64_t heads = 2 * f->heads + 2 * f->kv_heads;
+  int64_t a_slot = 3 * f->hidden + heads * f->dim + 3 * f->wide + f->named;
+  return n * (f->slots * a_slot + 2 * f->hidden + f->named + f->markov);
+}
+
+/* Each slot of one sequence attends to all, or to those before it: qkv [slots, heads + 2 kv_heads,
+ * dim] -> mixed [slots, heads, dim]. */
+static void attend_slots(const forecaster *f, const float *qkv, float *mixed) {
+  int64_t D = f->dim, row = (f->heads + 2 * f->kv_heads) * D, group = f->heads / f->kv_heads;
+  float scale = 1.0f / sqrtf((float)D), score[f->slots];
+  for (int64_t s = 0; s < f->slots; s++)
+    for (int64_t h = 0; h < f->heads; h++) {
+      const float *q = qkv + s * row + h * D, *k = qkv + (f->heads + h / group) * D;
+      const float *v = k + f->kv_heads * D;
+      float *to = mixed + (s * f->heads + h) * D, top = -INFINITY, total = 0;
+      int64_t seen = f->causal ? s + 1 : f->slots;
+      for (int64_t t = 0; t < seen; t++) {
+        float dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t i = 0; i < D; i++) dot += q[i] * k[t * row + i];
+        score[t] = dot * scale;
+        top = score[t] > top ? score[t] : top;
+      }
+      for (int64_t t = 0; t < seen; t++) total += score[t] = expf(score[t] - top);
+      for (int64_t i = 0; i < D; i++) to[i] = 0;
+      for (int64_t t = 0; t < seen; t++)
+        for (int64_t i = 0; i < D; i++) to[i] += score[t] / total * v[t * row + i];
+    }
+}
+
+static int64_t likeliest(const float *score, const float *more, int64_t n) {
+  int64_t best = 0;
+  float top = -INFINITY;
+  for (int64_t a = 0; a < n; a += CHUNK) { /* by stretches, few of which are looked at twice */
+    int64_t stop = a + CHUNK < n ? a + CHUNK : n;
+    float found = -INFINITY;
+#pragma omp simd reduction(max : found)
+    for (int64_t i = a; i < stop; i++) {
+      float x = score[i] + more[i];
+      found = x > found ? x : found;
+    }
+    if (found <= top) continue;
+    for (int64_t i = a; i < stop; i++)
+      if (score[i] + more[i] > top) top = score[i] + more[i], best = i;
+  }
+  return best;
+}
+
+/* Context vectors [n, hidden], the tokens that followed them [n] and what those enter the model as
+ * [n, hidden] -> the likeliest `most` tokens behind each, found [n, most]. */
+void forecast(const forecaster *f, int64_t n, const float *contexts, const int64_t *newest,
+              const float *entered, int64_t most, int64_t *found, float *room, int threads) {
+  int64_t H = f->hidden, rows = n * f->slots, row = (f->heads + 2 * f->kv_heads) * f->dim;
+  float *y = room, *more = y + n * H, *drafts = more + n * H, *normed = drafts + rows * H;
+  float *delta = normed + rows * H, *qkv = delta + rows * H, *mixed = qkv + rows * row;
+  float *gate_up = mixed + rows * f->heads * f->dim, *gated = gate_up + 2 * rows * f->wide;
+  float *score = gated + rows * f->wide, *bias = score + rows * f->named;
+  float *before = bias + n * f->named;
+  add_rms_norm((float *)contexts, 0, 0, f->spread_norm, f->eps, y, 0, n, H, threads);
+  if (f->anchor) {
+    add_rms_norm((float *)entered, 0, 0, f->token_norm, f->eps, normed, 0, n, H, threads);
+    linear_few(normed, f->anchor, 0, more, n, H, H, threads);
+    for (int64_t i = 0; i < n * H; i++) y[i] += more[i];
+  }
+  if (f->spread)
+    linear_few(y, f->spread, f->spread_bias, drafts, n, f->slots * H, H, threads);
+  else
+    for (int64_t i = 0; i < rows * H; i++)
+      drafts[i] = y[i / (f->slots * H) * H + i % H] + f->slot_bias[i % (f->slots * H)];
+  add_rms_norm(drafts, 0, 0, f->slot_norm, f->eps, normed, 0, rows, H, threads);
+  linear_few(normed, f->qkv, 0, qkv, rows, row, H, threads);
+  for (int64_t s = 0; s < n; s++)
+    attend_slots(f, qkv + s * f->slots * row, mixed + s * f->slots * f->heads * f->dim);
+  linear_few(mixed, f->out, 0, delta, rows, H, f->heads * f->dim, threads);
+  if (most < f->slots) /* the others have been seen, and are not wanted */
+    for (int64_t s = 1; s < n; s++) {
+      memmove(drafts + s * most * H, drafts + s * f->slots * H, most * H * sizeof(float));
+      memmove(delta + s * most * H, delta + s * f->slots * H, most * H * sizeof(float));
+    }
+  rows = n * most;
+  add_rms_norm(drafts, delta, 0, f->mlp_norm, f->eps, normed, 0, rows, H, threads);
+  linear_few(normed, f->gate_up, 0, gate_up, rows, 2 * f->wide, H, threads);
+  silu_mul(gate_up, gated, rows, f->wide, threads);
+  linear_few(gated, f->down, 0, delta, rows, H, f->wide, threads);
+  add_rms_norm(drafts, delta, 0, f->final_norm, f->final_eps, normed, 0, rows, H, threads);
+  linear_few(normed, f->head, 0, score, rows, f->named, H, threads);
+  memset(bias, 0, n * f->named * sizeof *bias);
+  for (int64_t slot = 0; slot < most; slot++) {
+    if (f->after) {
+      for (int64_t s = 0; s < n; s++) {
+        int64_t token = slot ? found[s * most + slot - 1] : newest[s];
+        const bf16 *from = f->narrowed + token * f->markov;
+        for (int64_t i = 0; i < f->markov; i++) before[s * f->markov + i] = to_f32(from[i]);
+      }
+      linear_few(before, f->after, 0, bias, n, f->named, f->markov, threads);
+    }
+    for (int64_t s = 0; s < n; s++) {
+      const float *own = score + (s * most + slot) * f->named;
+      int64_t best = likeliest(own, bias + s * f->named, f->named);
+      found[s * most + slot] = f->vocabulary ? f->vocabulary[best] : best;
+    }
+  }
+}
