@@ -36,6 +36,8 @@ ROW_COST = 0.06
 """What a row adds to a step, of a step of one row, until steps have shown it."""
 TRUST = 0.5
 """Spread of rows (their variance) at which steps taken count as much as ROW_COST."""
+NEGLIGIBLE = 0.005
+"""Share of a step below which what making guesses costs decides nothing."""
 LEAST = 0.1
 """Share of the mean time below which nothing is expected to be done."""
 
@@ -146,7 +148,7 @@ class DraftLength:
         kinds = {offer.kind for _, offers in asked for offer in offers}
         best = self._plan(asked, kinds, rows, decoding)
         dearest = max(kinds, key=lambda kind: self._seconds(kind, 1), default=None)
-        if dearest is not None and self._seconds(dearest, 1):
+        if dearest is not None and self._seconds(dearest, 1) > NEGLIGIBLE * self.steps(rows):
             without = self._plan(asked, kinds - {dearest}, rows, decoding)
             best = max(best, without, key=lambda plan: plan.speed)
         used = {offer.kind for offer in best.taken if offer is not None}

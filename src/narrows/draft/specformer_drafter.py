@@ -65,16 +65,16 @@ class SpecFormerDrafter(Drafter):
         every = torch.arange(target.shape.max_tokens, device=target.shape.device)
         self.cosine, self.sine = target.rotary(every)
         self._states: dict[int, _State] = {}
+        self._held = replace(target.shape, layers=(self.shape,))
+        self._unread = LET_GO * len(self.taps) * config.hidden_size * 4
 
     def estimate(self, tokens: int) -> int:
         """See Drafter."""
-        shape = self.target.shape
-        unread = LET_GO * len(self.taps) * shape.hidden_size * 4
-        return DensePolicy().estimate(replace(shape, layers=(self.shape,)), tokens) + unread
+        return DensePolicy().estimate(self._held, tokens) + self._unread
 
     def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:
         """See Drafter. A prompt is taken in at once, what is written with the next draft."""
-        due = []
+        due, few, taken = [], [], 0
         for rows in kept:
             if rows.start == 0:
                 self._states[rows.number] = _State(self._cache())
@@ -82,13 +82,21 @@ class SpecFormerDrafter(Drafter):
             if state is None:
                 continue
             count = rows.stop - rows.first
-            # A copy: a part would keep the states of all that was read in this step.
-            state.unread.append(taps[rows.first : rows.stop].clone())
             state.waiting += count
             if count >= AT_ONCE:
+                state.unread.append((taps, rows.first, rows.stop))
                 due.append(state)
             elif state.waiting > LET_GO:
                 del self._states[rows.number]
+            else:
+                few.append((state, rows))
+        if few:
+            # A copy of these alone: parts would keep all that was read in this step.
+            chosen = taps[[i for _, rows in few for i in range(rows.first, rows.stop)]]
+            for state, rows in few:
+                count = rows.stop - rows.first
+                state.unread.append((chosen, taken, taken + count))
+                taken += count
         if due:
             self._catch_up(due)
 
@@ -104,7 +112,8 @@ class SpecFormerDrafter(Drafter):
             for state, count in zip(states, counts, strict=True)
         ]
         positions = torch.cat(places).to(self.target.shape.device)
-        x = module.fused(torch.cat([rows for state in states for rows in state.unread]))
+        unread = [rows[a:b] for state in states for rows, a, b in state.unread]
+        x = module.fused(torch.cat(unread))
         q, k, v = module.queries(x, self.cosine[positions], self.sine[positions])
         batch = FlatBatch(spans, [[state.cache] for state in states])
         mixed = batch.attend(0, q.contiguous(), k.contiguous(), v.contiguous(), self.scale)
@@ -164,11 +173,11 @@ class SpecFormerDrafter(Drafter):
 
 class _State:
     """What is known of one sequence: ``cache`` of the tokens read, hidden states of the ``waiting``
-    ones not yet read, and the context vector of the newest one that was."""
+    ones not yet read (rows of tensors that sequences share, from and to), and the context vector of the newest one that was."""
 
     def __init__(self, cache: LayerCache) -> None:
         self.cache = cache
-        self.unread: list[Tensor] = []
+        self.unread: list[tuple[Tensor, int, int]] = []
         self.waiting = 0
         self.context = torch.empty(0)
 

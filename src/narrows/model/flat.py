@@ -103,20 +103,25 @@ class FlatModel:
         """``hidden``, and with it other hidden states, ``[T, len(taps), hidden_size]``: number
         ``i`` enters decoder layer ``i``, 0 is the embedding, and one past the last layer are the
         states after the final norm, which ``hidden`` gives. All in the dtype of ``hidden``."""
-        layers = len(self.shape.layers)
-        seen: dict[int, Tensor] = {}
+        places = {number: place for place, number in enumerate(taps)}
+        seen: Tensor | None = None
 
         def tap(number: int, states: Tensor) -> None:
-            if number in taps:
-                seen[number] = states.clone()
+            nonlocal seen
+            place = places.get(number)
+            if place is not None:
+                if seen is None:
+                    seen = states.new_empty((len(states), len(taps), states.shape[1]))
+                seen[:, place] = states
 
         if self._fast is not None:
             hidden = self._fast.hidden(ids, positions, batch, tap)
         else:
             with tapped(self.model.base_model, tap):
                 hidden = self.reference_hidden(ids, positions, batch)
-        seen[layers] = hidden
-        return hidden, torch.stack([seen[number] for number in taps], 1)
+        tap(len(self.shape.layers), hidden)
+        assert seen is not None
+        return hidden, seen
 
     @torch.inference_mode()
     def reference_hidden(self, ids: Tensor, positions: Tensor, batch: FlatBatch) -> Tensor:
