@@ -181,11 +181,14 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """``k`` guesses could be made. ``kind`` names how good such guesses are expected to be: what
-    became of them is counted by kind."""
+    """``k`` guesses could be made. ``kind`` names how good such guesses are: what became of them
+    is counted by kind. Until some have been tried, the first is taken to be right with chance
+    ``first``, and a later one, where those before it are, with ``later``."""
 
     kind: str
     k: int
+    first: float = 0.5
+    later: float = 0.6
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 
 from narrows.contracts import Offer
 
-FIRST_PRIOR, LATER_PRIOR = (5.0, 10.0), (6.0, 10.0)
-"""Hits and trials a kind of guess is credited with before it has been tried, at its first place and
-at later ones: where one guess was right, the next is likelier to be."""
+PRIOR_TRIALS = 10.0
+"""Trials that a kind of guess is credited with before any, with what its offer expects of them."""
 OWN_TRIALS = 4.0
 """Trials of a sequence's own after which its record weighs as much as that of its kind."""
 MEMORY = 0.98
@@ -120,9 +119,9 @@ class DraftLength:
         self._kinds: dict[tuple[str, int], _Record] = {}
         self._own: dict[int, dict[tuple[str, int], _Record]] = defaultdict(dict)
 
-    def survival(self, number: int, kind: str, place: int) -> float:
+    def survival(self, number: int, offer: Offer, place: int) -> float:
         """Chance that the guess at ``place`` stays, given that those before it did."""
-        common, own = self._common(kind, place), self._own[number].get((kind, place))
+        common, own = self._common(offer, place), self._own[number].get((offer.kind, place))
         rate = common.hits / common.trials
         return (own.hits + OWN_TRIALS * rate) / (own.trials + OWN_TRIALS) if own else rate
 
@@ -130,7 +129,7 @@ class DraftLength:
         """Guesses of an offer that would stay if all were verified."""
         total, chance = 0.0, 1.0
         for place in range(offer.k):
-            chance *= self.survival(number, offer.kind, place)
+            chance *= self.survival(number, offer, place)
             total += chance
         return total
 
@@ -145,7 +144,8 @@ class DraftLength:
     ) -> Plan:
         """What to verify of the offers for each sequence, given with its number. Without any, the
         step has ``rows`` rows, and ``decoding`` sequences get a token each."""
-        kinds = {offer.kind for _, offers in asked for offer in offers}
+        offers = {offer.kind: offer for _, some in asked for offer in some}
+        kinds = set(offers)
         best = self._plan(asked, kinds, rows, decoding)
         dearest = max(kinds, key=lambda kind: self._seconds(kind, 1), default=None)
         if dearest is not None and self._seconds(dearest, 1) > NEGLIGIBLE * self.steps(rows):
@@ -153,7 +153,7 @@ class DraftLength:
             best = max(best, without, key=lambda plan: plan.speed)
         used = {offer.kind for offer in best.taken if offer is not None}
         for kind in kinds - used:
-            self._common(kind, 0).fade(*FIRST_PRIOR)
+            self._common(offers[kind], 0).fade(offers[kind].first * PRIOR_TRIALS, PRIOR_TRIALS)
             for number, _ in asked:
                 if (own := self._own[number].get((kind, 0))) is not None:
                     own.fade(0.0, 0.0)
@@ -178,7 +178,7 @@ class DraftLength:
 
         def push(i: int, offer: Offer | None, chance: float) -> None:
             if offer is not None and lengths[i] < offer.k:
-                chance *= self.survival(asked[i][0], offer.kind, lengths[i])
+                chance *= self.survival(asked[i][0], offer, lengths[i])
                 heapq.heappush(heap, (-chance, i))
 
         for i, offer in enumerate(offers):
@@ -209,18 +209,19 @@ class DraftLength:
         times = self.making[kind]
         return times(count) if times.known else 0.0
 
-    def learn(self, number: int, kind: str, tried: int, kept: int) -> None:
-        """Note that the first ``kept`` of ``tried`` guesses of a ``kind`` stayed."""
+    def learn(self, number: int, offer: Offer, tried: int, kept: int) -> None:
+        """Note that the first ``kept`` of ``tried`` guesses of an ``offer`` stayed."""
         own = self._own[number]
         for place in range(min(kept + 1, tried)):
-            self._common(kind, place).add(place < kept)
-            own.setdefault((kind, place), _Record(0.0, 0.0)).add(place < kept)
+            self._common(offer, place).add(place < kept)
+            own.setdefault((offer.kind, place), _Record(0.0, 0.0)).add(place < kept)
 
-    def _common(self, kind: str, place: int) -> _Record:
-        found = self._kinds.get((kind, place))
+    def _common(self, offer: Offer, place: int) -> _Record:
+        found = self._kinds.get((offer.kind, place))
         if found is None:
-            prior = LATER_PRIOR if place else FIRST_PRIOR
-            found = self._kinds[kind, place] = _Record(*prior)
+            expected = offer.later if place else offer.first
+            found = _Record(expected * PRIOR_TRIALS, PRIOR_TRIALS)
+            self._kinds[offer.kind, place] = found
         return found
 
     def forget(self, number: int) -> None:

@@ -14,6 +14,10 @@ from pydantic import Field, model_validator
 from narrows.config import Settings
 from narrows.contracts import Asked, Draft, Drafter, Offer
 
+EXPECTED = {2: (0.5, 0.7), 3: (0.6, 0.75)}
+LONGER = (0.85, 0.85)
+"""Chances of the first token and of later ones, by tokens matched, to begin with."""
+
 
 class LookupOptions(Settings):
     """``most`` tokens of a draft; ``longest`` to ``shortest`` matched tokens are tried."""
@@ -43,9 +47,12 @@ class Lookup(Drafter):
         """See Drafter. One offer at most, of the longest match."""
         found = [self._match(one) for one in asked]
         return [
-            [Offer(f"{self.name}{size}", min(one.k, len(one.tokens) - behind))] if size else []
+            [self._offer(size, min(one.k, len(one.tokens) - behind))] if size else []
             for one, (size, behind) in zip(asked, found, strict=True)
         ]
+
+    def _offer(self, size: int, room: int) -> Offer:
+        return Offer(f"{self.name}{size}", room, *EXPECTED.get(size, LONGER))
 
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See Drafter."""

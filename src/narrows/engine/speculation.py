@@ -81,7 +81,7 @@ class Speculation:
             self.kept[place] += place < kept
         offer = self._offered.get(sequence.number)
         if offer is not None:
-            self.length.learn(sequence.number, offer.kind, len(draft.tokens), kept)
+            self.length.learn(sequence.number, offer, len(draft.tokens), kept)
 
     def observe(self, rows: int, seconds: float) -> None:
         """Note what a step of ``rows`` tokens took, drafting included."""

@@ -84,7 +84,7 @@ def test_the_choice_is_the_best_of_all_choices():
         offers = [(i, [Offer(f"{i}", 3)]) for i in range(3)]
         for number, (offer,) in offers:
             for _ in range(10):
-                length.learn(number, offer.kind, 3, (seed + number) % 4)
+                length.learn(number, offer, 3, (seed + number) % 4)
 
         def speed(ks, length=length, offers=offers):
             expected = 3.0
@@ -104,7 +104,7 @@ def test_a_kind_that_fails_is_left_and_tried_again_later():
     for _ in range(600):
         (k,) = length.choose([(0, [offer])], 1, 1).lengths
         tries.append(k)
-        length.learn(0, "x", k, 0)
+        length.learn(0, offer, k, 0)
         length.steps.observe(1 + k, 1.0 + 0.3 * k)
     assert tries[0] > 0
     assert tries[30] == 0
@@ -116,8 +116,8 @@ def test_guesses_that_are_dear_to_make_are_left_where_they_do_not_pay():
     for made_in, wanted in ((0.05, "dear"), (0.6, "cheap")):
         length = length_for((2, 1.0), (3, 1.05), (4, 1.1), (6, 1.2))
         for _ in range(40):  # of the dear ones more are right
-            length.learn(0, "cheap", 2, 1)
-            length.learn(0, "dear", 2, 2)
+            length.learn(0, cheap, 2, 1)
+            length.learn(0, dear, 2, 2)
             length.making["cheap"].observe(2, 0.001)
             length.making["dear"].observe(2, made_in)
         plan = length.choose([(0, [cheap, dear]), (1, [cheap])], 2, 2)
