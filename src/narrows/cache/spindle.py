@@ -16,13 +16,13 @@ from torch import Tensor
 
 from narrows.cache.budget import Choice
 from narrows.cache.codebook import Codebook, Rule
-from narrows.cache.evict import EvictLayer, EvictOptions, EvictPolicy, copies
+from narrows.cache.evict import SNAPKV, EvictLayer, EvictOptions, EvictPolicy, copies
 from narrows.cache.heads import HeadStore, room, step
 from narrows.cache.scores import Scorer
 from narrows.contracts import LayerShape, ModelShape
 from narrows.errors import ConfigError
 
-Preset = Literal["tuned", "rehearsed", "fair", "paper", "codebook_only", "evict_only"]
+Preset = Literal["tuned", "rehearsed", "asked", "fair", "paper", "codebook_only", "evict_only"]
 
 
 class SpindleOptions(EvictOptions):
@@ -236,12 +236,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "evict_only": {"heads": "max", "schedule": "pyramid", "theta_k": 1.0, "theta_v": 1.0},
     "tuned": {"score": "accumulated", "recent": 0.25, "sinks": 4, "heads": "mean"},
     "rehearsed": {"score": "reconstruction", "recent": 0.1, "sinks": 4, "heads": "max"},
+    "asked": SNAPKV,
 }
 """``paper`` chooses tokens for every query head (equation 7) and codes whatever shrinks, ``fair``
 chooses for every KV head, so that what it keeps is what it holds; ``codebook_only`` and
-``evict_only`` leave out one of the stages. ``tuned`` and ``rehearsed`` are ours: the paper's
-codebook behind what H2O and KVzip keep, the same share in every layer; ``rehearsed`` reads a
-prompt twice and needs no question to go by."""
+``evict_only`` leave out one of the stages. ``tuned``, ``rehearsed`` and ``asked`` are ours: the
+paper's codebook behind what H2O, KVzip and SnapKV keep, the same share in every layer;
+``rehearsed`` reads a prompt twice and needs no question to go by, which ``asked`` looks for at the
+prompt's end."""
 
 
 def spindle(preset: str = "fair", **options: Any) -> SpindlePolicy:

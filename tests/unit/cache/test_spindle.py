@@ -247,6 +247,7 @@ def test_appending_alone_folds_as_steps_do():
             65,
         ),
         ("spindle:score=key_difference,preset=tuned,tail=4,fold_every=8", 33, 43),
+        ("spindle:preset=asked,window=9,tail=4,fold_every=8", 40, 50),
     ],
 )
 def test_short_prompts_stay_within_the_estimate(spec, prompt, tokens):
