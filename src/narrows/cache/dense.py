@@ -122,14 +122,18 @@ class DenseLayer(LayerCache):
         places = []
         for cache, (a, b) in few:
             assert isinstance(cache, DenseLayer)
-            cache.reserve(b - a)
-            cache.length += b - a
-            place = cache._place
-            if place is None:
-                place = cache._place = ragged.Place(cache.k, cache.v)
-            places.append(place.at(cache.held, a, b - a))
+            places.append(cache.place(a, b - a))
         window = few[0][0].shape.window  # type: ignore[attr-defined]
         return ragged.append_attend(places, q, k, v, scale, window)
+
+    def place(self, first_row: int, rows: int) -> ragged.Place:
+        """Where a kernel is to write so many new tokens, that stand in a batch from
+        ``first_row`` on: they count as held from now on."""
+        self.reserve(rows)
+        self.length += rows
+        if self._place is None:
+            self._place = ragged.Place(self.k, self.v)
+        return self._place.at(self.held, first_row, rows)
 
     def rollback(self, n: int) -> None:
         """See LayerCache. A sliding layer can give back at most ROLLBACK tokens once it has

@@ -16,9 +16,9 @@ from narrows.contracts import (
     Drafter,
     FlatBatch,
     Kept,
-    LayerCache,
     LayerShape,
     Offer,
+    Span,
 )
 from narrows.draft.specformer import GroupedRMSNorm, SpecFormer, SpecFormerConfig
 from narrows.errors import ConfigError
@@ -64,9 +64,9 @@ class SpecFormerDrafter(Drafter):
         self.shape = LayerShape(config.kv_heads, config.head_dim, config.head_dim)
         with torch.inference_mode():
             self.narrowed = self.module.narrowed(target.embed(torch.arange(config.vocab_size)))
-        self.fast = _forecaster(self)
         every = torch.arange(target.shape.max_tokens, device=target.shape.device)
         self.cosine, self.sine = target.rotary(every)
+        self.fast = _forecaster(self)
         self._states: dict[int, _State] = {}
         self._held = replace(target.shape, layers=(self.shape,))
         self._unread = LET_GO * len(self.taps) * config.hidden_size * 4
@@ -106,28 +106,35 @@ class SpecFormerDrafter(Drafter):
     @torch.inference_mode()
     def _catch_up(self, states: Sequence[_State]) -> None:
         """Take in what has gathered for sequences, in one pass."""
-        module = self.module
-        counts = [state.waiting for state in states]
-        ends = list(itertools.accumulate(counts))
+        taps = torch.cat([rows[a:b] for state in states for rows, a, b in state.unread])
+        ends = list(itertools.accumulate(state.waiting for state in states))
         spans = list(zip([0, *ends[:-1]], ends, strict=True))
-        places = [
-            torch.arange(state.cache.length, state.cache.length + count)
-            for state, count in zip(states, counts, strict=True)
-        ]
-        positions = torch.cat(places).to(self.target.shape.device)
-        unread = [rows[a:b] for state in states for rows, a, b in state.unread]
-        x = module.fused(torch.cat(unread))
-        q, k, v = module.queries(x, self.cosine[positions], self.sine[positions])
-        batch = FlatBatch(spans, [[state.cache] for state in states])
-        mixed = batch.attend(0, q.contiguous(), k.contiguous(), v.contiguous(), self.scale)
-        newest = torch.tensor(ends, device=x.device) - 1
-        contexts = module.attended(x[newest], mixed[newest].to(x.dtype))
+        if self.fast is not None and len(taps) <= native.KERNEL_ROWS:
+            places = [s.cache.place(a, b - a) for s, (a, b) in zip(states, spans, strict=True)]
+            contexts = self.fast.absorb(places, taps)
+        else:
+            contexts = self._contexts(states, taps, spans)
         for state, context in zip(states, contexts, strict=True):
             state.context = context
             state.unread.clear()
             state.waiting = 0
 
-    def _cache(self) -> LayerCache:
+    def _contexts(self, states: Sequence[_State], taps: Tensor, spans: list[Span]) -> Tensor:
+        """``Forecaster.absorb`` by the module, which defines it."""
+        module = self.module
+        places = [
+            torch.arange(state.cache.length, state.cache.length + b - a)
+            for state, (a, b) in zip(states, spans, strict=True)
+        ]
+        positions = torch.cat(places).to(taps.device)
+        x = module.fused(taps)
+        q, k, v = module.queries(x, self.cosine[positions], self.sine[positions])
+        batch = FlatBatch(spans, [[state.cache] for state in states])
+        mixed = batch.attend(0, q.contiguous(), k.contiguous(), v.contiguous(), self.scale)
+        newest = torch.tensor([b - 1 for _, b in spans], device=taps.device)
+        return module.attended(x[newest], mixed[newest].to(x.dtype))
+
+    def _cache(self) -> DenseLayer:
         return DenseLayer(self.shape, self.target.shape.dtype, self.target.shape.device)
 
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
@@ -157,7 +164,7 @@ class SpecFormerDrafter(Drafter):
         module, target = self.module, self.target
         entered = target.embed(newest).to(states.dtype)
         if self.fast is not None and len(states) <= self.fast.most:
-            return self.fast(states, newest, entered, most)
+            return self.fast.forecast(states, newest, entered, most)
         slots = module.slots(states, entered, most)
         scores = native.linear(target.final_norm(slots.flatten(0, 1)), self.head)
         scores = scores.view(len(states), most, -1)
@@ -178,10 +185,11 @@ class SpecFormerDrafter(Drafter):
 
 
 class _State:
-    """What is known of one sequence: ``cache`` of the tokens read, hidden states of the ``waiting``
-    ones not yet read (rows of tensors that sequences share, from and to), and the context vector of the newest one that was."""
+    """What is known of one sequence: ``cache`` of the tokens read, the hidden states of the
+    ``waiting`` ones not yet read (rows, from and to, of tensors that sequences share), and the
+    context vector of the newest one that was."""
 
-    def __init__(self, cache: LayerCache) -> None:
+    def __init__(self, cache: DenseLayer) -> None:
         self.cache = cache
         self.unread: list[tuple[Tensor, int, int]] = []
         self.waiting = 0
@@ -202,6 +210,9 @@ def _forecaster(drafter: SpecFormerDrafter) -> Forecaster | None:
 
     spread, bias = module.spread, module.slot_bias
     weights = {
+        "fuse": weight(module.fuse),
+        "context_qkv": weight(module.context.qkv),
+        "context_out": weight(module.context.out),
         "spread": weight(spread),
         "spread_bias": None if spread is None else spread.bias.float(),
         "slot_bias": None if bias is None else bias.float(),
@@ -214,13 +225,18 @@ def _forecaster(drafter: SpecFormerDrafter) -> Forecaster | None:
         "after": weight(module.after),
         "narrowed": drafter.narrowed,
         "vocabulary": drafter.named,
+        "fuse_norm": scale(module.fuse_norm),
+        "context_norm": scale(module.context.norm),
         "spread_norm": scale(module.spread_norm),
         "token_norm": scale(module.token_norm),
         "slot_norm": scale(module.between.norm),
         "mlp_norm": scale(module.mlp_norm),
         "final_norm": norm[0],
+        "cosine": drafter.cosine.float(),
+        "sine": drafter.sine.float(),
     }
     sizes = {
+        "groups": len(config.taps),
         "hidden": config.hidden_size,
         "heads": config.heads,
         "kv_heads": config.kv_heads,

@@ -1,15 +1,18 @@
-/* From the context vectors of a SpecFormer to the tokens they forecast, in one call: one after the
- * other, the operations of a draft of one sequence take longer to call than to do. Defined by
- * draft/specformer.py (slots, followers); activations are float32, weights bfloat16 [out, in]. */
+/* A SpecFormer's draft in two calls, from what the target made of tokens to context vectors and
+ * from those to the tokens they forecast: called one after the other, the operations of a draft of
+ * one sequence take longer to call than to do. Defined by draft/specformer.py; activations are
+ * float32, weights bfloat16 [out, in]. */
 #include "vector.h"
 
 typedef struct {
+  const bf16 *fuse, *context_qkv, *context_out;
   const bf16 *spread, *anchor, *qkv, *out, *gate_up, *down, *head, *after; /* or null */
   const float *spread_bias, *slot_bias;                                    /* one of them */
-  const float *spread_norm, *token_norm, *slot_norm, *mlp_norm, *final_norm;
+  const float *fuse_norm, *context_norm, *spread_norm, *token_norm, *slot_norm, *mlp_norm;
+  const float *final_norm, *cosine, *sine; /* the tables [places, dim] */
   const bf16 *narrowed;      /* [vocabulary, markov] */
   const int64_t *vocabulary; /* [named], or null: all tokens are */
-  int64_t hidden, heads, kv_heads, dim, slots, wide, named, markov, causal;
+  int64_t groups, hidden, heads, kv_heads, dim, slots, wide, named, markov, causal;
   float eps, final_eps;
 } forecaster;
 
@@ -18,6 +21,48 @@ int64_t forecast_room(const forecaster *f, int64_t n) {
   int64_t heads = 2 * f->heads + 2 * f->kv_heads;
   int64_t a_slot = 3 * f->hidden + heads * f->dim + 3 * f->wide + f->named;
   return n * (f->slots * a_slot + 2 * f->hidden + f->named + f->markov);
+}
+
+int64_t absorb_room(const forecaster *f, int64_t rows) {
+  int64_t heads = 3 * f->heads + 2 * f->kv_heads + 2; /* two rows of the tables, too */
+  return rows * ((f->groups + 3) * f->hidden + heads * f->dim);
+}
+
+/* What the target made of the newest tokens of n sequences, taps [rows, groups, hidden], goes into
+ * the caches that `places` are, and behind the last of each comes out its context [n, hidden].
+ * `tasks`, `parts` and `space` are append_attend's. */
+void absorb(const forecaster *f, int64_t n, const place *const *places, int64_t rows,
+            const float *taps, int is_bf16, float *contexts, float *room, int64_t *tasks,
+            float *parts, int64_t space, int threads) {
+  int64_t H = f->hidden, D = f->dim, heads = f->heads, turned = heads + f->kv_heads;
+  int64_t row = (turned + f->kv_heads) * D, all = f->groups * H;
+  float *normed = room, *x = normed + rows * all, *y = x + rows * H, *delta = y + rows * H;
+  float *qkv = delta + rows * H, *mixed = qkv + rows * row, *cosine = mixed + rows * heads * D;
+  float *sine = cosine + rows * D;
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t g = 0; g < f->groups; g++) {
+      int64_t at = r * all + g * H;
+      add_rms_norm((float *)taps + at, 0, 0, f->fuse_norm + g * H, f->eps, normed + at, 0, 1, H, 1);
+    }
+  linear_few(normed, f->fuse, 0, x, rows, H, all, threads);
+  add_rms_norm(x, 0, 0, f->context_norm, f->eps, y, 0, rows, H, threads);
+  linear_few(y, f->context_qkv, 0, qkv, rows, row, H, threads);
+  for (int64_t s = 0; s < n; s++) /* a token's place in the text is its place in the cache */
+    for (int64_t r = 0; r < places[s]->rows; r++) {
+      int64_t to = (places[s]->first_row + r) * D, at = places[s]->stored - places[s]->rows + r;
+      memcpy(cosine + to, f->cosine + at * D, D * sizeof(float));
+      memcpy(sine + to, f->sine + at * D, D * sizeof(float));
+    }
+  norm_rotate(qkv, row, turned, D, 0, 0, cosine, sine, rows, threads);
+  append_attend(places, n, qkv, row, qkv + heads * D, row, qkv + turned * D, row, mixed, heads,
+                f->kv_heads, D, D, 1.0f / sqrtf((float)D), 0, is_bf16, tasks, parts, space, threads);
+  for (int64_t s = 0; s < n; s++) {
+    int64_t last = places[s]->first_row + places[s]->rows - 1;
+    memcpy(contexts + s * H, x + last * H, H * sizeof(float));
+    memmove(mixed + s * heads * D, mixed + last * heads * D, heads * D * sizeof(float));
+  }
+  linear_few(mixed, f->context_out, 0, delta, n, H, heads * D, threads);
+  for (int64_t i = 0; i < n * H; i++) contexts[i] += delta[i];
 }
 
 /* Each slot of one sequence attends to all, or to those before it: qkv [slots, heads + 2 kv_heads,

@@ -1,4 +1,4 @@
-"""The likeliest tokens of a SpecFormer's slots in one kernel call, see ``forecast.c``."""
+"""A SpecFormer's draft in two kernel calls, see ``forecast.c``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from narrows.ops.native import KERNEL_ROWS, library
+from narrows.ops.ragged import Place, tell
 
 
 class _Forecaster(ctypes.Structure):
@@ -18,16 +19,18 @@ class _Forecaster(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
+                *("fuse", "context_qkv", "context_out"),
                 *("spread", "anchor", "qkv", "out", "gate_up", "down", "head", "after"),
                 *("spread_bias", "slot_bias"),
-                *("spread_norm", "token_norm", "slot_norm", "mlp_norm", "final_norm"),
+                *("fuse_norm", "context_norm", "spread_norm", "token_norm", "slot_norm"),
+                *("mlp_norm", "final_norm", "cosine", "sine"),
                 *("narrowed", "vocabulary"),
             )
         ),
         *(
             (name, ctypes.c_int64)
             for name in (
-                *("hidden", "heads", "kv_heads", "dim", "slots"),
+                *("groups", "hidden", "heads", "kv_heads", "dim", "slots"),
                 *("wide", "named", "markov", "causal"),
             )
         ),
@@ -40,11 +43,10 @@ class Forecaster:
     """One SpecFormer as the kernel reads it.
 
     Args:
-        weights: bfloat16 ``[out, in]`` or None: ``spread``, ``anchor``, ``qkv``, ``out``,
-            ``gate_up``, ``down``, ``head``, ``after``, ``narrowed``; float32 or None:
-            ``spread_bias``, ``slot_bias`` and the norms; int64 or None: ``vocabulary``.
-        sizes: ``hidden``, ``heads``, ``kv_heads``, ``dim``, ``slots``, ``wide``, ``named``,
-            ``markov``, ``causal``, ``eps``, ``final_eps``.
+        weights: what the kernel's structure points to, by its names there: bfloat16 ``[out, in]``,
+            biases, norms and rotary tables float32, ``vocabulary`` int64; None where a module has
+            none.
+        sizes: its numbers.
     """
 
     def __init__(self, weights: dict[str, Tensor | None], sizes: dict[str, Any]) -> None:
@@ -52,9 +54,25 @@ class Forecaster:
         pointers = {name: x.data_ptr() for name, x in self._kept.items()}
         self._told = _Forecaster(**pointers, **sizes)
         self.most = KERNEL_ROWS // sizes["slots"]
-        """Sequences for which the kernel is faster than one operation after the other."""
+        """Sequences up to which ``forecast`` is faster than one operation after the other."""
 
-    def __call__(self, contexts: Tensor, newest: Tensor, entered: Tensor, most: int) -> Tensor:
+    def absorb(self, places: list[Place], taps: Tensor) -> Tensor:
+        """Context vectors float32 ``[n, hidden]`` behind the newest tokens of sequences whose
+        caches ``places`` are, given what the target made of all their new tokens, ``taps`` float32
+        ``[rows, groups, hidden]``. Meant for KERNEL_ROWS at most."""
+        native, told, rows = library(), self._told, len(taps)
+        assert native is not None
+        table, tasks, parts, space = tell(places, told.heads, told.kv_heads, told.dim)
+        contexts = torch.empty((len(places), told.hidden))
+        room = torch.empty(native.absorb_room(ctypes.addressof(told), rows))
+        native.absorb(
+            *(ctypes.addressof(told), len(places), table, rows, taps.contiguous().data_ptr()),
+            *(int(places[0].k.dtype == torch.bfloat16), contexts.data_ptr(), room.data_ptr()),
+            *(tasks.data_ptr(), parts.data_ptr(), space, torch.get_num_threads()),
+        )
+        return contexts
+
+    def forecast(self, contexts: Tensor, newest: Tensor, entered: Tensor, most: int) -> Tensor:
         """The likeliest ``most`` tokens, int64 ``[n, most]``, behind ``contexts`` float32 ``[n,
         hidden]`` and the tokens ``newest`` int64 ``[n]`` that followed them, which enter the model
         as ``entered`` float32 ``[n, hidden]``."""

@@ -503,32 +503,6 @@ void softmax_mass(void *scores, int is_bf16, int64_t groups, int64_t rows, int64
 ATTEND(attend_f32, float, dense_f32)
 ATTEND(attend_bf16, bf16, dense_bf16)
 
-/* A codebook, see cache/codebook.py: vectors [n] that are multiples of entries, of keys turned by
- * some places. Pointers are null, or numbers 0, where there is nothing. */
-typedef struct {
-  void *entries;      /* [.., dim], like the dense keys */
-  void *index;        /* [n], int32 if wide, else int16 */
-  int64_t index_wide;
-  void *ratio;        /* [n], like the entries */
-  void *turns;        /* [n], int32 if wide, else int16 */
-  int64_t turns_wide;
-  int64_t n;
-  const float *cosine, *sine; /* [places, dim / 2] */
-} codes;
-
-/* Where one sequence's keys and values of a layer lie. With codes there is one key head, and the
- * first tokens are theirs; k and v begin behind them. */
-typedef struct {
-  void *k, *v;       /* [kv_heads, capacity, dim] */
-  int64_t capacity;  /* tokens a head's rows are apart */
-  int64_t stored;    /* tokens, this step's included */
-  int64_t first_row; /* its first token row in q, k_new, v_new */
-  int64_t rows;      /* its token rows */
-  codes k_codes, v_codes;
-  const uint16_t *seen; /* which query heads see each of the first seen_n tokens */
-  int64_t seen_n;
-} place;
-
 static inline int64_t whole(const void *from, int64_t wide, int64_t i) {
   return wide ? ((const int32_t *)from)[i] : ((const int16_t *)from)[i];
 }

@@ -96,6 +96,23 @@ def append_attend(
     heads, dim = q.shape[1:]
     kv_heads, value_dim = v.shape[1:]
     q, k, v = rows(q), rows(k), rows(v)
+    table, tasks, parts, room = tell(places, heads, kv_heads, value_dim)
+    out = q.new_empty((q.shape[0], heads, value_dim))
+    used = native.append_attend(
+        *(table, len(places), q.data_ptr(), q.stride(0)),
+        *(k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)),
+        *(out.data_ptr(), heads, kv_heads, dim, value_dim, scale, window or 0),
+        int(places[0].k.dtype == torch.bfloat16),
+        *(tasks.data_ptr(), parts.data_ptr(), room, torch.get_num_threads()),
+    )
+    assert used >= 0, "scratch was too small"
+    return out
+
+
+def tell(
+    places: list[Place], heads: int, kv_heads: int, value_dim: int
+) -> tuple[ctypes.Array[ctypes.c_void_p], Tensor, Tensor, int]:
+    """What native.c reads of places, and the tasks and parts it works in, with room for so many."""
     tables = []
     room = 0
     for p in places:
@@ -105,18 +122,9 @@ def append_attend(
         told[STORED], told[FIRST_ROW], told[COUNT] = p.stored, p.first_row, p.rows
         tables.append(ctypes.addressof(told))
         room += p.rows * kv_heads * (p.stored // CHUNK + 1)
-    out = q.new_empty((q.shape[0], heads, value_dim))
     tasks = torch.empty(4 * room, dtype=torch.int64)
     parts = torch.empty(room * (heads // kv_heads) * (value_dim + 2))
-    used = native.append_attend(
-        *((ctypes.c_void_p * len(places))(*tables), len(places), q.data_ptr(), q.stride(0)),
-        *(k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)),
-        *(out.data_ptr(), heads, kv_heads, dim, value_dim, scale, window or 0),
-        int(places[0].k.dtype == torch.bfloat16),
-        *(tasks.data_ptr(), parts.data_ptr(), room, torch.get_num_threads()),
-    )
-    assert used >= 0, "scratch was too small"
-    return out
+    return (ctypes.c_void_p * len(places))(*tables), tasks, parts, room
 
 
 STORED, FIRST_ROW, COUNT = 3, 4, 5

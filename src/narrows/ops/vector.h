@@ -311,3 +311,37 @@ void linear_few(const float *x, const bf16 *w, const float *bias, float *y, int6
 void add_rms_norm(float *h, const void *delta, int delta_bf16, const float *weight, float eps,
                   void *out, int out_bf16, int64_t M, int64_t N, int threads);
 void silu_mul(const float *gate_up, float *out, int64_t M, int64_t N, int threads);
+void norm_rotate(float *x, int64_t stride, int64_t heads, int64_t dim, const float *weight,
+                 float eps, const float *cosine, const float *sine, int64_t M, int threads);
+
+/* A codebook, see cache/codebook.py: vectors [n] that are multiples of entries, of keys turned by
+ * some places. Pointers are null, or numbers 0, where there is nothing. */
+typedef struct {
+  void *entries;      /* [.., dim], like the dense keys */
+  void *index;        /* [n], int32 if wide, else int16 */
+  int64_t index_wide;
+  void *ratio;        /* [n], like the entries */
+  void *turns;        /* [n], int32 if wide, else int16 */
+  int64_t turns_wide;
+  int64_t n;
+  const float *cosine, *sine; /* [places, dim / 2] */
+} codes;
+
+/* Where one sequence's keys and values of a layer lie. With codes there is one key head, and the
+ * first tokens are theirs; k and v begin behind them. */
+typedef struct {
+  void *k, *v;       /* [kv_heads, capacity, dim] */
+  int64_t capacity;  /* tokens a head's rows are apart */
+  int64_t stored;    /* tokens, this step's included */
+  int64_t first_row; /* its first token row in q, k_new, v_new */
+  int64_t rows;      /* its token rows */
+  codes k_codes, v_codes;
+  const uint16_t *seen; /* which query heads see each of the first seen_n tokens */
+  int64_t seen_n;
+} place;
+
+int64_t append_attend(const place *const *places, int64_t sequences, const float *q,
+                      int64_t q_stride, const float *k_new, int64_t k_stride, const float *v_new,
+                      int64_t v_stride, float *out, int64_t heads, int64_t kv_heads, int64_t D,
+                      int64_t Dv, float scale, int64_t window, int is_bf16, int64_t *tasks,
+                      float *parts, int64_t room, int threads);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -21,7 +22,7 @@ from narrows.draft.specformer import (
     SpecFormer,
     SpecFormerConfig,
 )
-from narrows.draft.specformer_drafter import SpecFormerDrafter
+from narrows.draft.specformer_drafter import SpecFormerDrafter, _State
 from narrows.draft.specs import make_drafter
 from narrows.engine.engine import Engine
 from narrows.errors import ConfigError, ModelError
@@ -246,6 +247,34 @@ def test_extensions_look_at_the_token_before():
         assert torch.equal(biased.argmax(-1) + 30, found[:, slot])
 
 
+def quick(family: str, **changes: object) -> SpecFormerDrafter:
+    """A drafter of bfloat16 weights, which the kernels take."""
+    flat = FlatModel(copy.deepcopy(pair(family)[0].model).bfloat16(), None, "")
+    made = module(family, fingerprint=flat.fingerprint, **changes)
+    if made.slot_bias is not None:
+        torch.nn.init.normal_(made.slot_bias)
+    return SpecFormerDrafter(made, flat)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_one_kernel_takes_in_what_the_module_does(family):
+    """Sequences of different lengths, several times, across what one stretch of keys holds."""
+    drafter = quick(family)
+    fast, slow = ([_State(drafter._cache()) for _ in range(3)] for _ in range(2))
+    for counts in ((1, 30, 7), (2, 1, 3), (250, 1, 1), (5, 5, 9)):
+        ends = list(itertools.accumulate(counts))
+        spans = list(zip([0, *ends[:-1]], ends, strict=True))
+        taps = torch.randn(ends[-1], len(drafter.taps), drafter.target.shape.hidden_size)
+        places = [s.cache.place(a, b - a) for s, (a, b) in zip(fast, spans, strict=True)]
+        mine = drafter.fast.absorb(places, taps)
+        torch.testing.assert_close(mine, drafter._contexts(slow, taps, spans), rtol=0.02, atol=0.05)
+    for a, b in zip(fast, slow, strict=True):
+        assert a.cache.length == b.cache.length
+        for x, y in zip(a.cache.materialize(), b.cache.materialize(), strict=True):
+            torch.testing.assert_close(x, y, rtol=0.02, atol=0.05)
+
+
 @pytest.mark.parametrize(
     "changes", [{}, EXTENDED, {"draft_attention": "causal", "markov": 8}, {"positional": False}]
 )
@@ -253,15 +282,12 @@ def test_extensions_look_at_the_token_before():
 def test_one_kernel_forecasts_what_the_module_does(family, changes):
     """Bfloat16 weights; each token it finds is the likeliest by the module itself, given the one
     before it, up to what bfloat16 rounds."""
-    flat = FlatModel(copy.deepcopy(pair(family)[0].model).bfloat16(), None, "")
-    made = module(family, fingerprint=flat.fingerprint, **changes)
-    if made.slot_bias is not None:
-        torch.nn.init.normal_(made.slot_bias)
-    drafter = SpecFormerDrafter(made, flat)
+    drafter = quick(family, **changes)
+    flat, made = drafter.target, drafter.module
     assert drafter.fast is not None
     states, newest = torch.randn(7, flat.shape.hidden_size), torch.arange(7, 14)
     for most in (4, 2):
-        found = drafter.fast(states, newest, flat.embed(newest).float(), most)
+        found = drafter.fast.forecast(states, newest, flat.embed(newest).float(), most)
         with torch.inference_mode():
             slots = made.slots(states, flat.embed(newest).float(), most)
             scores = linear(flat.final_norm(slots.flatten(0, 1)), drafter.head).view(7, most, -1)
