@@ -32,13 +32,13 @@ SHIPPED = Path(__file__).with_name("shipped")
 def make_drafter(spec: str, target: FlatModel) -> Drafter | None:
     """The drafter ``spec`` names for ``target``: None for "none", a trained SpecFormer for a
     folder, else a name with options; several joined by "+" are combined. "shipped" is the drafter
-    that comes with the package for this model, and "auto" the best that was measured, prompt
-    lookup. Raises ConfigError for an unknown name or option, or a drafter of another model,
-    ModelError for a folder that cannot be read."""
+    that comes with the package for this model, and "auto" the best that was measured: prompt
+    lookup, with the shipped drafter where there is one. Raises ConfigError for an unknown name or
+    option, or a drafter of another model, ModelError for a folder that cannot be read."""
     if spec == NONE:
         return None
     if spec == AUTO:
-        spec = LOOKUP
+        spec = LOOKUP if shipped_for(target) is None else f"{LOOKUP}+{TRAINED}"
     if spec == TRAINED:
         folder = shipped_for(target)
         if folder is None:

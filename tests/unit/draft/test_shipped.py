@@ -26,6 +26,7 @@ def test_all_are_whole_and_have_a_card():
 @pytest.mark.model
 def test_the_default_model_has_one(smollm: FlatModel):
     assert isinstance(make_drafter("shipped", smollm), SpecFormerDrafter)
+    assert make_drafter("auto", smollm).name == "lookup+specformer"
 
 
 def test_a_model_without_one_says_so():
