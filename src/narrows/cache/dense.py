@@ -129,11 +129,12 @@ class DenseLayer(LayerCache):
     def place(self, first_row: int, rows: int) -> ragged.Place:
         """Where a kernel is to write so many new tokens, that stand in a batch from
         ``first_row`` on: they count as held from now on."""
-        self.reserve(rows)
+        place = self._place
+        if place is None or self.length - self.dropped + rows > place.capacity:
+            self.reserve(rows)
+            place = self._place = ragged.Place(self.k, self.v)
         self.length += rows
-        if self._place is None:
-            self._place = ragged.Place(self.k, self.v)
-        return self._place.at(self.held, first_row, rows)
+        return place.at(self.length - self.dropped, first_row, rows)
 
     def rollback(self, n: int) -> None:
         """See LayerCache. A sliding layer can give back at most ROLLBACK tokens once it has

@@ -29,7 +29,7 @@ MEMORY = 0.98
 FADING = 0.999
 """Weight of the past at each step that leaves a kind untried: of its misses and of what making it
 cost, so that it is tried again."""
-CAUTION = 1.25
+CAUTION = 1.1
 """What drafting is taken to cost, of what it seems to, so that doubtful gains are left."""
 ROW_COST = 0.06
 """What a row adds to a step, of a step of one row, until steps have shown it."""

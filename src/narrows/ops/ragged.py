@@ -64,8 +64,13 @@ class Place:
     k_codes: Codes | None = None
     v_codes: Codes | None = None
     seen: Tensor | None = None
+    capacity: int = field(init=False)
     told: ctypes.Array[ctypes.c_int64] | None = field(default=None, init=False, repr=False)
     """What native.c reads of it, once it has."""
+    address: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.capacity = self.k.shape[1]
 
     def at(self, stored: int, first_row: int, rows: int) -> Place:
         """This place, with other numbers."""
@@ -119,8 +124,9 @@ def tell(
         told = p.told
         if told is None:
             told = p.told = _tell(p)
+            p.address = ctypes.addressof(told)
         told[STORED], told[FIRST_ROW], told[COUNT] = p.stored, p.first_row, p.rows
-        tables.append(ctypes.addressof(told))
+        tables.append(p.address)
         room += p.rows * kv_heads * (p.stored // CHUNK + 1)
     tasks = torch.empty(4 * room, dtype=torch.int64)
     parts = torch.empty(room * (heads // kv_heads) * (value_dim + 2))
