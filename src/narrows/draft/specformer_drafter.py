@@ -25,6 +25,7 @@ from narrows.errors import ConfigError
 from narrows.model.flat import FlatModel
 from narrows.ops import native
 from narrows.ops.forecast import Forecaster
+from narrows.ops.ragged import MAX_GROUP
 
 AT_ONCE = 64
 """Tokens of a sequence that are taken in at once when one step has read so many: a prompt's."""
@@ -200,6 +201,8 @@ def _forecaster(drafter: SpecFormerDrafter) -> Forecaster | None:
     """``drafter.guesses`` as one kernel, where there is one for such a module and target."""
     module, config, norm = drafter.module, drafter.module.config, drafter.target.plain_norm
     if norm is None or native.library() is None or drafter.head.dtype is not torch.bfloat16:
+        return None
+    if config.heads // config.kv_heads > MAX_GROUP:
         return None
 
     def weight(layer: nn.Linear | None) -> Tensor | None:
