@@ -100,14 +100,16 @@ def vllm(tmp_path, monkeypatch):
 
 
 def damaged(stock: Path, place: Path) -> Path:
-    """The export with two of its frequencies changed places."""
+    """The export with its first frequency and another one changed places."""
     place.mkdir()
     for file in stock.iterdir():
         (place / file.name).symlink_to(file)
     config = json.loads((stock / "config.json").read_text())
     for name in ("short_factor", "long_factor"):
         factors = config["rope_parameters"][name]
-        factors[-1], factors[-2] = factors[-2], factors[-1]
+        other = max(range(len(factors)), key=lambda i: abs(factors[i] / factors[0] - 1))
+        factors[0], factors[other] = factors[other], factors[0]
+        assert factors[0] != factors[other]
     (place / "config.json").unlink()
     (place / "config.json").write_text(json.dumps(config))
     return place
