@@ -198,7 +198,7 @@ class _State:
 
 
 def _forecaster(drafter: SpecFormerDrafter) -> Forecaster | None:
-    """``drafter.guesses`` as one kernel, where there is one for such a module and target."""
+    """The two kernels of a draft, where there are some for such a module and target."""
     module, config, norm = drafter.module, drafter.module.config, drafter.target.plain_norm
     if norm is None or native.library() is None or drafter.head.dtype is not torch.bfloat16:
         return None

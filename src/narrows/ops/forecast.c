@@ -23,8 +23,9 @@ int64_t forecast_room(const forecaster *f, int64_t n) {
   return n * (f->slots * a_slot + 2 * f->hidden + f->named + f->markov);
 }
 
+/* Floats of room that `absorb` needs for so many rows. */
 int64_t absorb_room(const forecaster *f, int64_t rows) {
-  int64_t heads = 3 * f->heads + 2 * f->kv_heads + 2; /* two rows of the tables, too */
+  int64_t heads = 2 * f->heads + 2 * f->kv_heads + 2; /* two rows of the tables, too */
   return rows * ((f->groups + 3) * f->hidden + heads * f->dim);
 }
 
