@@ -57,6 +57,9 @@ def specformer(
     prompts: Annotated[
         Path | None, typer.Option(help="JSON Lines of prompts; default: the data folder's.")
     ] = None,
+    given: Annotated[
+        bool, typer.Option("--given", help="Learn from the answers in --prompts, as a control.")
+    ] = False,
     data: Data = None,
     count: Annotated[int, typer.Option(help="Prompts taken from the data folder.")] = 2000,
     long_count: Annotated[
@@ -105,11 +108,20 @@ def specformer(
     from narrows.data import locate
     from narrows.draft.specformer import SpecFormer
     from narrows.draft.specformer_drafter import check_target
+    from narrows.errors import ConfigError
     from narrows.llm import LLM
     from narrows.train import specformer
     from narrows.train.loop import LoopOptions, processes
-    from narrows.train.prompts import CHARACTERS, from_data, from_file, long_from_data
+    from narrows.train.prompts import (
+        CHARACTERS,
+        answers_from_file,
+        from_data,
+        from_file,
+        long_from_data,
+    )
 
+    if given and (prompts is None or long_count):
+        raise ConfigError("--given needs --prompts, and no --long-count: answers come from there")
     options = LoopOptions(steps=steps, rate=rate, save_every=save_every)
     check_places(out, folders=True)
     texts = from_file(prompts) if prompts else from_data(locate(data), count, seed)
@@ -132,6 +144,7 @@ def specformer(
             out,
             options,
             module=module,
+            given=answers_from_file(prompts) if given and prompts else None,
             distill=distill,
             linear_start=linear_start,
             max_tokens=answer_tokens,

@@ -1,4 +1,5 @@
-"""What a drafter learns from: prompts with the answers its own target gave (sheet 5.1)."""
+"""What a drafter learns from: prompts with the answers its own target gave (sheet 5.1), or, to see
+what that is worth, with others."""
 
 from __future__ import annotations
 
@@ -58,9 +59,27 @@ def answer_all(
     return examples
 
 
-def digest(prompts: Sequence[str]) -> str:
-    """Sixteen hexadecimal digits that tell lists of prompts apart."""
-    return hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
+def given_all(
+    llm: LLM, prompts: Sequence[str], answers: Sequence[str], *, longest: int = 1024
+) -> list[Example]:
+    """Every prompt with the answer somebody gave to it, and the token that ends the target's own.
+    What is longer than ``longest`` tokens is left out, as are answers nothing can be learnt from.
+    Raises InputError if nothing is left."""
+    end = sorted(llm.model.eos_ids)[:1]
+    examples = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = llm.chat_ids([{"role": "user", "content": prompt}])
+        told = [*llm.encode(answer), *end]
+        if len(told) >= SHORTEST and len(ids) + len(told) <= longest:
+            examples.append(Example([*ids, *told], len(ids)))
+    if not examples:
+        raise InputError(f"no prompt and its answer are short enough for {longest} tokens")
+    return examples
+
+
+def digest(texts: Sequence[str]) -> str:
+    """Sixteen hexadecimal digits that tell lists of texts apart."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def _origin(llm: LLM, prompts: Sequence[str], max_tokens: int, longest: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from narrows.errors import InputError
 
 FIELDS = ("prompt", "instruction", "question", "text")
 """Where a row of a user's own JSON Lines may hold its prompt, the first found."""
+ANSWERS = ("answer", "output", "response", "completion")
+"""Likewise an answer that came with the prompt."""
 CHARACTERS = 4
 """Of a token, about."""
 
@@ -75,14 +77,23 @@ def long_from_data(folder: Path, count: int, characters: int, seed: int = 0) -> 
 def from_file(path: Path) -> list[str]:
     """The prompts of a JSON Lines file, from the first of FIELDS that a row has. Raises
     InputError for a row that has none, or an empty one."""
-    prompts = []
+    return _column(path, FIELDS, "prompt")
+
+
+def answers_from_file(path: Path) -> list[str]:
+    """The answers beside the prompts, from the first of ANSWERS. Raises InputError likewise."""
+    return _column(path, ANSWERS, "answer")
+
+
+def _column(path: Path, fields: Sequence[str], what: str) -> list[str]:
+    texts = []
     for number, row in enumerate(read_rows(path), 1):
-        text = next((row[name] for name in FIELDS if isinstance(row.get(name), str)), "")
+        text = next((row[name] for name in fields if isinstance(row.get(name), str)), "")
         if not text.strip():
             raise InputError(
-                f"{path}, row {number}: no prompt; a row needs text in one of {', '.join(FIELDS)}"
+                f"{path}, row {number}: no {what}; a row needs text in one of {', '.join(fields)}"
             )
-        prompts.append(text)
-    if not prompts:
+        texts.append(text)
+    if not texts:
         raise InputError(f"{path} has no rows")
-    return prompts
+    return texts

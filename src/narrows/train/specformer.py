@@ -20,7 +20,7 @@ from narrows.errors import ConfigError, InputError
 from narrows.figure import new_figure, save_figure
 from narrows.llm import LLM
 from narrows.model.flat import FlatModel
-from narrows.train.examples import Example, answer_all, digest
+from narrows.train.examples import Example, answer_all, digest, given_all
 from narrows.train.linear_start import start_linear
 from narrows.train.loop import CHECKPOINT, LoopOptions, chosen, processes, train
 
@@ -41,6 +41,7 @@ def run(
     options: LoopOptions,
     *,
     module: SpecFormer | None = None,
+    given: Sequence[str] | None = None,
     distill: float = 0.0,
     linear_start: bool = False,
     max_tokens: int = 256,
@@ -60,6 +61,8 @@ def run(
         out: gets the drafter; its ``work`` folder the answers, checkpoints and history.
         options: of the loop.
         module: goes on from this one; None starts anew.
+        given: answers to learn from instead, one a prompt, to see what the target's own are worth
+            (5.5); it is still measured on those.
         distill: see SpecFormerObjective.
         linear_start: a new module begins as ``start_linear`` makes it.
         longest: tokens of a prompt with its answer.
@@ -71,30 +74,42 @@ def run(
     target, work = llm.model, out / "work"
     answers = work / "answers"
     crew = processes(target.shape.device)
-    with crew.main_process_first():
-        examples = answer_all(
-            *(llm, prompts, answers), max_tokens=max_tokens, longest=longest, on_done=on_answers
+
+    def answer(some: Sequence[str]) -> list[Example]:
+        return answer_all(
+            *(llm, some, answers), max_tokens=max_tokens, longest=longest, on_done=on_answers
         )
-    held = max(1, round(HELD_OUT * len(examples)))
-    if held >= len(examples):
-        raise InputError(f"{len(examples)} answered prompts are too few to train on; give more")
+
+    with crew.main_process_first():
+        if given is None:
+            examples = answer(prompts)
+            held = max(1, round(HELD_OUT * len(examples)))
+            lessons, checks = examples[:-held], examples[-held:]
+        else:
+            held = max(1, round(HELD_OUT * len(prompts)))
+            lessons = given_all(llm, prompts[:-held], given[:-held], longest=longest)
+            on_answers(len(prompts) - held)
+            checks = answer(prompts[-held:])
+    if not lessons:
+        raise InputError(f"{len(checks)} answered prompts are too few to train on; give more")
     torch.manual_seed(seed)
     fresh = module is None
-    module = module or new_module(target, examples[:-held], **changes)
+    module = module or new_module(target, lessons, **changes)
     objective = SpecFormerObjective(
-        module, target, examples[:-held], tokens=batch_tokens, seed=seed, distill=distill
+        module, target, lessons, tokens=batch_tokens, seed=seed, distill=distill
     )
     if linear_start and module.spread is None:
         raise ConfigError("a linear start needs the positional layer")
     if fresh and linear_start and not (work / CHECKPOINT).exists():
         start_linear(module, target, objective.read(LINEAR_EXAMPLES))
+    told = digest([*prompts, *(given or [])])
     history = train(
         module,
         objective.gradients,
         work,
         options,
-        data=f"{target.fingerprint} {digest(prompts)} {max_tokens} {batch_tokens} {seed} {distill}",
-        check=lambda: objective.check(examples[-held:]),
+        data=f"{target.fingerprint} {told} {max_tokens} {batch_tokens} {seed} {distill}",
+        check=lambda: objective.check(checks),
         on_step=on_step,
     )
     if crew.is_main_process:

@@ -9,7 +9,7 @@ from narrows.config import EngineConfig, SamplingParams
 from narrows.engine.engine import Engine
 from narrows.errors import InputError, ModelError
 from narrows.train import examples as module
-from narrows.train.examples import answer_all
+from narrows.train.examples import answer_all, given_all
 from tiny import pair
 
 
@@ -23,6 +23,9 @@ class TinyLLM:
 
     def chat_ids(self, messages):
         return [3 + ord(c) % 90 for c in messages[0]["content"]]
+
+    def encode(self, text):
+        return self.chat_ids([{"content": text}])
 
     def submit(self, ids, params):
         self.asked += 1
@@ -66,3 +69,15 @@ def test_other_answers_and_damaged_ones_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ModelError, match="damaged"):
         answer_all(TinyLLM(), ["one", "two"], tmp_path, max_tokens=7)
+
+
+def test_answers_that_were_given_are_taken_as_they_are():
+    llm = TinyLLM()
+    made = given_all(llm, ["one", "two", "three"], ["first", "ab", "c" * 50], longest=20)
+    assert len(made) == 1  # nothing can be learnt from the second, and the third is too long
+    assert made[0].start == 3
+    end = min(llm.model.eos_ids)
+    assert made[0].tokens == [*llm.encode("one"), *llm.encode("first"), end]
+    with pytest.raises(InputError, match="short enough"):
+        given_all(llm, ["one"], ["c" * 50], longest=20)
+    assert not llm.asked

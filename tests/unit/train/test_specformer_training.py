@@ -19,7 +19,7 @@ from narrows.errors import ConfigError, InputError, NumericalError
 from narrows.train.examples import Example
 from narrows.train.linear_start import RIDGE, start_linear
 from narrows.train.loop import CHECKPOINT, HISTORY, LoopOptions, rate_at, train
-from narrows.train.prompts import from_data, from_file, long_from_data
+from narrows.train.prompts import answers_from_file, from_data, from_file, long_from_data
 from narrows.train.specformer import SpecFormerObjective, common_tokens, new_module
 from tiny import pair, prompts
 
@@ -276,5 +276,10 @@ def test_prompts(tmp_path):
     path.write_text('{"prompt": "a"}\n{"prompt": "  "}\n')
     with pytest.raises(InputError, match="row 2"):
         from_file(path)
+    path.write_text('{"prompt": "a", "answer": "x"}\n{"prompt": "b", "output": "y"}\n')
+    assert answers_from_file(path) == ["x", "y"]
+    path.write_text('{"prompt": "a", "answer": "x"}\n{"prompt": "b"}\n')
+    with pytest.raises(InputError, match="row 2: no answer"):
+        answers_from_file(path)
     with pytest.raises(InputError, match="has no"):
         from_data(tmp_path, 3)
