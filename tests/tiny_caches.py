@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from narrows.cache.evict import EvictLayer
+from narrows.cache.evict_layer import EvictLayer
 from narrows.cache.rehearse import rehearse
 from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from narrows.cache.codebook import Codebook, Rule
 from narrows.cache.dense import DenseLayer
-from narrows.cache.evict import EvictLayer
+from narrows.cache.evict_layer import EvictLayer
 from narrows.cache.scores import attention
 from narrows.cache.stack import parse_cache
 from narrows.errors import ConfigError, InputError, UnsupportedModel

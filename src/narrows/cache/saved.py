@@ -28,11 +28,13 @@ from narrows.cache import (
     codes,
     dense,
     either,
-    evict,
+    evict_layer,
+    evict_options,
     heads,
     plan,
     quantized,
     spindle,
+    stretch,
     thinned,
 )
 from narrows.contracts import LayerCache, LayerShape, Rotary
@@ -46,9 +48,9 @@ TOLD = ("model", "spec", "dtype", "nodes", "layers")
 CLASSES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        *(dense.DenseLayer, evict.EvictLayer, heads.HeadStore, spindle.SpindleLayer),
-        *(codebook.Codebook, codebook.Rule, evict.EvictOptions, spindle.SpindleOptions),
-        *(quantized.QuantLayer, quantized.Stretch, codes.KeyCodes, codes.ValueCodes),
+        *(dense.DenseLayer, evict_layer.EvictLayer, heads.HeadStore, spindle.SpindleLayer),
+        *(codebook.Codebook, codebook.Rule, evict_options.EvictOptions, spindle.SpindleOptions),
+        *(quantized.QuantLayer, stretch.Stretch, codes.KeyCodes, codes.ValueCodes),
         *(codes.Plain, codes.SecondLevel, plan.QuantOptions, plan.LayerPlan, plan.Side),
         *(thinned.ThinnedLayer, either.EitherLayer, budget.Choice, LayerShape),
     )

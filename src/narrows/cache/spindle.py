@@ -16,7 +16,9 @@ from torch import Tensor
 
 from narrows.cache.budget import Choice
 from narrows.cache.codebook import Codebook, Rule
-from narrows.cache.evict import SNAPKV, EvictLayer, EvictOptions, EvictPolicy, copies
+from narrows.cache.evict import SNAPKV, EvictPolicy, copies
+from narrows.cache.evict_layer import EvictLayer
+from narrows.cache.evict_options import EvictOptions
 from narrows.cache.heads import HeadStore, room, step
 from narrows.cache.scores import Scorer
 from narrows.contracts import LayerShape, ModelShape

@@ -16,7 +16,8 @@ from torch import Tensor
 from narrows.cache.budget import Choice
 from narrows.cache.dense import DenseLayer
 from narrows.cache.either import EitherLayer
-from narrows.cache.evict import EvictLayer, EvictPolicy, kept_at_most
+from narrows.cache.evict import EvictPolicy, kept_at_most
+from narrows.cache.evict_layer import EvictLayer
 from narrows.cache.heads import GROWTH
 from narrows.cache.plan import LayerPlan, QuantOptions
 from narrows.cache.quantized import QuantLayer, QuantPolicy

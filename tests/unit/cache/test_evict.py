@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from narrows.cache.dense import DenseLayer, DensePolicy
-from narrows.cache.evict import EvictLayer, EvictPolicy
+from narrows.cache.evict import EvictPolicy
+from narrows.cache.evict_layer import EvictLayer
 from narrows.cache.heads import room
 from narrows.cache.hf import hf_cache
 from narrows.cache.rehearse import rehearse

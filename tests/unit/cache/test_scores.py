@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from narrows.cache import scores
 from narrows.cache.dense import DenseLayer
-from narrows.cache.evict import EvictLayer
+from narrows.cache.evict_layer import EvictLayer
 from narrows.cache.rehearse import rehearse
 from narrows.cache.stack import parse_cache
 from narrows.contracts import FlatBatch, LayerShape

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from narrows.cache.dense import DensePolicy
-from narrows.cache.evict import EvictLayer
+from narrows.cache.evict_layer import EvictLayer
 from narrows.cache.spindle import SpindleLayer, SpindlePolicy
 from narrows.cache.stack import parse_cache
 from narrows.contracts import LayerShape, ModelShape
