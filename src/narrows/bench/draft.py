@@ -1,8 +1,10 @@
 """``narrows bench draft``: what drafting gains, against the same engine without it.
 
-Drafters take turns within every round, on the same prompts. A speed counts the steps in which
-nothing but decoding happened; ``speed_up`` those of them in which the batch was full, as a queue
-keeps a server's, and ``speed_up_to_end`` all, down to the last sequence of the batch alone.
+Drafters take turns within every round, on the same prompts, another one first in each. A drafter
+keeps its engine, and so what it has learnt, from one round of a batch size to the next. A speed
+counts the steps in which nothing but decoding happened; ``speed_up`` those of them in which the
+batch was full, as a queue keeps a server's, and ``speed_up_to_end`` all, down to the last sequence
+of the batch alone. ``mean_speed_up`` is the mean over rounds, against a combination's parts, too.
 """
 
 from __future__ import annotations
@@ -13,15 +15,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
 from narrows.bench.contestants import Transformers
+from narrows.bench.metrics import bootstrap
 from narrows.bench.progress import Progress
 from narrows.bench.prose import read_windows
 from narrows.bench.provenance import provenance
-from narrows.bench.report import Row, repeated_row, with_provenance
+from narrows.bench.report import Row, repeated_row, row, with_provenance
 from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
 from narrows.contracts import Asked, Draft, Drafter, Kept, Offer
@@ -80,7 +84,8 @@ def run(
         contexts: 0 asks Spec-Bench's questions as they are; otherwise a summary of a text of
             that many tokens, another one for each prompt.
         new_tokens: written for every prompt, whatever ends a text.
-        rounds: measured, on other prompts each; one more before them is not counted.
+        rounds: measured, on other prompts each, by the same engines, as a server goes on; one
+            more before them is not counted.
         fixed: guesses verified a step; None lets the engine choose.
         cache: spec of the target's cache.
         peers: at batch 1, transformers' own ``generate`` too, and its prompt lookup against that.
@@ -108,18 +113,19 @@ def run(
             texts = _prompts(llm, folder, max(batches), context, seed)
             for batch in batches:
                 writers: dict[str, Callable[[list[list[int]]], Round]] = {
-                    spec: partial(_write, llm, spec, cache, fixed, new_tokens)
-                    for spec in (NONE, *drafters)
+                    spec: _Writer(llm, spec, cache, fixed, new_tokens) for spec in (NONE, *drafters)
                 }
                 if peers and batch == 1:
                     for contestant in theirs:
                         writers[contestant.name] = partial(_write_theirs, contestant, new_tokens)
-                sides: dict[str, list[Round]] = {name: [] for name in writers}
+                names = list(writers)
+                sides: dict[str, list[Round]] = {name: [] for name in names}
                 for number in range(-1, rounds):
                     first = max(0, number) * batch
                     prompts = [texts[i % len(texts)] for i in range(first, first + batch)]
-                    for name, write in writers.items():
-                        made = write(prompts)
+                    turn = number % len(names)
+                    for name in (*names[turn:], *names[:turn]):
+                        made = writers[name](prompts)
                         if number >= 0:
                             sides[name].append(made)
                 where = {"context": context, "batch": batch, "cache": cache, "dtype": dtype}
@@ -145,6 +151,22 @@ def _rows(model: str, sides: dict[str, list[Round]], where: dict[str, object]) -
         rows.append(one("speed_up", "1", [a.speed / b.speed for a, b in pairs], versus=base))
         to_end = [a.speed_to_end / b.speed_to_end for a, b in pairs]
         rows.append(one("speed_up_to_end", "1", to_end, versus=base))
+        for other in (base, *(part for part in spec.split("+") if part != spec and part in sides)):
+            ratios = [a.speed / b.speed for a, b in zip(made, sides[other], strict=True)]
+            rows.append(
+                row(
+                    "draft",
+                    method=spec,
+                    model=model,
+                    metric="mean_speed_up",
+                    unit="1",
+                    value=fmean(ratios),
+                    interval=bootstrap(ratios),
+                    n=len(ratios),
+                    versus=other,
+                    **where,
+                )
+            )
         rows.append(one("drafting", "share", [r.drafting for r in made]))
         rows.append(one("kappa", "tokens/step", [r.kappa for r in made]))
         rows.append(one("drafted", "tokens/step", [r.drafted for r in made]))
@@ -155,52 +177,57 @@ def _rows(model: str, sides: dict[str, list[Round]], where: dict[str, object]) -
     return rows
 
 
-def _write(
-    llm: LLM,
-    spec: str,
-    cache: str,
-    fixed: int | None,
-    new_tokens: int,
-    prompts: Sequence[list[int]],
-) -> Round:
-    drafter = make_drafter(spec, llm.model)
-    clock = _Clocked(drafter) if drafter else None
-    machine = Engine(llm.model, parse_cache(cache), EngineConfig(draft_tokens=fixed), clock)
-    params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    requests = [machine.submit(p, params) for p in prompts]
-    steps: list[Step] = []
-    whole: list[Step] = []
-    drafting, before, full = 0.0, 0.0, False
-    for step in machine.run():
-        spent = clock.seconds if clock else 0.0
-        if step.prompt_tokens == 0:
-            steps.append(step)
-            # The step that ends a sequence was still taken by the full batch.
-            if full or step.running == len(prompts):
-                whole.append(step)
-                drafting += spent - before
-        before, full = spent, step.running == len(prompts)
-    if not whole:
-        raise ConfigError(
-            f"{len(prompts)} prompts are never decoded together: new_tokens {new_tokens} "
-            "are written while some are still being read; give more"
+class _Writer:
+    """Writes batches with one engine and one drafter, which so know what earlier batches showed."""
+
+    def __init__(self, llm: LLM, spec: str, cache: str, fixed: int | None, new_tokens: int) -> None:
+        drafter = make_drafter(spec, llm.model)
+        self.clock = _Clocked(drafter) if drafter else None
+        config = EngineConfig(draft_tokens=fixed)
+        self.engine = Engine(llm.model, parse_cache(cache), config, self.clock)
+        self.params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+
+    def __call__(self, prompts: Sequence[list[int]]) -> Round:
+        known = self._counts()
+        requests = [self.engine.submit(p, self.params) for p in prompts]
+        steps: list[Step] = []
+        whole: list[Step] = []
+        drafting, before, full = 0.0, self._drafting(), False
+        for step in self.engine.run():
+            spent = self._drafting()
+            if step.prompt_tokens == 0:
+                steps.append(step)
+                # The step that ends a sequence was still taken by the full batch.
+                if full or step.running == len(prompts):
+                    whole.append(step)
+                    drafting += spent - before
+            before, full = spent, step.running == len(prompts)
+        if not whole:
+            raise ConfigError(
+                f"{len(prompts)} prompts are never decoded together: {self.params.max_tokens} "
+                "tokens are written while some are still being read; give more new_tokens"
+            )
+        told = [r.metrics for r in requests]
+        passes = sum(m.steps for m in told)
+        counts = [(a - c, b - d) for (a, b), (c, d) in zip(self._counts(), known, strict=True)]
+        return Round(
+            speed=_speed(whole),
+            speed_to_end=_speed(steps),
+            step_ms=1e3 * sum(s.seconds for s in whole) / len(whole),
+            drafting=drafting / sum(s.seconds for s in whole),
+            kappa=sum(m.generated_tokens for m in told) / passes,
+            kept=[kept / tried if tried else 0.0 for kept, tried in counts],
+            drafted=sum(m.drafted_tokens for m in told) / passes,
+            texts=[r.generated for r in requests],
         )
-    told = [r.metrics for r in requests]
-    passes = sum(m.steps for m in told)
-    kept: list[float] = []
-    if machine.speculation:
-        counts = zip(machine.speculation.kept, machine.speculation.tried, strict=True)
-        kept = [k / t if t else 0.0 for k, t in counts]
-    return Round(
-        speed=_speed(whole),
-        speed_to_end=_speed(steps),
-        step_ms=1e3 * sum(s.seconds for s in whole) / len(whole),
-        drafting=drafting / sum(s.seconds for s in whole),
-        kappa=sum(m.generated_tokens for m in told) / passes,
-        kept=kept,
-        drafted=sum(m.drafted_tokens for m in told) / passes,
-        texts=[r.generated for r in requests],
-    )
+
+    def _drafting(self) -> float:
+        return self.clock.seconds if self.clock else 0.0
+
+    def _counts(self) -> list[tuple[int, int]]:
+        """By place of a draft, guesses kept and tried so far."""
+        speculation = self.engine.speculation
+        return list(zip(speculation.kept, speculation.tried, strict=True)) if speculation else []
 
 
 def _write_theirs(contestant: Transformers, new_tokens: int, prompts: list[list[int]]) -> Round:
@@ -266,5 +293,6 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 
 def curves(rows: Sequence[Row]) -> list[Row]:
-    """The rows to draw: speed-up over the batch, a panel a context."""
-    return [r for r in rows if r["metric"] == "speed_up"]
+    """The rows to draw: speed-up over the batch against no drafter, a panel a context."""
+    plain = (NONE, Transformers.name)
+    return [r for r in rows if r["metric"] == "speed_up" and r["versus"] in plain]

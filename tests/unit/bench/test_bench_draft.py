@@ -48,6 +48,25 @@ def test_rows_of_every_metric_and_the_same_text(chatty, questions):
     assert all(not r["metric"].startswith("kept") for r in draft.summary(rows))
 
 
+def test_a_combination_is_compared_with_its_parts_too(chatty, questions):
+    rows = draft.run(
+        model=chatty,
+        data=questions,
+        drafters=("lookup", f"lookup+model:name={chatty}"),
+        batches=(2,),
+        new_tokens=8,
+        rounds=3,
+        dtype="float32",
+        show_progress=False,
+    )
+    told = [r for r in rows if r["metric"] == "mean_speed_up"]
+    both = f"lookup+model:name={chatty}"
+    pairs = [(r["method"], r["versus"]) for r in told]
+    assert pairs == [("lookup", "none"), (both, "none"), (both, "lookup")]
+    assert all(r["interval"][0] <= r["value"] <= r["interval"][1] and r["n"] == 3 for r in told)
+    assert [r["metric"] for r in draft.curves(rows)] == ["speed_up"] * 2
+
+
 def test_peers_are_measured_at_batch_one(chatty, questions):
     rows = draft.run(
         model=chatty,
