@@ -134,7 +134,7 @@ def run(
     return with_provenance(rows, provenance(seed))
 
 
-def _rows(model: str, sides: dict[str, list[Round]], where: dict[str, object]) -> list[Row]:
+def _rows(model: str, sides: dict[str, list[Round]], where: dict[str, Any]) -> list[Row]:
     rows = []
     for spec, made in sides.items():
         base = Transformers.name if spec.startswith(Transformers.name) else NONE
