@@ -3,7 +3,7 @@
 A guess is worth its chance of being committed; verifying it costs what one more row costs the
 step, and making it what its kind of guesses costs to make, most of which the first one pays.
 Guesses are taken in order of their chances, over all sequences, as long as tokens per second rise;
-and once more without the kind that is dearest to make, where that is faster. None at all is a
+and once more without the kind that is dearest to make, which must be worth it. None at all is a
 choice, so speculation turns itself off where it does not pay.
 
 The chances come from what became of earlier guesses of the same kind and place, so a choice
@@ -31,6 +31,9 @@ FADING = 0.999
 cost, so that it is tried again."""
 CAUTION = 1.1
 """What drafting is taken to cost, of what it seems to, so that doubtful gains are left."""
+WORTH = 1.05
+"""Tokens a second that the kind dearest to make must promise, of what the others alone would give:
+what it costs beyond what is timed, and being wrong about it, eat a smaller gain."""
 ROW_COST = 0.06
 """What a row adds to a step, of a step of one row, until steps have shown it."""
 TRUST = 0.5
@@ -150,7 +153,8 @@ class DraftLength:
         dearest = max(kinds, key=lambda kind: self._seconds(kind, 1), default=None)
         if dearest is not None and self._seconds(dearest, 1) > NEGLIGIBLE * self.steps(rows):
             without = self._plan(asked, kinds - {dearest}, rows, decoding)
-            best = max(best, without, key=lambda plan: plan.speed)
+            if best.speed < WORTH * without.speed:
+                best = without
         used = {offer.kind for offer in best.taken if offer is not None}
         for kind in kinds - used:
             self._common(offers[kind], 0).fade(offers[kind].first * PRIOR_TRIALS, PRIOR_TRIALS)

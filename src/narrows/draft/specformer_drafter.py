@@ -107,12 +107,13 @@ class SpecFormerDrafter(Drafter):
     @torch.inference_mode()
     def _catch_up(self, states: Sequence[_State]) -> None:
         """Take in what has gathered for sequences, in one pass."""
-        taps = torch.cat([rows[a:b] for state in states for rows, a, b in state.unread])
+        unread = [rows[a:b] for state in states for rows, a, b in state.unread]
+        taps = torch.cat(unread) if len(unread) > 1 else unread[0]
         ends = list(itertools.accumulate(state.waiting for state in states))
         spans = list(zip([0, *ends[:-1]], ends, strict=True))
-        if self.fast is not None and len(taps) <= native.KERNEL_ROWS:
+        if self.fast is not None:
             places = [s.cache.place(a, b - a) for s, (a, b) in zip(states, spans, strict=True)]
-            contexts = self.fast.absorb(places, taps)
+            contexts = self.fast.absorb(places, ends, taps)
         else:
             contexts = self._contexts(states, taps, spans)
         for state, context in zip(states, contexts, strict=True):

@@ -23,45 +23,65 @@ int64_t forecast_room(const forecaster *f, int64_t n) {
   return n * (f->slots * a_slot + 2 * f->hidden + f->named + f->markov);
 }
 
-/* Floats of room that `absorb` needs for so many rows. */
-int64_t absorb_room(const forecaster *f, int64_t rows) {
-  int64_t heads = 2 * f->heads + 2 * f->kv_heads + 2; /* two rows of the tables, too */
-  return rows * ((f->groups + 3) * f->hidden + heads * f->dim);
+#define TAKEN 64 /* rows taken in at once */
+
+/* Floats of room that `absorb` needs for n sequences. */
+int64_t absorb_room(const forecaster *f, int64_t n) {
+  int64_t row = (f->heads + 2 * f->kv_heads) * f->dim;
+  int64_t a_row = (f->groups + 2) * f->hidden + row + 2 * f->dim;
+  return TAKEN * a_row + n * (row + f->heads * f->dim + f->hidden);
 }
 
 /* What the target made of the newest tokens of n sequences, taps [rows, groups, hidden], goes into
- * the caches that `places` are, and behind the last of each comes out its context [n, hidden].
- * `tasks`, `parts` and `space` are append_attend's. */
-void absorb(const forecaster *f, int64_t n, const place *const *places, int64_t rows,
+ * their caches, and behind the last of each comes out its context [n, hidden]. The rows of sequence
+ * s end before row ends[s], and places[s] is where its last one goes, as row s of n; those before
+ * it are only held, since nothing looks at what they attend to. `tasks`, `parts` and `space` are
+ * append_attend's. */
+void absorb(const forecaster *f, int64_t n, const place *const *places, const int64_t *ends,
             const float *taps, int is_bf16, float *contexts, float *room, int64_t *tasks,
             float *parts, int64_t space, int threads) {
   int64_t H = f->hidden, D = f->dim, heads = f->heads, turned = heads + f->kv_heads;
-  int64_t row = (turned + f->kv_heads) * D, all = f->groups * H;
-  float *normed = room, *x = normed + rows * all, *y = x + rows * H, *delta = y + rows * H;
-  float *qkv = delta + rows * H, *mixed = qkv + rows * row, *cosine = mixed + rows * heads * D;
-  float *sine = cosine + rows * D;
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t g = 0; g < f->groups; g++) {
-      int64_t at = r * all + g * H;
-      add_rms_norm((float *)taps + at, 0, 0, f->fuse_norm + g * H, f->eps, normed + at, 0, 1, H, 1);
+  int64_t row = (turned + f->kv_heads) * D, all = f->groups * H, rows = ends[n - 1];
+  int64_t owner[TAKEN];
+  float *normed = room, *x = normed + TAKEN * all, *y = x + TAKEN * H, *qkv = y + TAKEN * H;
+  float *cosine = qkv + TAKEN * row, *sine = cosine + TAKEN * D, *newest = sine + TAKEN * D;
+  float *mixed = newest + n * row, *delta = mixed + n * heads * D;
+  for (int64_t from = 0, s = 0; from < rows; from += TAKEN) {
+    int64_t count = rows - from < TAKEN ? rows - from : TAKEN;
+#pragma omp parallel for schedule(static) num_threads(threads) if (count * all > 32768)
+    for (int64_t r = 0; r < count; r++)
+      for (int64_t g = 0; g < f->groups; g++)
+        add_rms_norm((float *)taps + (from + r) * all + g * H, 0, 0, f->fuse_norm + g * H, f->eps,
+                     normed + r * all + g * H, 0, 1, H, 1);
+    linear_few(normed, f->fuse, 0, x, count, H, all, threads);
+    add_rms_norm(x, 0, 0, f->context_norm, f->eps, y, 0, count, H, threads);
+    linear_few(y, f->context_qkv, 0, qkv, count, row, H, threads);
+    for (int64_t r = 0; r < count; r++) { /* a token's place in the text is that in the cache */
+      while (from + r == ends[s]) s++;
+      owner[r] = s;
+      int64_t at = places[s]->stored - ends[s] + from + r;
+      memcpy(cosine + r * D, f->cosine + at * D, D * sizeof(float));
+      memcpy(sine + r * D, f->sine + at * D, D * sizeof(float));
     }
-  linear_few(normed, f->fuse, 0, x, rows, H, all, threads);
-  add_rms_norm(x, 0, 0, f->context_norm, f->eps, y, 0, rows, H, threads);
-  linear_few(y, f->context_qkv, 0, qkv, rows, row, H, threads);
-  for (int64_t s = 0; s < n; s++) /* a token's place in the text is its place in the cache */
-    for (int64_t r = 0; r < places[s]->rows; r++) {
-      int64_t to = (places[s]->first_row + r) * D, at = places[s]->stored - places[s]->rows + r;
-      memcpy(cosine + to, f->cosine + at * D, D * sizeof(float));
-      memcpy(sine + to, f->sine + at * D, D * sizeof(float));
+    norm_rotate(qkv, row, turned, D, 0, 0, cosine, sine, count, threads);
+    for (int64_t r = 0; r < count; r++) {
+      const place *p = places[owner[r]];
+      int64_t before_end = ends[owner[r]] - from - r;
+      if (before_end == 1) {
+        memcpy(contexts + owner[r] * H, x + r * H, H * sizeof(float));
+        memcpy(newest + owner[r] * row, qkv + r * row, row * sizeof(float));
+        continue;
+      }
+      for (int64_t h = 0; h < f->kv_heads; h++) {
+        int64_t to = (h * p->capacity + p->stored - before_end) * D;
+        store_row(qkv + r * row + (heads + h) * D, D, p->k, to, is_bf16);
+        store_row(qkv + r * row + (turned + h) * D, D, p->v, to, is_bf16);
+      }
     }
-  norm_rotate(qkv, row, turned, D, 0, 0, cosine, sine, rows, threads);
-  append_attend(places, n, qkv, row, qkv + heads * D, row, qkv + turned * D, row, mixed, heads,
-                f->kv_heads, D, D, 1.0f / sqrtf((float)D), 0, is_bf16, tasks, parts, space, threads);
-  for (int64_t s = 0; s < n; s++) {
-    int64_t last = places[s]->first_row + places[s]->rows - 1;
-    memcpy(contexts + s * H, x + last * H, H * sizeof(float));
-    memmove(mixed + s * heads * D, mixed + last * heads * D, heads * D * sizeof(float));
   }
+  append_attend(places, n, newest, row, newest + heads * D, row, newest + turned * D, row, mixed,
+                heads, f->kv_heads, D, D, 1.0f / sqrtf((float)D), 0, is_bf16, tasks, parts, space,
+                threads);
   linear_few(mixed, f->context_out, 0, delta, n, H, heads * D, threads);
   for (int64_t i = 0; i < n * H; i++) contexts[i] += delta[i];
 }

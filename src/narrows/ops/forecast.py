@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,18 +57,21 @@ class Forecaster:
         self.most = KERNEL_ROWS // sizes["slots"]
         """Sequences up to which ``forecast`` is faster than one operation after the other."""
 
-    def absorb(self, places: list[Place], taps: Tensor) -> Tensor:
-        """Context vectors float32 ``[n, hidden]`` behind the newest tokens of sequences whose
-        caches ``places`` are, given what the target made of all their new tokens, ``taps`` float32
-        ``[rows, groups, hidden]``. Meant for KERNEL_ROWS at most."""
-        native, told, rows = library(), self._told, len(taps)
+    def absorb(self, places: list[Place], ends: Sequence[int], taps: Tensor) -> Tensor:
+        """Context vectors float32 ``[n, hidden]`` behind the newest tokens of sequences, given what
+        the target made of all their new tokens, ``taps`` float32 ``[rows, groups, hidden]``, of
+        which those of each sequence stop at one of ``ends``. ``places`` are where the newest of
+        each goes in its cache, which must have room for those before it, too."""
+        native, told, n = library(), self._told, len(places)
         assert native is not None
+        places = [p.at(p.stored, i, 1) for i, p in enumerate(places)]
         table, tasks, parts, space = tell(places, told.heads, told.kv_heads, told.dim)
-        contexts = torch.empty((len(places), told.hidden))
-        room = torch.empty(native.absorb_room(ctypes.addressof(told), rows))
+        contexts = torch.empty((n, told.hidden))
+        room = torch.empty(native.absorb_room(ctypes.addressof(told), n))
         native.absorb(
-            *(ctypes.addressof(told), len(places), table, rows, taps.contiguous().data_ptr()),
-            *(int(places[0].k.dtype == torch.bfloat16), contexts.data_ptr(), room.data_ptr()),
+            *(ctypes.addressof(told), n, table, (ctypes.c_int64 * n)(*ends)),
+            *(taps.contiguous().data_ptr(), int(places[0].k.dtype == torch.bfloat16)),
+            *(contexts.data_ptr(), room.data_ptr()),
             *(tasks.data_ptr(), parts.data_ptr(), space, torch.get_num_threads()),
         )
         return contexts

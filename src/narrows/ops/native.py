@@ -42,7 +42,7 @@ SIGNATURES = {
     "bf16_dots": (N, ()),
     "linear_few": (None, (P, P, P, P, L, L, L, N)),
     "absorb_room": (L, (P, L)),
-    "absorb": (None, (P, L, P, L, P, N, P, P, P, P, L, N)),
+    "absorb": (None, (P, L, P, P, P, N, P, P, P, P, L, N)),
     "forecast_room": (L, (P, L)),
     "forecast": (None, (P, L, P, P, P, L, P, P, N)),
     "add_rms_norm": (None, (P, P, N, P, F, P, N, L, L, N)),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrows.contracts import Asked, Offer
-from narrows.draft.length import CAUTION, DraftLength, Times
+from narrows.draft.length import CAUTION, WORTH, DraftLength, Times
 from narrows.draft.specs import make_drafter
 from narrows.errors import ConfigError
 
@@ -126,6 +126,24 @@ def test_guesses_that_are_dear_to_make_are_left_where_they_do_not_pay():
         length.making["dear"].observe(2, 2.0)
     alone = length.choose([(0, [dear])], 2, 2)
     assert (alone.taken, alone.lengths) == ([None], [0])
+
+
+def test_guesses_that_are_dear_to_make_must_be_worth_it():
+    cheap, dear = Offer("cheap", 2), Offer("dear", 2)
+    taken = []
+    for made_in in (x / 50 for x in range(1, 30)):
+        length = length_for((2, 1.0), (3, 1.05), (4, 1.1), (6, 1.2))
+        for _ in range(40):
+            length.learn(0, cheap, 2, 1)
+            length.learn(0, dear, 2, 2)
+            length.making["dear"].observe(2, made_in)
+        without = length.choose([(0, [cheap])], 2, 2).speed
+        plan = length.choose([(0, [cheap, dear])], 2, 2)
+        taken.append(plan.taken == [dear])
+        assert plan.speed >= without * (WORTH if taken[-1] else 1)
+    assert taken == sorted(taken, reverse=True)
+    assert True in taken
+    assert False in taken
 
 
 def test_times_are_learnt_and_one_slow_step_is_forgotten():
