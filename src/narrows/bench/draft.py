@@ -1,10 +1,11 @@
 """``narrows bench draft``: what drafting gains, against the same engine without it.
 
-Drafters take turns within every round, on the same prompts, another one first in each. A drafter
-keeps its engine, and so what it has learnt, from one round of a batch size to the next. A speed
-counts the steps in which nothing but decoding happened; ``speed_up`` those of them in which the
-batch was full, as a queue keeps a server's, and ``speed_up_to_end`` all, down to the last sequence
-of the batch alone. ``mean_speed_up`` is the mean over rounds, against a combination's parts, too.
+Every round is a queue of requests that are answered so many at a time, until a text ends by itself
+or is as long as may be. Drafters take turns, on the same prompts, another one first in each round;
+a drafter keeps its engine, and so what it has learnt, from one round of a batch size to the next.
+A ``speed`` counts the steps in which the whole batch was decoding and nothing else happened;
+``overall`` counts all, from the first prompt read to the last text alone. ``mean_speed_up`` is the
+mean over rounds of the former, against a combination's parts, too.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ PEER_MOST = 10
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One batch written once: tokens per second, of the full batch and down to its end;
-    milliseconds a step, and the share of them that drafting takes; tokens committed and guesses
-    verified a step and sequence; shares of guesses kept by place; and the texts."""
+    """One queue answered: tokens per second, of the full batch and over all; milliseconds a step,
+    and the share of them that drafting takes; tokens committed and guesses verified a step and
+    sequence; shares of guesses kept by place; and the texts."""
 
     speed: float
-    speed_to_end: float
+    overall: float
     step_ms: float
     drafting: float
     kappa: float
@@ -65,7 +66,8 @@ def run(
     drafters: Sequence[str] = ("lookup",),
     batches: Sequence[int] = (1, 2, 4, 8, 16, 32),
     contexts: Sequence[int] = (0,),
-    new_tokens: int = 96,
+    new_tokens: int = 192,
+    requests: int = 4,
     rounds: int = 3,
     fixed: int | None = None,
     cache: str = "dense",
@@ -80,10 +82,11 @@ def run(
 
     Args:
         drafters: specs; each is compared with no drafter.
-        batches: distinct prompts at a time.
+        batches: prompts answered at a time.
         contexts: 0 asks Spec-Bench's questions as they are; otherwise a summary of a text of
             that many tokens, another one for each prompt.
-        new_tokens: written for every prompt, whatever ends a text.
+        new_tokens: written for a prompt at most.
+        requests: different prompts of a round for each one that is answered at a time.
         rounds: measured, on other prompts each, by the same engines, as a server goes on; one
             more before them is not counted.
         fixed: guesses verified a step; None lets the engine choose.
@@ -95,10 +98,10 @@ def run(
     """
     if not drafters or min(batches, default=0) < 1 or min(contexts, default=-1) < 0:
         raise ConfigError("give drafters, batches of at least 1 and contexts of at least 0 tokens")
-    if min(new_tokens - 3, rounds - 1) < 0:
-        raise ConfigError("new_tokens must be at least 4 and rounds at least 1")
+    if min(new_tokens - 3, requests, rounds) < 1:
+        raise ConfigError("new_tokens must be at least 4, requests and rounds at least 1")
     if quick:
-        batches, contexts, new_tokens, rounds = batches[:1], contexts[:1], 8, 1
+        batches, contexts, new_tokens, requests, rounds = batches[:1], contexts[:1], 8, 2, 1
     folder = locate(data)
     llm = LLM(model, dtype=dtype, device=device, draft=NONE)
     for spec in drafters:
@@ -110,10 +113,11 @@ def run(
     with Progress("batches", visible=show_progress) as progress:
         progress.expect(len(batches) * len(contexts))
         for context in contexts:
-            texts = _prompts(llm, folder, max(batches), context, seed)
+            texts = _prompts(llm, folder, max(batches) * requests, context, seed)
             for batch in batches:
                 writers: dict[str, Callable[[list[list[int]]], Round]] = {
-                    spec: _Writer(llm, spec, cache, fixed, new_tokens) for spec in (NONE, *drafters)
+                    spec: _Writer(llm, spec, cache, fixed, batch, new_tokens)
+                    for spec in (NONE, *drafters)
                 }
                 if peers and batch == 1:
                     for contestant in theirs:
@@ -121,8 +125,9 @@ def run(
                 names = list(writers)
                 sides: dict[str, list[Round]] = {name: [] for name in names}
                 for number in range(-1, rounds):
-                    first = max(0, number) * batch
-                    prompts = [texts[i % len(texts)] for i in range(first, first + batch)]
+                    count = batch * requests
+                    first = max(0, number) * count
+                    prompts = [texts[i % len(texts)] for i in range(first, first + count)]
                     turn = number % len(names)
                     for name in (*names[turn:], *names[:turn]):
                         made = writers[name](prompts)
@@ -149,8 +154,8 @@ def _rows(model: str, sides: dict[str, list[Round]], where: dict[str, Any]) -> l
             continue
         pairs = list(zip(made, plain, strict=True))
         rows.append(one("speed_up", "1", [a.speed / b.speed for a, b in pairs], versus=base))
-        to_end = [a.speed_to_end / b.speed_to_end for a, b in pairs]
-        rows.append(one("speed_up_to_end", "1", to_end, versus=base))
+        overall = [a.overall / b.overall for a, b in pairs]
+        rows.append(one("speed_up_overall", "1", overall, versus=base))
         for other in (base, *(part for part in spec.split("+") if part != spec and part in sides)):
             ratios = [a.speed / b.speed for a, b in zip(made, sides[other], strict=True)]
             rows.append(
@@ -178,14 +183,17 @@ def _rows(model: str, sides: dict[str, list[Round]], where: dict[str, Any]) -> l
 
 
 class _Writer:
-    """Writes batches with one engine and one drafter, which so know what earlier batches showed."""
+    """Answers queues with one engine and one drafter, which so know what earlier ones showed."""
 
-    def __init__(self, llm: LLM, spec: str, cache: str, fixed: int | None, new_tokens: int) -> None:
+    def __init__(
+        self, llm: LLM, spec: str, cache: str, fixed: int | None, batch: int, new_tokens: int
+    ) -> None:
         drafter = make_drafter(spec, llm.model)
         self.clock = _Clocked(drafter) if drafter else None
-        config = EngineConfig(draft_tokens=fixed)
+        config = EngineConfig(draft_tokens=fixed, max_sequences=batch)
         self.engine = Engine(llm.model, parse_cache(cache), config, self.clock)
-        self.params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+        self.batch = batch
+        self.params = SamplingParams(max_tokens=new_tokens)
 
     def __call__(self, prompts: Sequence[list[int]]) -> Round:
         known = self._counts()
@@ -194,17 +202,16 @@ class _Writer:
         whole: list[Step] = []
         drafting, before, full = 0.0, self._drafting(), False
         for step in self.engine.run():
+            steps.append(step)
             spent = self._drafting()
-            if step.prompt_tokens == 0:
-                steps.append(step)
-                # The step that ends a sequence was still taken by the full batch.
-                if full or step.running == len(prompts):
-                    whole.append(step)
-                    drafting += spent - before
-            before, full = spent, step.running == len(prompts)
+            # The step that ends a sequence was still taken by the full batch.
+            if step.prompt_tokens == 0 and (full or step.running == self.batch):
+                whole.append(step)
+                drafting += spent - before
+            before, full = spent, step.running == self.batch
         if not whole:
             raise ConfigError(
-                f"{len(prompts)} prompts are never decoded together: {self.params.max_tokens} "
+                f"{self.batch} prompts are never decoded together: {self.params.max_tokens} "
                 "tokens are written while some are still being read; give more new_tokens"
             )
         told = [r.metrics for r in requests]
@@ -212,7 +219,7 @@ class _Writer:
         counts = [(a - c, b - d) for (a, b), (c, d) in zip(self._counts(), known, strict=True)]
         return Round(
             speed=_speed(whole),
-            speed_to_end=_speed(steps),
+            overall=_speed(steps),
             step_ms=1e3 * sum(s.seconds for s in whole) / len(whole),
             drafting=drafting / sum(s.seconds for s in whole),
             kappa=sum(m.generated_tokens for m in told) / passes,
@@ -231,18 +238,21 @@ class _Writer:
 
 
 def _write_theirs(contestant: Transformers, new_tokens: int, prompts: list[list[int]]) -> Round:
-    done = contestant.generate(prompts, new_tokens)
-    written = sum(map(len, done.tokens)) - len(prompts)  # the first tokens come with the prompts
-    speed = written / sum(done.steps_s)
+    """One prompt after the other, each to ``new_tokens``: their texts do not end by themselves."""
+    timed = [contestant.generate([prompt], new_tokens) for prompt in prompts]
+    texts = [text for one in timed for text in one.tokens]
+    steps = [seconds for one in timed for seconds in one.steps_s]
+    written = sum(map(len, texts))
+    after_first = written - len(prompts)  # the first tokens come with the prompts
     return Round(
-        speed=speed,
-        speed_to_end=speed,
-        step_ms=1e3 * sum(done.steps_s) / len(done.steps_s),
+        speed=after_first / sum(steps),
+        overall=written / sum(one.total_s for one in timed),
+        step_ms=1e3 * sum(steps) / len(steps),
         drafting=0.0,
-        kappa=written / len(done.steps_s),
+        kappa=after_first / len(steps),
         kept=[],
         drafted=0.0,
-        texts=done.tokens,
+        texts=texts,
     )
 
 

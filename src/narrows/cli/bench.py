@@ -81,7 +81,10 @@ def draft(
     context: Annotated[
         list[int] | None, typer.Option(help="Tokens of text to summarize; 0: short questions.")
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens written for every prompt.")] = 96,
+    new_tokens: Annotated[int, typer.Option(help="Tokens written for a prompt at most.")] = 192,
+    requests: Annotated[
+        int, typer.Option(help="Prompts of a round for each answered at a time.")
+    ] = 4,
     rounds: Rounds = 3,
     draft_tokens: Annotated[
         int | None, typer.Option(help="Guesses verified a step; default: what is fastest.")
@@ -107,6 +110,7 @@ def draft(
         model=model,
         data=data,
         new_tokens=new_tokens,
+        requests=requests,
         rounds=rounds,
         fixed=draft_tokens,
         cache=cache,

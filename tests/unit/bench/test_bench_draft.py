@@ -7,12 +7,22 @@ import pytest
 from narrows.bench import draft
 from narrows.errors import ConfigError, InputError
 
-METRICS = {"speed", "step", "speed_up", "kappa", "drafted", "drafting", "same_text", "kept_1"}
+METRICS = {
+    "speed",
+    "step",
+    "speed_up",
+    "speed_up_overall",
+    "kappa",
+    "drafted",
+    "drafting",
+    "same_text",
+    "kept_1",
+}
 
 
 @pytest.fixture
 def questions(folder):
-    rows = [{"question_id": i, "turns": [f"the red fox saw {i} apples in Rome"]} for i in range(4)]
+    rows = [{"question_id": i, "turns": [f"the red fox saw {i} apples in Rome"]} for i in range(16)]
     path = folder / "spec_bench/question.jsonl"
     path.parent.mkdir()
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -92,5 +102,5 @@ def test_bad_input_is_refused(chatty, questions):
         draft.run(model=chatty, data=questions, drafters=("nothing-like-it",), show_progress=False)
     with pytest.raises(ConfigError, match="new_tokens"):
         draft.run(model=chatty, data=questions, new_tokens=1, show_progress=False)
-    with pytest.raises(InputError, match="only 4 questions"):
+    with pytest.raises(InputError, match="only 16 questions"):
         draft.run(model=chatty, data=questions, batches=(9,), show_progress=False)
