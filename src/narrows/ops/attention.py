@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from narrows.ops.blocked import blocked_attention
-from narrows.ops.native import flash_is_slow
+from narrows.ops import flash
 
 BLOCK = 256
 """Query rows scored at once when a mask is needed; the mask is at most BLOCK x keys."""
-PRODUCT_ROWS = 128
-"""Query rows scored at once by plain products, and the fewest for which those pay."""
 
 
 def visible(first: int, rows: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -43,11 +40,8 @@ def causal_attention(
     """
     wanted, dtype = q.dtype, dtype or q.dtype
     n, m = q.shape[0], k.shape[1]
-    if n >= PRODUCT_ROWS and q.device.type == "cpu" and flash_is_slow(dtype):
-        keys, values = k.transpose(0, 1), v.transpose(0, 1)
-        return blocked_attention(
-            q, keys, values, scale, window=window, block_rows=PRODUCT_ROWS, dtype=dtype
-        )
+    if flash.supported(q, k, v, dtype):
+        return flash.flash_attention(q, k, v, scale, window).to(wanted)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[0]
     heads_first = q.transpose(0, 1)

@@ -28,7 +28,8 @@ from torch.nn.functional import silu
 from narrows.ops.rotary import turn
 
 SOURCES = tuple(
-    Path(__file__).with_name(f"{x}.c") for x in ("native", "packed", "fold", "cover", "forecast")
+    Path(__file__).with_name(f"{x}.c")
+    for x in ("native", "packed", "fold", "cover", "forecast", "flash")
 )
 HEADER = Path(__file__).with_name("vector.h")
 FLAGS = (
@@ -53,6 +54,9 @@ SIGNATURES = {
     "packed_int8": (N, ()),
     "attend_packed": (N, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, N, N, N)),
     "fold_value": (N, (P, N, L, L, L, L, L, N, F, F, P, L, P, P, L, N, L)),
+    "flash_ready": (N, ()),
+    "flash_room": (L, (L, L, L, L)),
+    "flash": (None, (P, L, P, L, P, L, P, L, L, L, L, L, L, F, L, P, N)),
     "greedy_cover": (L, (P, L, P, N, P, P, P)),
     "append_attend": (L, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, L, N, P, P, L, N)),
 }
@@ -140,8 +144,8 @@ def attention_dtype(q: Tensor, stored: torch.dtype) -> torch.dtype:
 
 
 def flash_is_slow(dtype: torch.dtype) -> bool:
-    """Whether products and a softmax by blocks beat torch's flash attention at many rows of
-    ``dtype`` on this CPU: that kernel multiplies bfloat16 fast only on AMX tiles."""
+    """Whether torch's flash attention is slow in ``dtype`` on this CPU, which has units for it: it
+    multiplies bfloat16 fast only on AMX tiles."""
     units = dtype is torch.bfloat16 and wide_matmul_dtype() is torch.bfloat16
     return units and library() is not None and not torch.cpu._is_amx_tile_supported()
 

@@ -78,8 +78,12 @@ static inline vec choose(ivec held, vec a, vec b) {
  * polynomial of e^r on |r| <= ln(2)/2 is scaled by 2^n through the exponent bits. NaN stays NaN. */
 static inline vec vexp(vec x) {
   const vec none = {0}, low = none - 87.0f, high = none + 88.0f;
+#ifdef __AVX512F__ /* the second is taken where one is NaN */
+  x = (vec)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)x));
+#else
   x = choose(x < low, low, x); /* NaN passes */
   x = choose(x > high, high, x);
+#endif
   vec n = x * 1.44269504f + 12582912.0f;
   ivec bits;
   memcpy(&bits, &n, sizeof bits); /* the integer nearest to x / ln 2 stands in the low bits */
