@@ -95,22 +95,15 @@ class AccumulatedAttention(Scorer):
         self.mass: Tensor | None = None
 
     def attend(self, q: Tensor, dense: DenseLayer, scale: float) -> Tensor:
-        """See Scorer: attends a query head at a time, adding up the columns on the way."""
+        """See Scorer: adds up the columns on the way, a row a query head."""
         tokens, heads = dense.held, q.shape[1]
         mass = q.new_zeros((heads, tokens), dtype=torch.float32)
         if self.mass is not None:
             mass[:, : self.mass.shape[1]] = self.mass
         self.mass = mass
-        group = heads // dense.k.shape[0]
+        k, v = (x[:, :tokens].transpose(0, 1) for x in (dense.k, dense.v))
         dtype = attention_dtype(q, dense.k.dtype)
-        outs = []
-        for head in range(heads):
-            k, v = (x[head // group, :tokens, None] for x in (dense.k, dense.v))
-            rows = q[:, head : head + 1]
-            outs.append(
-                blocked_attention(rows, k, v, scale, mass[head], block_rows=BLOCK, dtype=dtype)
-            )
-        return torch.cat(outs, 1)
+        return blocked_attention(q, k, v, scale, mass, block_rows=BLOCK, dtype=dtype)
 
     def rate(self, dense: DenseLayer) -> Tensor:
         """See Scorer: a row a query head."""

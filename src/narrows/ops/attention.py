@@ -40,7 +40,7 @@ def causal_attention(
     """
     wanted, dtype = q.dtype, dtype or q.dtype
     n, m = q.shape[0], k.shape[1]
-    if flash.supported(q, k, v, dtype):
+    if flash.supported(q, dtype):
         return flash.flash_attention(q, k, v, scale, window).to(wanted)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[0]

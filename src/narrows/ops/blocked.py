@@ -1,5 +1,5 @@
-"""Causal attention by blocks of query rows, two products and a softmax each; it can also say how
-much attention every token received.
+"""Causal attention that can also say how much attention every token received: by a kernel, or by
+blocks of query rows, two products and a softmax each.
 
 The received attention of token ``j`` is the column sum of the softmax weights over query heads
 and rows. The memory held is heads x rows x keys, never tokens x tokens; keys past a block's last
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from narrows.ops import flash
 from narrows.ops.native import softmax_mass_
 
 
@@ -31,7 +32,8 @@ def blocked_attention(
         k: keys ``[m, kv_heads, d]``, ``m >= n``, the last ``n`` of the queries' tokens.
         v: values ``[m, kv_heads, dv]``.
         scale: factor on the scores before the softmax.
-        mass: float32 ``[m]``, added to in place; one call adds ``heads * n`` in total.
+        mass: float32 ``[m]``, or ``[heads, m]`` to tell query heads apart, added to in place; one
+            call adds ``heads * n`` in total.
         window: tokens a query may see, its own included; None for all before it.
         block_rows: query rows scored at once.
         dtype: what scores are rounded to and products are made of; softmax and sums are float32.
@@ -43,6 +45,18 @@ def blocked_attention(
     m, groups, dv = *k.shape[:2], v.shape[2]
     past = m - n
     folded = heads // groups
+    if flash.supported(q, dtype):
+        keys, values = k.transpose(0, 1), v.transpose(0, 1)
+        return flash.flash_attention(q, keys, values, scale, window, mass).to(q.dtype)
+    if mass is not None and mass.dim() == 2:
+        outs = []
+        for head, paid in enumerate(mass):
+            keys, values = (x[:, head // folded, None] for x in (k, v))
+            one = q[:, head, None]
+            outs.append(
+                blocked_attention(one, keys, values, scale, paid, window, block_rows, dtype)
+            )
+        return torch.cat(outs, 1)
     # Rows of a key head's query heads lie next to each other, so that one product serves them all.
     queries = (q.float() * scale).to(dtype).view(n, groups, folded, d).transpose(0, 1).contiguous()
     keys = k.to(dtype).permute(1, 2, 0).contiguous()

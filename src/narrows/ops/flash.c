@@ -3,6 +3,8 @@
  * 2205.14135). Products are of bfloat16 pairs, sums float32. Defined by ops/attention.py. */
 #include "vector.h"
 
+#include <omp.h>
+
 #define ROWS 48  /* query rows, and */
 #define KEYS 128 /* keys of a block */
 #define PART 64  /* keys, or columns of values, of a tile */
@@ -138,19 +140,96 @@ static inline __attribute__((always_inline)) void weigh(progress *s, int64_t row
 
 static int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+/* Numbers of room for keys and values in order, */
 int64_t flash_room(int64_t m, int64_t groups, int64_t D, int64_t Dv) {
   return groups * up(m, KEYS) * (up(D, 2) + up(Dv, 16));
+}
+/* and floats for `rows` rows of mass, a thread's own. */
+int64_t flash_mass_room(int64_t m, int64_t rows, int threads) { return threads * rows * up(m, KEYS); }
+
+typedef struct {
+  const float *q;
+  int64_t q_stride;
+  const bf16 *keys, *values; /* in order, heads `padded` tokens apart */
+  float *out;
+  int64_t n, past, heads, groups, D, Dv, window, padded, mass_rows;
+  float scale;
+} job;
+
+/* The next rows of a KV head, which are a token's query heads and then the next token's, from row
+ * `first` on. What they pay each key is added to `mass` [mass_rows, padded], if there is one. */
+static void attend_block(const job *j, int64_t h, int64_t first, float *mass) {
+  int64_t group = j->heads / j->groups, even = up(j->D, 2), wide = up(j->Dv, 16);
+  int64_t rows = j->n * group - first < ROWS ? j->n * group - first : ROWS;
+  int64_t oldest = j->past + first / group + 1, end = j->past + (first + rows - 1) / group + 1;
+  int64_t begin = j->window && oldest > j->window ? (oldest - j->window) / KEYS * KEYS : 0;
+  const bf16 *keys = j->keys + h * j->padded * even, *values = j->values + h * j->padded * wide;
+  int64_t token[ROWS], head[ROWS], start[ROWS], stop[ROWS];
+  progress s;
+  bf16 queries[ROWS * even];
+  float mixed[ROWS * wide], share[ROWS];
+  memset(queries, 0, sizeof queries);
+  memset(mixed, 0, sizeof mixed);
+  memset(s.weight, 0, sizeof s.weight);
+  memset(s.total, 0, sizeof s.total);
+  for (int64_t r = 0; r < ROWS; r++) s.top[r] = -INFINITY;
+  for (int64_t r = 0; r < rows; r++) {
+    token[r] = (first + r) / group, head[r] = h * group + (first + r) % group;
+    const float *from = j->q + token[r] * j->q_stride + head[r] * j->D;
+    for (int64_t i = 0; i < j->D; i++) queries[r * even + i] = to_bf16(from[i] * j->scale);
+  }
+  for (int again = 0; again < (mass ? 2 : 1); again++) {
+    for (int64_t from = begin; from < end; from += KEYS) {
+      int64_t count = end - from < KEYS ? end - from : KEYS;
+      for (int64_t r = 0; r < rows; r += MR)
+        for (int64_t t = 0; t < count; t += PART)
+          score_tile(queries + r * even, even, keys + from * even + 2 * t, s.score + r * KEYS + t);
+      for (int64_t r = 0; r < rows; r++) {
+        int64_t seen = j->past + token[r] + 1 - from;
+        stop[r] = seen < 0 ? 0 : seen < count ? seen : count;
+        start[r] = j->window && seen > j->window ? seen - j->window : 0;
+      }
+      if (again) { /* now that tops and totals are known */
+        for (int64_t r = 0; r < rows; r++) {
+          float *paid = mass + (j->mass_rows > 1 ? head[r] : 0) * j->padded + from;
+          for (int64_t t = 0; t < KEYS; t += WIDTH) {
+            vec e = vexp(load_f32(s.score + r * KEYS + t) - s.top[r]) * share[r];
+            e = (vec)_mm512_maskz_mov_ps(among(t, start[r], stop[r]), (__m512)e);
+            store_f32(paid + t, load_f32(paid + t) + e);
+          }
+        }
+        continue;
+      }
+      if (from + KEYS <= oldest && (!j->window || end <= from + j->window))
+        weigh(&s, rows, 1, start, stop);
+      else
+        weigh(&s, rows, 0, start, stop);
+      for (int64_t r = 0; r < rows; r += MR)
+        for (int64_t i = 0; i < wide; i += PART)
+          mix_tile(s.weight + r * KEYS, (count + 1) / 2, values + from * wide + 2 * i, wide,
+                   (int)(wide - i) / 16, s.fade + r, mixed + r * wide + i);
+    }
+    for (int64_t r = 0; r < rows; r++) share[r] = 1 / sum(load_f32(s.total + r * WIDTH));
+  }
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < j->Dv; i++)
+      j->out[(token[r] * j->heads + head[r]) * j->Dv + i] = mixed[r * wide + i] * share[r];
 }
 
 /* q [n, heads, D] of the newest n of m tokens, k [groups, .., D] and v [groups, .., Dv], heads of
  * which are k_stride and v_stride numbers apart -> out [n, heads, Dv]. A token sees at most
- * `window` keys, its own included (0: all). `room` holds flash_room numbers. */
+ * `window` keys, its own included (0: all). What each key is paid is added to `mass` [mass_rows, m],
+ * by query head or, where there is one row, by all; null for none. `room` holds flash_room numbers
+ * and `parts` flash_mass_room. */
 void flash(const float *q, int64_t q_stride, const bf16 *k, int64_t k_stride, const bf16 *v,
            int64_t v_stride, float *out, int64_t n, int64_t m, int64_t heads, int64_t groups,
-           int64_t D, int64_t Dv, float scale, int64_t window, bf16 *room, int threads) {
-  int64_t group = heads / groups, padded = up(m, KEYS), past = m - n, even = up(D, 2);
-  int64_t blocks = up(n * group, ROWS) / ROWS, wide = up(Dv, 16);
+           int64_t D, int64_t Dv, float scale, int64_t window, float *mass, int64_t mass_rows,
+           bf16 *room, float *parts, int threads) {
+  int64_t padded = up(m, KEYS), even = up(D, 2), wide = up(Dv, 16), size = mass_rows * padded;
   bf16 *keys = room, *values = room + groups * padded * even;
+  job j = {q,     q_stride, keys, values, out,    n,      m - n,
+           heads, groups,   D,    Dv,     window, padded, mass_rows, scale};
+  int64_t blocks = up(n * (heads / groups), ROWS) / ROWS, tasks = blocks * groups;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(dynamic)
@@ -161,60 +240,30 @@ void flash(const float *q, int64_t q_stride, const bf16 *k, int64_t k_stride, co
       else
         pack_keys(k + h * k_stride, m, D, keys + h * padded * even);
     }
-    progress s;
-    bf16 queries[ROWS * even];
-    float mixed[ROWS * wide];
-    int64_t start[ROWS], stop[ROWS];
+    /* The longest first. Who pays what is added up in the same order each time. */
+    if (mass) {
+      float *own = parts + omp_get_thread_num() * size;
+      memset(own, 0, size * sizeof *own);
+#pragma omp for schedule(static, 1)
+      for (int64_t t = 0; t < tasks; t++)
+        attend_block(&j, t % groups, (blocks - 1 - t / groups) * ROWS, own);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < mass_rows * m; i++)
+        for (int c = 0; c < omp_get_num_threads(); c++)
+          mass[i] += parts[c * size + i / m * padded + i % m];
+    } else {
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < blocks * groups; task++) { /* the longest first */
-      int64_t h = task % groups, first = (blocks - 1 - task / groups) * ROWS;
-      int64_t rows = n * group - first < ROWS ? n * group - first : ROWS;
-      memset(queries, 0, sizeof queries);
-      memset(mixed, 0, sizeof mixed);
-      memset(s.weight, 0, sizeof s.weight);
-      memset(s.total, 0, sizeof s.total);
-      for (int64_t r = 0; r < ROWS; r++) s.top[r] = -INFINITY;
-      for (int64_t r = 0; r < rows; r++) {
-        int64_t token = (first + r) / group, head = h * group + (first + r) % group;
-        const float *from = q + token * q_stride + head * D;
-        for (int64_t i = 0; i < D; i++) queries[r * even + i] = to_bf16(from[i] * scale);
-      }
-      int64_t oldest = past + first / group + 1, end = past + (first + rows - 1) / group + 1;
-      int64_t from = window && oldest > window ? (oldest - window) / KEYS * KEYS : 0;
-      for (; from < end; from += KEYS) {
-        int64_t count = end - from < KEYS ? end - from : KEYS;
-        for (int64_t r = 0; r < rows; r += MR)
-          for (int64_t t = 0; t < count; t += PART)
-            score_tile(queries + r * even, even, keys + (h * padded + from) * even + 2 * t,
-                       s.score + r * KEYS + t);
-        if (from + KEYS <= oldest && (!window || end <= from + window)) {
-          weigh(&s, rows, 1, 0, 0);
-        } else {
-          for (int64_t r = 0; r < rows; r++) {
-            int64_t seen = past + (first + r) / group + 1 - from;
-            stop[r] = seen < 0 ? 0 : seen < count ? seen : count;
-            start[r] = window && seen > window ? seen - window : 0;
-          }
-          weigh(&s, rows, 0, start, stop);
-        }
-        for (int64_t r = 0; r < rows; r += MR)
-          for (int64_t i = 0; i < wide; i += PART)
-            mix_tile(s.weight + r * KEYS, (count + 1) / 2,
-                     values + (h * padded + from) * wide + 2 * i, wide, (int)(wide - i) / 16,
-                     s.fade + r, mixed + r * wide + i);
-      }
-      for (int64_t r = 0; r < rows; r++) {
-        int64_t token = (first + r) / group, head = h * group + (first + r) % group;
-        float *to = out + (token * heads + head) * Dv, share = 1 / sum(load_f32(s.total + r * WIDTH));
-        for (int64_t i = 0; i < Dv; i++) to[i] = mixed[r * wide + i] * share;
-      }
+      for (int64_t t = 0; t < tasks; t++)
+        attend_block(&j, t % groups, (blocks - 1 - t / groups) * ROWS, 0);
     }
   }
 }
 #else
 int flash_ready(void) { return 0; }
 int64_t flash_room(int64_t m, int64_t groups, int64_t D, int64_t Dv) { return 0; }
+int64_t flash_mass_room(int64_t m, int64_t rows, int threads) { return 0; }
 void flash(const float *q, int64_t q_stride, const bf16 *k, int64_t k_stride, const bf16 *v,
            int64_t v_stride, float *out, int64_t n, int64_t m, int64_t heads, int64_t groups,
-           int64_t D, int64_t Dv, float scale, int64_t window, bf16 *room, int threads) {}
+           int64_t D, int64_t Dv, float scale, int64_t window, float *mass, int64_t mass_rows,
+           bf16 *room, float *parts, int threads) {}
 #endif

@@ -56,7 +56,8 @@ SIGNATURES = {
     "fold_value": (N, (P, N, L, L, L, L, L, N, F, F, P, L, P, P, L, N, L)),
     "flash_ready": (N, ()),
     "flash_room": (L, (L, L, L, L)),
-    "flash": (None, (P, L, P, L, P, L, P, L, L, L, L, L, L, F, L, P, N)),
+    "flash_mass_room": (L, (L, L, N)),
+    "flash": (None, (P, L, P, L, P, L, P, L, L, L, L, L, L, F, L, P, L, P, P, N)),
     "greedy_cover": (L, (P, L, P, N, P, P, P)),
     "append_attend": (L, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, L, N, P, P, L, N)),
 }

@@ -100,3 +100,17 @@ def test_newest_rows_after_a_past_are_those_of_the_whole(window, block_rows):
     torch.testing.assert_close(out, expected[25:], rtol=1e-5, atol=1e-6)
     whole[:25] -= both
     torch.testing.assert_close(mass, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_query_heads_can_be_told_apart():
+    q, k, v = qkv(37, heads=6, groups=2)
+    mass = torch.zeros(6, 37)
+    out = blocked_attention(q, k, v, 0.3, mass, window=9, block_rows=5)
+    expected, columns = dense(q, k, v, 0.3, 9)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mass.sum(0).double(), columns, rtol=1e-5, atol=1e-6)
+    for head in range(6):
+        alone = torch.zeros(37)
+        one = q[:, head, None], *(x[:, head // 3, None] for x in (k, v))
+        blocked_attention(*one, 0.3, alone, window=9)
+        torch.testing.assert_close(mass[head], alone, rtol=1e-5, atol=1e-6)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from narrows.ops import flash
-from narrows.ops.attention import causal_attention
+from narrows.ops.attention import causal_attention, visible
 from narrows.ops.native import library
 
 pytestmark = pytest.mark.skipif(
@@ -43,6 +43,30 @@ def test_it_is_causal_attention(n, past, groups, group, dim, value_dim, window):
     out = flash.flash_attention(q, k, v, scale, window)
     right = causal_attention(q, k.float(), v.float(), scale, window)
     torch.testing.assert_close(out, right, rtol=0.02, atol=0.03)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 200),
+    past=st.integers(0, 300),
+    groups=st.integers(1, 3),
+    group=st.integers(1, 5),
+    window=st.none() | st.integers(1, 400),
+    by_head=st.booleans(),
+)
+def test_it_adds_up_what_tokens_are_paid(n, past, groups, group, window, by_head):
+    q, k, v = inputs(n, past, groups, group, 64, 32)
+    heads, tokens = groups * group, n + past
+    before = torch.rand((heads, tokens) if by_head else tokens)
+    mass = before.clone()
+    out = flash.flash_attention(q, k, v, 0.125, window, mass)
+    assert torch.equal(out, flash.flash_attention(q, k, v, 0.125, window))
+    keys = k.float().repeat_interleave(group, 0)
+    scores = torch.einsum("nhd,hmd->hnm", (q * 0.125).bfloat16().float(), keys)
+    scores.masked_fill_(~visible(past, n, tokens, window, q.device), -torch.inf)
+    paid = scores.softmax(-1).sum(1)
+    right = before + (paid if by_head else paid.sum(0))
+    torch.testing.assert_close(mass, right, rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_are_alike_to_the_bit_in_any_chunks():
