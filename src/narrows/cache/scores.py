@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from narrows.cache.dense import DenseLayer
 from narrows.contracts import Rotary, Span
+from narrows.ops import flash
 from narrows.ops.attention import visible
 from narrows.ops.blocked import blocked_attention
 from narrows.ops.native import attention_dtype, softmax_mass_
@@ -167,32 +168,45 @@ class Reconstruction(Scorer):
     def __init__(self) -> None:
         self.most: Tensor | None = None
 
-    def see(self, q: Tensor, dense: DenseLayer, scale: float) -> None:
+    def attend(self, q: Tensor, dense: DenseLayer, scale: float) -> Tensor:
         """See Scorer."""
         if self.rehearsal is None:
-            return
+            return dense.attend(q, scale)
+        tokens, dtype = dense.held, attention_dtype(q, dense.k.dtype)
+        paid = q.new_zeros((q.shape[1], tokens), dtype=torch.float32)
         a, b = self.rehearsal
-        n, tokens = len(q), dense.held
-        dtype = attention_dtype(q, dense.k.dtype)
+        if flash.supported(q, dtype):
+            k, v = dense.k[:, :tokens], dense.v[:, :tokens]
+            out = flash.flash_attention(q, k, v, scale, None, paid, (a, b), most=True).to(q.dtype)
+        else:
+            out = dense.attend(q, scale)
+            _most(q, dense.k[:, :tokens].to(dtype), scale, paid)
         if self.most is None:
-            self.most = q.new_zeros((q.shape[1], tokens - n), dtype=torch.float32)
-        groups = dense.k.shape[0]
-        scaled = (q.float() * scale).to(dtype).view(n, groups, -1, q.shape[2])
-        for first in range(0, n, BLOCK):
-            rows = scaled[first : first + BLOCK]
-            seen = tokens - n + first + len(rows)
-            # Rows of a KV head's query heads lie next to each other, as the softmax wants them.
-            flat = rows.transpose(0, 1).reshape(groups, -1, q.shape[2])
-            scores = (flat @ dense.k[:, :seen].to(dtype).transpose(1, 2)).float()
-            softmax_mass_(scores, rows.shape[2], seen - len(rows), None)
-            paid = scores.view(groups, len(rows), -1, seen)[..., a:b].amax(1).flatten(0, 1)
-            self.most[:, a:b] = torch.maximum(self.most[:, a:b], paid)
+            self.most = torch.zeros_like(paid[:, : tokens - len(q)])
+        self.most[:, a:b] = torch.maximum(self.most[:, a:b], paid[:, a:b])
+        return out
 
     def rate(self, dense: DenseLayer) -> Tensor:
         """See Scorer: a row a query head; all alike if nothing was rehearsed."""
         if self.most is None:
             return dense.k.new_zeros((dense.k.shape[0], dense.held), dtype=torch.float32)
         return self.most
+
+
+def _most(q: Tensor, k: Tensor, scale: float, paid: Tensor) -> None:
+    """Put the most that the newest tokens' queries ``[n, heads, dim]`` pay each of the keys
+    ``[kv_heads, tokens, dim]`` in ``paid`` float32 ``[heads, tokens]``, which is 0."""
+    n, tokens, groups = len(q), k.shape[1], k.shape[0]
+    scaled = (q.float() * scale).to(k.dtype).view(n, groups, -1, q.shape[2])
+    for first in range(0, n, BLOCK):
+        rows = scaled[first : first + BLOCK]
+        seen = tokens - n + first + len(rows)
+        # Rows of a KV head's query heads lie next to each other, as the softmax wants them.
+        flat = rows.transpose(0, 1).reshape(groups, -1, q.shape[2])
+        scores = (flat @ k[:, :seen].transpose(1, 2)).float()
+        softmax_mass_(scores, rows.shape[2], seen - len(rows), None)
+        most = scores.view(groups, len(rows), -1, seen).amax(1).flatten(0, 1)
+        paid[:, :seen] = torch.maximum(paid[:, :seen], most)
 
 
 class KeyNorm(Scorer):

@@ -152,12 +152,15 @@ typedef struct {
   int64_t q_stride;
   const bf16 *keys, *values; /* in order, heads `padded` tokens apart */
   float *out;
-  int64_t n, past, heads, groups, D, Dv, window, padded, mass_rows;
+  int64_t n, past, heads, groups, D, Dv, window, padded;
   float scale;
+  int64_t mass_rows, first_paid, last_paid; /* keys [first_paid, last_paid) count */
+  int most;
 } job;
 
 /* The next rows of a KV head, which are a token's query heads and then the next token's, from row
- * `first` on. What they pay each key is added to `mass` [mass_rows, padded], if there is one. */
+ * `first` on. What they pay each key is added to `mass` [mass_rows, padded], if there is one, or
+ * the most of it kept there. */
 static void attend_block(const job *j, int64_t h, int64_t first, float *mass) {
   int64_t group = j->heads / j->groups, even = up(j->D, 2), wide = up(j->Dv, 16);
   int64_t rows = j->n * group - first < ROWS ? j->n * group - first : ROWS;
@@ -179,6 +182,10 @@ static void attend_block(const job *j, int64_t h, int64_t first, float *mass) {
     for (int64_t i = 0; i < j->D; i++) queries[r * even + i] = to_bf16(from[i] * j->scale);
   }
   for (int again = 0; again < (mass ? 2 : 1); again++) {
+    if (again) { /* now that tops and totals are known */
+      begin = begin > j->first_paid / KEYS * KEYS ? begin : j->first_paid / KEYS * KEYS;
+      end = end < j->last_paid ? end : j->last_paid;
+    }
     for (int64_t from = begin; from < end; from += KEYS) {
       int64_t count = end - from < KEYS ? end - from : KEYS;
       for (int64_t r = 0; r < rows; r += MR)
@@ -189,13 +196,14 @@ static void attend_block(const job *j, int64_t h, int64_t first, float *mass) {
         stop[r] = seen < 0 ? 0 : seen < count ? seen : count;
         start[r] = j->window && seen > j->window ? seen - j->window : 0;
       }
-      if (again) { /* now that tops and totals are known */
+      if (again) {
         for (int64_t r = 0; r < rows; r++) {
           float *paid = mass + (j->mass_rows > 1 ? head[r] : 0) * j->padded + from;
           for (int64_t t = 0; t < KEYS; t += WIDTH) {
             vec e = vexp(load_f32(s.score + r * KEYS + t) - s.top[r]) * share[r];
             e = (vec)_mm512_maskz_mov_ps(among(t, start[r], stop[r]), (__m512)e);
-            store_f32(paid + t, load_f32(paid + t) + e);
+            vec old = load_f32(paid + t);
+            store_f32(paid + t, j->most ? (vec)_mm512_max_ps((__m512)e, (__m512)old) : old + e);
           }
         }
         continue;
@@ -219,16 +227,17 @@ static void attend_block(const job *j, int64_t h, int64_t first, float *mass) {
 /* q [n, heads, D] of the newest n of m tokens, k [groups, .., D] and v [groups, .., Dv], heads of
  * which are k_stride and v_stride numbers apart -> out [n, heads, Dv]. A token sees at most
  * `window` keys, its own included (0: all). What each key is paid is added to `mass` [mass_rows, m],
- * by query head or, where there is one row, by all; null for none. `room` holds flash_room numbers
- * and `parts` flash_mass_room. */
+ * by query head or, where there is one row, by all; or, with `most`, the most that is paid there is
+ * kept; of keys [first_paid, last_paid) alone. Null for none. `room` holds flash_room numbers and
+ * `parts` flash_mass_room. */
 void flash(const float *q, int64_t q_stride, const bf16 *k, int64_t k_stride, const bf16 *v,
            int64_t v_stride, float *out, int64_t n, int64_t m, int64_t heads, int64_t groups,
            int64_t D, int64_t Dv, float scale, int64_t window, float *mass, int64_t mass_rows,
-           bf16 *room, float *parts, int threads) {
+           int64_t first_paid, int64_t last_paid, int most, bf16 *room, float *parts, int threads) {
   int64_t padded = up(m, KEYS), even = up(D, 2), wide = up(Dv, 16), size = mass_rows * padded;
   bf16 *keys = room, *values = room + groups * padded * even;
-  job j = {q,     q_stride, keys, values, out,    n,      m - n,
-           heads, groups,   D,    Dv,     window, padded, mass_rows, scale};
+  job j = {q, q_stride, keys,   values, out,   n,         m - n,      heads,     groups,
+           D, Dv,       window, padded, scale, mass_rows, first_paid, last_paid, most};
   int64_t blocks = up(n * (heads / groups), ROWS) / ROWS, tasks = blocks * groups;
 #pragma omp parallel num_threads(threads)
   {
@@ -248,9 +257,11 @@ void flash(const float *q, int64_t q_stride, const bf16 *k, int64_t k_stride, co
       for (int64_t t = 0; t < tasks; t++)
         attend_block(&j, t % groups, (blocks - 1 - t / groups) * ROWS, own);
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < mass_rows * m; i++)
-        for (int c = 0; c < omp_get_num_threads(); c++)
-          mass[i] += parts[c * size + i / m * padded + i % m];
+      for (int64_t t = first_paid; t < last_paid; t++)
+        for (int64_t i = 0; i < mass_rows * omp_get_num_threads(); i++) {
+          float more = parts[i * padded + t], *paid = mass + i % mass_rows * m + t;
+          *paid = !most ? *paid + more : more > *paid ? more : *paid;
+        }
     } else {
 #pragma omp for schedule(dynamic)
       for (int64_t t = 0; t < tasks; t++)
@@ -265,5 +276,5 @@ int64_t flash_mass_room(int64_t m, int64_t rows, int threads) { return 0; }
 void flash(const float *q, int64_t q_stride, const bf16 *k, int64_t k_stride, const bf16 *v,
            int64_t v_stride, float *out, int64_t n, int64_t m, int64_t heads, int64_t groups,
            int64_t D, int64_t Dv, float scale, int64_t window, float *mass, int64_t mass_rows,
-           bf16 *room, float *parts, int threads) {}
+           int64_t first_paid, int64_t last_paid, int most, bf16 *room, float *parts, int threads) {}
 #endif

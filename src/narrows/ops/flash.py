@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from narrows.contracts import Span
 from narrows.ops.native import flash_is_slow, library
 
 FEWEST = 16
@@ -28,12 +29,15 @@ def flash_attention(
     scale: float,
     window: int | None = None,
     mass: Tensor | None = None,
+    paid: Span | None = None,
+    most: bool = False,
 ) -> Tensor:
     """As ``causal_attention``, which defines it, in bfloat16 products; float32 in and out. A
     token's outcome is the same to the bit whatever the tokens beside it. Needs ``supported``.
 
     ``mass``, float32 ``[m]`` or ``[heads, m]``, gains the weights that each token is given, by all
-    query heads or by each; they are float32, before any rounding. It must be contiguous.
+    query heads or by each; they are float32, before any rounding. It must be contiguous. With
+    ``most`` it keeps the greatest weight instead. Only tokens of the span ``paid`` count, if given.
     """
     native = library()
     assert native is not None
@@ -51,8 +55,8 @@ def flash_attention(
     native.flash(
         *(q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)),
         *(out.data_ptr(), n, m, heads, groups, dim, value_dim, scale, window or 0),
-        *(None if mass is None else mass.data_ptr(), mass_rows, room.data_ptr()),
-        *(None if parts is None else parts.data_ptr(), threads),
+        *(None if mass is None else mass.data_ptr(), mass_rows, *(paid or (0, m)), most),
+        *(room.data_ptr(), None if parts is None else parts.data_ptr(), threads),
     )
     return out
 

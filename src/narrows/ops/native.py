@@ -57,7 +57,7 @@ SIGNATURES = {
     "flash_ready": (N, ()),
     "flash_room": (L, (L, L, L, L)),
     "flash_mass_room": (L, (L, L, N)),
-    "flash": (None, (P, L, P, L, P, L, P, L, L, L, L, L, L, F, L, P, L, P, P, N)),
+    "flash": (None, (P, L, P, L, P, L, P, L, L, L, L, L, L, F, L, P, L, L, L, N, P, P, N)),
     "greedy_cover": (L, (P, L, P, N, P, P, P)),
     "append_attend": (L, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, L, N, P, P, L, N)),
 }

@@ -14,6 +14,7 @@ from narrows.cache.evict_layer import EvictLayer
 from narrows.cache.rehearse import rehearse
 from narrows.cache.stack import parse_cache
 from narrows.contracts import FlatBatch, LayerShape
+from narrows.ops.native import library
 from narrows.ops.rotary import turn, turn_back
 from tiny import pair
 
@@ -157,10 +158,36 @@ def test_rehearsal_reads_long_prompts_in_chunks_that_fit(monkeypatch):
     caches = read("kvzip")
     seen = []
     for cache in caches:
-        cache.scorer.see = lambda q, dense, scale, s=cache.scorer: seen.append(s.rehearsal)
+
+        def attend(q, dense, scale, scorer=cache.scorer):
+            seen.append(scorer.rehearsal)
+            return dense.attend(q, scale)
+
+        cache.scorer.attend = attend
     rehearse(flat, caches, IDS)
     assert seen[:: len(caches)] == [(0, 32), (32, 64), (64, 70)]
     assert all(c.scorer.rehearsal is None for c in caches)
+
+
+@pytest.mark.skipif(
+    library() is None or not library().flash_ready(), reason="no products of bfloat16 pairs here"
+)
+def test_rehearsal_by_the_kernel_notes_what_it_does_without(monkeypatch):
+    torch.manual_seed(1)
+    dense = DenseLayer(LayerShape(2, 64, 64), torch.bfloat16, CPU)
+    found, outs = [], []
+    dense.append(torch.randn(400, 2, 64), torch.randn(400, 2, 64))
+    q = torch.randn(90, 6, 64)
+    for fast in (True, False):
+        monkeypatch.setattr(scores.flash, "supported", lambda q, dtype, fast=fast: fast)
+        scorer = scores.Reconstruction()
+        for scorer.rehearsal in ((0, 100), (100, 290)):
+            outs.append(scorer.attend(q, dense, 0.125))
+        found.append(scorer.rate(dense))
+    assert found[0].shape == (6, 310)
+    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.005)
+    torch.testing.assert_close(outs[0], outs[2], rtol=0.02, atol=0.02)
+    assert not found[0][:, 290:].any()
 
 
 def test_rehearsal_of_a_prompt_that_fills_the_window():

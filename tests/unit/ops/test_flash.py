@@ -69,6 +69,22 @@ def test_it_adds_up_what_tokens_are_paid(n, past, groups, group, window, by_head
     torch.testing.assert_close(mass, right, rtol=1e-4, atol=1e-4)
 
 
+def test_it_can_keep_the_most_that_is_paid_in_a_stretch():
+    q, k, v = inputs(150, 400, 2, 3, 64, 64)
+    for stretch in ((0, 550), (37, 301), (300, 310)):
+        mass = torch.zeros(6, 550)
+        mass[0] = 0.9
+        flash.flash_attention(q, k, v, 0.125, None, mass, stretch, most=True)
+        keys = k.float().repeat_interleave(3, 0)
+        scores = torch.einsum("nhd,hmd->hnm", (q * 0.125).bfloat16().float(), keys)
+        scores.masked_fill_(~visible(400, 150, 550, None, q.device), -torch.inf)
+        right = torch.zeros(6, 550)
+        right[0] = 0.9
+        a, b = stretch
+        right[:, a:b] = torch.maximum(right[:, a:b], scores.softmax(-1).amax(1)[:, a:b])
+        torch.testing.assert_close(mass, right, rtol=1e-4, atol=1e-5)
+
+
 def test_tokens_are_alike_to_the_bit_in_any_chunks():
     q, k, v = inputs(300, 70, 2, 3, 64, 64)
     for window in (None, 90):
