@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from narrows.contracts import Rotary
-from narrows.ops.cover import greedy_cover, likeness_graph
+from narrows.ops.cover import greedy_cover, likeness_graph, nearest
 from narrows.ops.ragged import Codes, rebuild
 from narrows.ops.rotary import turn_back
 
@@ -85,10 +85,9 @@ class Codebook:
         if self.entries is not None and known:
             first = max(0, known - self.rule.block)
             origin = None if self.origin is None else self.origin[first:]
-            unit = torch.nn.functional.normalize(self._plain(self.entries[first:], origin), dim=-1)
-            best = (torch.nn.functional.normalize(plain, dim=-1) @ unit.T).max(-1)
-            alike = best.values > self.rule.threshold
-            index[alike] = first + best.indices[alike]
+            cosine, entry = nearest(plain, self._plain(self.entries[first:], origin))
+            alike = cosine > self.rule.threshold
+            index[alike] = first + entry[alike]
         rest = (index < 0).nonzero()[:, 0]
         graph = likeness_graph(plain[rest], self.rule.threshold)
         owner = greedy_cover(graph, None if weights is None else weights[rest], self.rule.covered)

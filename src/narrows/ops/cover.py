@@ -1,4 +1,4 @@
-"""Few vectors that stand for many: the greedy cover of a likeness graph.
+"""Few vectors that stand for many: who is like whom, and the greedy cover of that graph.
 
 SpindleKV's construction (arXiv 2507.06517, equations 8 to 13): of all vectors that are left, the
 one with most neighbours left becomes an entry and stands for all of them.
@@ -18,15 +18,42 @@ ROWS = 1024
 def likeness_graph(x: Tensor, threshold: float) -> Tensor:
     """Which vectors of ``x`` float32 ``[n, dim]`` have a cosine above ``threshold``, bool
     ``[n, n]``. Every vector is like itself; one of no length is like no other; and a threshold of
-    1 is never passed, whatever rounding makes of equal vectors."""
+    1 is never passed, whatever rounding makes of equal vectors. The kernel and plain products round
+    cosines differently."""
     if threshold >= 1:
         return torch.eye(len(x), dtype=torch.bool, device=x.device)
     unit = torch.nn.functional.normalize(x.float(), dim=-1)
     graph = torch.empty((len(x), len(x)), dtype=torch.bool, device=x.device)
+    native = library()
+    if native is not None and x.device.type == "cpu" and len(x):
+        room = torch.empty(native.likeness_room(*unit.shape))
+        native.likeness(
+            *(unit.contiguous().data_ptr(), *unit.shape, threshold, room.data_ptr()),
+            *(graph.data_ptr(), torch.get_num_threads()),
+        )
+        return graph
     for a in range(0, len(x), ROWS):
         torch.gt(unit[a : a + ROWS] @ unit.T, threshold, out=graph[a : a + ROWS])
     graph &= graph.T.clone()  # a product need not round alike on both sides of the diagonal
     return graph.fill_diagonal_(True)
+
+
+def nearest(x: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each vector of ``x`` float32 ``[n, dim]`` the greatest cosine with one of ``others``
+    ``[m, dim]``, float32 ``[n]``, and which one that is, int64 ``[n]``."""
+    x, others = (torch.nn.functional.normalize(y.float(), dim=-1) for y in (x, others))
+    native = library()
+    if native is None or x.device.type != "cpu":
+        best, index = (x @ others.T).max(-1)
+        return best, index
+    best, index = x.new_empty(len(x)), torch.empty(len(x), dtype=torch.int64)
+    room = torch.empty(native.likeness_room(*others.shape))
+    x, others = x.contiguous(), others.contiguous()
+    native.nearest(
+        *(x.data_ptr(), len(x), others.data_ptr(), *others.shape, room.data_ptr()),
+        *(best.data_ptr(), index.data_ptr(), torch.get_num_threads()),
+    )
+    return best, index
 
 
 def greedy_cover(graph: Tensor, weights: Tensor | None = None, covered: bool = False) -> Tensor:
@@ -50,7 +77,7 @@ def greedy_cover(graph: Tensor, weights: Tensor | None = None, covered: bool = F
     alive = torch.empty(n, dtype=torch.uint8)
     native.greedy_cover(
         *(bits.data_ptr(), n, weight.data_ptr(), covered),
-        *(degree.data_ptr(), alive.data_ptr(), owner.data_ptr()),
+        *(degree.data_ptr(), alive.data_ptr(), owner.data_ptr(), torch.get_num_threads()),
     )
     return owner.to(device)
 

@@ -58,7 +58,10 @@ SIGNATURES = {
     "flash_room": (L, (L, L, L, L)),
     "flash_mass_room": (L, (L, L, N)),
     "flash": (None, (P, L, P, L, P, L, P, L, L, L, L, L, L, F, L, P, L, L, L, N, P, P, N)),
-    "greedy_cover": (L, (P, L, P, N, P, P, P)),
+    "likeness_room": (L, (L, L)),
+    "likeness": (None, (P, L, L, F, P, P, N)),
+    "nearest": (None, (P, L, P, L, L, P, P, P, N)),
+    "greedy_cover": (L, (P, L, P, N, P, P, P, N)),
     "append_attend": (L, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, L, N, P, P, L, N)),
 }
 

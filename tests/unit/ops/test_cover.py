@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from narrows.ops.cover import greedy_cover, greedy_cover_torch, likeness_graph
+from narrows.ops.cover import greedy_cover, greedy_cover_torch, likeness_graph, nearest
 
 
 def vectors(seed: int, n: int, spread: float, dim: int = 6) -> torch.Tensor:
@@ -36,6 +36,32 @@ def test_every_vector_is_like_its_entry_and_entries_are_unlike(seed, n, threshol
         apart = unit[entries] @ unit[entries].T
         apart.fill_diagonal_(-1)
         assert (apart <= threshold + 1e-5).all()
+
+
+@given(st.integers(0, 10**6), st.integers(1, 300), st.integers(1, 70), st.floats(0.1, 0.99))
+def test_the_graph_has_the_pairs_that_are_alike(seed, n, dim, threshold):
+    x = vectors(seed, n, 0.4, dim)
+    x[seed % n] = 0
+    graph = likeness_graph(x, threshold)
+    unit = torch.nn.functional.normalize(x.double(), dim=-1)
+    cosine = unit @ unit.T
+    right = (cosine > threshold).fill_diagonal_(True)
+    clear = (cosine - threshold).abs() > 1e-5
+    assert torch.equal(graph & clear, right & clear)
+    assert torch.equal(graph, graph.T)
+    assert graph.diagonal().all()
+
+
+@given(st.integers(0, 10**6), st.integers(1, 150), st.integers(1, 150), st.integers(1, 70))
+def test_the_nearest_is_the_most_alike(seed, n, m, dim):
+    x, others = vectors(seed, n, 0.4, dim), vectors(seed + 1, m, 0.4, dim)
+    others[m - m // 2 :] = others[: m // 2].clone()  # of equals the first counts
+    best, index = nearest(x, others)
+    cosine = torch.nn.functional.cosine_similarity(x[:, None].double(), others.double(), dim=-1)
+    torch.testing.assert_close(best.double(), cosine.amax(1), rtol=0, atol=1e-5)
+    chosen = cosine.gather(1, index[:, None])[:, 0]
+    torch.testing.assert_close(chosen, cosine.amax(1), rtol=0, atol=1e-5)
+    assert (index < m - m // 2).all()
 
 
 @given(st.integers(0, 10**6), st.integers(1, 50), st.floats(0.3, 0.99), st.booleans())
