@@ -10,33 +10,16 @@ views into them, so nothing is held twice.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from narrows.contracts import FlatBatch, ModelShape
-from narrows.ops.native import add_rms_norm, flow_dtype, linear, norm_rotate_, silu_mul
+from narrows.contracts import FlatBatch, LayerShape, ModelShape
+from narrows.ops.decoder import Layer, after_attention, before_attention
+from narrows.ops.native import add_rms_norm, linear
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-
-
-@dataclass(slots=True)
-class Layer:
-    """Weights of one decoder layer; norms and biases are float32."""
-
-    first_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
-    second_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
-    scale: float
 
 
 class FastDecoder:
@@ -50,7 +33,10 @@ class FastDecoder:
         self.eps: float = model.config.rms_norm_eps
         self.norm: Tensor = base.norm.weight.float()
         self.head: Tensor = model.get_output_embeddings().weight
-        self.layers = [_layer(x) for x in base.layers]
+        self.layers = [
+            _layer(x, shape, facts, self.eps)
+            for x, facts in zip(base.layers, shape.layers, strict=True)
+        ]
 
     @classmethod
     def of(cls, model: Any, shape: ModelShape) -> FastDecoder | None:
@@ -74,30 +60,23 @@ class FastDecoder:
     ) -> Tensor:
         """As ``FlatModel.hidden``; float32 whatever the weights are. ``tap`` is shown the states
         that enter each layer, which later ones overwrite."""
-        shape, count = self.shape, ids.shape[0]
+        count = ids.shape[0]
         h = self.embed[ids].float()
         # float32 input makes the rotary module give float32 tables.
         cosine, sine = (t[0].contiguous() for t in self.rotary(h[None], positions[None]))
         delta = None
-        flow = flow_dtype(count, self.embed.dtype)
-        for number, (layer, facts) in enumerate(zip(self.layers, shape.layers, strict=True)):
-            x = add_rms_norm(h, delta, layer.first_norm, self.eps, flow)
+        for number, layer in enumerate(self.layers):
+            qkv = before_attention(layer, h, delta, cosine, sine)
             tap(number, h)
-            qkv = linear(x, layer.qkv, layer.qkv_bias).float()
-            rotated = shape.heads + facts.kv_heads
-            turning, v = qkv.tensor_split((rotated * facts.key_dim,), 1)
-            turning = turning.view(count, rotated, facts.key_dim)
-            q, k = turning[:, : shape.heads], turning[:, shape.heads :]
-            v = v.view(count, facts.kv_heads, facts.value_dim)
-            if layer.q_norm is None:
-                norm_rotate_(turning, None, self.eps, cosine, sine)
-            else:
-                norm_rotate_(q, layer.q_norm, self.eps, cosine, sine)
-                norm_rotate_(k, layer.k_norm, self.eps, cosine, sine)
-            mixed = batch.attend(number, q, k, v, layer.scale).reshape(count, -1)
-            delta = linear(mixed.to(flow), layer.out, layer.out_bias)
-            x = add_rms_norm(h, delta, layer.second_norm, self.eps, flow)
-            delta = linear(silu_mul(linear(x, layer.gate_up)), layer.down)
+            q, k, v = qkv.tensor_split(layer.ends, 1)
+            mixed = batch.attend(
+                number,
+                q.view(count, layer.heads, layer.key_dim),
+                k.view(count, layer.kv_heads, layer.key_dim),
+                v.view(count, layer.kv_heads, layer.value_dim),
+                layer.scale,
+            )
+            delta = after_attention(layer, h, mixed.reshape(count, -1))
         return add_rms_norm(h, delta, self.norm, self.eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -105,23 +84,30 @@ class FastDecoder:
         return linear(hidden, self.head)
 
 
-def _layer(module: Any) -> Layer:
+def _layer(module: Any, shape: ModelShape, facts: LayerShape, eps: float) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     q_norm = getattr(attention, "q_norm", None)
     k_norm = getattr(attention, "k_norm", None)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     biases = [p.bias for p in projections]
     return Layer(
-        first_norm=module.input_layernorm.weight.float(),
         qkv=_fuse(projections),
-        qkv_bias=None if biases[0] is None else torch.cat(biases).float(),
-        q_norm=None if q_norm is None else q_norm.weight.float(),
-        k_norm=None if k_norm is None else k_norm.weight.float(),
         out=attention.o_proj.weight.contiguous(),
-        out_bias=None if attention.o_proj.bias is None else attention.o_proj.bias.float(),
-        second_norm=module.post_attention_layernorm.weight.float(),
         gate_up=_fuse((mlp.gate_proj, mlp.up_proj)),
         down=mlp.down_proj.weight.contiguous(),
+        first_norm=module.input_layernorm.weight.float(),
+        second_norm=module.post_attention_layernorm.weight.float(),
+        qkv_bias=None if biases[0] is None else torch.cat(biases).float(),
+        out_bias=None if attention.o_proj.bias is None else attention.o_proj.bias.float(),
+        q_norm=None if q_norm is None else q_norm.weight.float(),
+        k_norm=None if k_norm is None else k_norm.weight.float(),
+        hidden=shape.hidden_size,
+        heads=shape.heads,
+        kv_heads=facts.kv_heads,
+        key_dim=facts.key_dim,
+        value_dim=facts.value_dim,
+        wide=mlp.down_proj.in_features,
+        eps=eps,
         scale=float(attention.scaling),
     )
 

@@ -29,7 +29,7 @@ from narrows.ops.rotary import turn
 
 SOURCES = tuple(
     Path(__file__).with_name(f"{x}.c")
-    for x in ("native", "packed", "fold", "cover", "forecast", "flash")
+    for x in ("native", "packed", "fold", "cover", "forecast", "flash", "decoder")
 )
 HEADER = Path(__file__).with_name("vector.h")
 FLAGS = (
@@ -46,6 +46,8 @@ SIGNATURES = {
     "absorb": (None, (P, L, P, P, P, N, P, P, P, P, L, N)),
     "forecast_room": (L, (P, L)),
     "forecast": (None, (P, L, P, P, P, L, P, P, N)),
+    "before_attention": (None, (P, P, P, P, P, P, P, L, N)),
+    "after_attention": (None, (P, P, P, P, P, P, L, N)),
     "add_rms_norm": (None, (P, P, N, P, F, P, N, L, L, N)),
     "norm_rotate": (None, (P, L, L, L, P, F, P, P, L, N)),
     "silu_mul": (None, (P, P, L, L, N)),
@@ -178,6 +180,13 @@ def _kernel_rows(native: ctypes.CDLL | None) -> int:
     return DOT_ROWS if native.bf16_dots() and not _has_tiles() else KERNEL_ROWS
 
 
+def few_rows(rows: int, weight: Tensor) -> bool:
+    """Whether so many rows are multiplied with ``weight`` by a kernel of ours."""
+    if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu":
+        return False
+    return rows <= _kernel_rows(library())
+
+
 def flow_dtype(rows: int, weight: torch.dtype) -> torch.dtype:
     """In which precision ``rows`` activations go into and come out of products with ``weight``:
     bfloat16 where those are done in it anyway, which saves converting, else float32."""
@@ -195,7 +204,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows, inner = x.shape
     outer = weight.shape[0]
     native = library()
-    if native is not None and weight.dtype == torch.bfloat16 and rows <= _kernel_rows(native):
+    if native is not None and few_rows(rows, weight):
         out = x.new_empty((rows, outer))
         native.linear_few(
             *(x.contiguous().data_ptr(), weight.data_ptr(), _pointer(bias), out.data_ptr()),
