@@ -4,7 +4,8 @@
 
 typedef struct {
   const bf16 *qkv, *out, *gate_up, *down;
-  const float *first_norm, *second_norm, *qkv_bias, *out_bias, *q_norm, *k_norm; /* last 4: or null */
+  const float *first_norm, *second_norm;
+  const float *qkv_bias, *out_bias, *q_norm, *k_norm; /* or null */
   int64_t hidden, heads, kv_heads, key_dim, value_dim, wide;
   float eps;
 } layer;
@@ -28,8 +29,8 @@ void before_attention(const layer *l, float *h, const float *delta, const float 
 
 /* What attention mixed [M, heads value_dim] goes through the rest of the layer: h gains the first
  * half of it, and delta [M, hidden] becomes the second. x [M, hidden] and y [M, 3 wide] are room. */
-void after_attention(const layer *l, float *h, const float *mixed, float *delta, float *x, float *y,
-                     int64_t M, int threads) {
+void after_attention(const layer *l, float *h, const float *mixed, float *delta, float *x,
+                     float *y, int64_t M, int threads) {
   float *gated = y + M * 2 * l->wide;
   linear_few(mixed, l->out, l->out_bias, delta, M, l->hidden, l->heads * l->value_dim, threads);
   add_rms_norm(h, delta, 0, l->second_norm, l->eps, x, 0, M, l->hidden, threads);

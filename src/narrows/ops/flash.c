@@ -15,7 +15,7 @@
 int flash_ready(void) { return 1; }
 
 /* Keys of a head [m, D], by blocks: the pairs of a vector's numbers one after the other, each of
- * all keys of the block. The last block and, for an odd D, the last pair are filled up with zeros. */
+ * all keys of the block. The last block and an odd last number are filled up with zeros. */
 static void pack_keys(const bf16 *k, int64_t m, int64_t D, bf16 *to) {
   int64_t even = D + D % 2;
   for (int64_t a = 0; a < m; a += KEYS, to += KEYS * even) {
@@ -145,7 +145,9 @@ int64_t flash_room(int64_t m, int64_t groups, int64_t D, int64_t Dv) {
   return groups * up(m, KEYS) * (up(D, 2) + up(Dv, 16));
 }
 /* and floats for `rows` rows of mass, a thread's own. */
-int64_t flash_mass_room(int64_t m, int64_t rows, int threads) { return threads * rows * up(m, KEYS); }
+int64_t flash_mass_room(int64_t m, int64_t rows, int threads) {
+  return threads * rows * up(m, KEYS);
+}
 
 typedef struct {
   const float *q;
@@ -233,7 +235,8 @@ static void attend_block(const job *j, int64_t h, int64_t first, float *mass) {
 void flash(const float *q, int64_t q_stride, const bf16 *k, int64_t k_stride, const bf16 *v,
            int64_t v_stride, float *out, int64_t n, int64_t m, int64_t heads, int64_t groups,
            int64_t D, int64_t Dv, float scale, int64_t window, float *mass, int64_t mass_rows,
-           int64_t first_paid, int64_t last_paid, int most, bf16 *room, float *parts, int threads) {
+           int64_t first_paid, int64_t last_paid, int most, bf16 *room, float *parts,
+           int threads) {
   int64_t padded = up(m, KEYS), even = up(D, 2), wide = up(Dv, 16), size = mass_rows * padded;
   bf16 *keys = room, *values = room + groups * padded * even;
   job j = {q, q_stride, keys,   values, out,   n,         m - n,      heads,     groups,
@@ -276,5 +279,6 @@ int64_t flash_mass_room(int64_t m, int64_t rows, int threads) { return 0; }
 void flash(const float *q, int64_t q_stride, const bf16 *k, int64_t k_stride, const bf16 *v,
            int64_t v_stride, float *out, int64_t n, int64_t m, int64_t heads, int64_t groups,
            int64_t D, int64_t Dv, float scale, int64_t window, float *mass, int64_t mass_rows,
-           int64_t first_paid, int64_t last_paid, int most, bf16 *room, float *parts, int threads) {}
+           int64_t first_paid, int64_t last_paid, int most, bf16 *room, float *parts,
+           int threads) {}
 #endif
