@@ -180,7 +180,7 @@ class Reconstruction(Scorer):
             out = flash.flash_attention(q, k, v, scale, None, paid, (a, b), most=True).to(q.dtype)
         else:
             out = dense.attend(q, scale)
-            _most(q, dense.k[:, :tokens].to(dtype), scale, paid)
+            _most(q, dense.k[:, :tokens].to(dtype), scale, paid, (a, b))
         if self.most is None:
             self.most = torch.zeros_like(paid[:, : tokens - len(q)])
         self.most[:, a:b] = torch.maximum(self.most[:, a:b], paid[:, a:b])
@@ -193,9 +193,11 @@ class Reconstruction(Scorer):
         return self.most
 
 
-def _most(q: Tensor, k: Tensor, scale: float, paid: Tensor) -> None:
+def _most(q: Tensor, k: Tensor, scale: float, paid: Tensor, span: Span) -> None:
     """Put the most that the newest tokens' queries ``[n, heads, dim]`` pay each of the keys
-    ``[kv_heads, tokens, dim]`` in ``paid`` float32 ``[heads, tokens]``, which is 0."""
+    ``[kv_heads, tokens, dim]`` of a ``span`` before them in ``paid`` float32 ``[heads, tokens]``,
+    which is 0."""
+    a, b = span
     n, tokens, groups = len(q), k.shape[1], k.shape[0]
     scaled = (q.float() * scale).to(k.dtype).view(n, groups, -1, q.shape[2])
     for first in range(0, n, BLOCK):
@@ -205,8 +207,8 @@ def _most(q: Tensor, k: Tensor, scale: float, paid: Tensor) -> None:
         flat = rows.transpose(0, 1).reshape(groups, -1, q.shape[2])
         scores = (flat @ k[:, :seen].transpose(1, 2)).float()
         softmax_mass_(scores, rows.shape[2], seen - len(rows), None)
-        most = scores.view(groups, len(rows), -1, seen).amax(1).flatten(0, 1)
-        paid[:, :seen] = torch.maximum(paid[:, :seen], most)
+        most = scores.view(groups, len(rows), -1, seen)[..., a:b].amax(1).flatten(0, 1)
+        paid[:, a:b] = torch.maximum(paid[:, a:b], most)
 
 
 class KeyNorm(Scorer):

@@ -27,15 +27,20 @@ def inputs(n, past, groups, group, dim, value_dim, seed=0):
     return q, k, v
 
 
+SHAPES = {
+    "n": st.integers(1, 200),
+    "past": st.integers(0, 300),
+    "groups": st.integers(1, 3),
+    "group": st.integers(1, 5),
+    "window": st.none() | st.integers(1, 400),
+}
+
+
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(1, 200),
-    past=st.integers(0, 300),
-    groups=st.integers(1, 3),
-    group=st.integers(1, 5),
+    **SHAPES,
     dim=st.sampled_from([8, 33, 64, 80, 128]),
     value_dim=st.sampled_from([5, 16, 64, 72, 128]),
-    window=st.none() | st.integers(1, 400),
 )
 def test_it_is_causal_attention(n, past, groups, group, dim, value_dim, window):
     q, k, v = inputs(n, past, groups, group, dim, value_dim)
@@ -47,11 +52,7 @@ def test_it_is_causal_attention(n, past, groups, group, dim, value_dim, window):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    n=st.integers(1, 200),
-    past=st.integers(0, 300),
-    groups=st.integers(1, 3),
-    group=st.integers(1, 5),
-    window=st.none() | st.integers(1, 400),
+    **SHAPES,
     by_head=st.booleans(),
 )
 def test_it_adds_up_what_tokens_are_paid(n, past, groups, group, window, by_head):
