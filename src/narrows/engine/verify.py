@@ -15,6 +15,7 @@ from torch import Tensor
 
 from narrows.contracts import Draft
 from narrows.engine.sampling import Sampled, Sampler, check_scores
+from narrows.ops.native import row_maxima
 
 
 def verify(
@@ -68,7 +69,7 @@ def verify_batch(
     need nothing else are then done. Raises NumericalError before any random number is used if a
     row holds NaN or +inf or nothing but -inf.
     """
-    values, indices = logits.max(dim=1)
+    values, indices = row_maxima(logits)
     check_scores(values)
     best = indices.tolist()
     committed: list[list[Sampled]] = []

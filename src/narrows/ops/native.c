@@ -363,6 +363,26 @@ void add_rms_norm(float *h, const void *delta, int delta_bf16, const float *weig
   }
 }
 
+/* The greatest number of each row of x [M, N] and the first place where it stands; NaN, the first
+ * of several, is the greatest of all. */
+void row_maxima(const float *x, int64_t M, int64_t N, float *value, int64_t *at, int threads) {
+  const int64_t part = 1024; /* numbers looked at twice while they are at hand */
+#pragma omp parallel for schedule(static) num_threads(threads) if (M > 1)
+  for (int64_t m = 0; m < M; m++) {
+    const float *row = x + m * N;
+    float top = -INFINITY;
+    int64_t best = 0; /* the part it stands in */
+    for (int64_t a = 0; a < N && top == top; a += part) {
+      int64_t n = N - a < part ? N - a : part, odd = 0;
+      for (int64_t i = 0; i < n; i++) odd |= row[a + i] != row[a + i];
+      float here = odd ? NAN : greatest(row + a, n);
+      if (odd || here > top) top = here, best = a;
+    }
+    while (top == top ? row[best] != top : row[best] == row[best]) best++;
+    value[m] = top, at[m] = best;
+  }
+}
+
 /* On rows of `stride` floats that begin with `heads` vectors of `dim`: normalise each by its rms
  * times weight (if given), then rotate its two halves by cos/sin [M, dim]. */
 void norm_rotate(float *x, int64_t stride, int64_t heads, int64_t dim, const float *weight,
@@ -470,6 +490,134 @@ void softmax_mass(void *scores, int is_bf16, int64_t groups, int64_t rows, int64
 
 #define MAX_GROUP 16 /* query heads that share a key head */
 
+/* dense_bf16_dots and dense_bf16_mix by products of bfloat16 pairs, where there are units for them:
+ * queries and weights are rounded to bfloat16, as they are for many rows (flash.c). */
+#ifdef __AVX512BF16__
+#define PAIRS 32 /* numbers in a register */
+
+static inline void narrow(const float *x, int64_t n, bf16 *to) {
+  int64_t i = 0;
+  for (; i + WIDTH <= n; i += WIDTH)
+    _mm256_storeu_si256((void *)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+  for (; i < n; i++) to[i] = to_bf16(x[i]);
+}
+
+static inline __attribute__((always_inline)) void pair_scores(const bf16 *q, int64_t rows,
+                                                              int64_t D, const bf16 *key,
+                                                              float *score, __mmask16 kept) {
+  quad part[HEADS][WIDTH / 4];
+  _Pragma("GCC unroll 4") for (int t = 0; t < WIDTH / 4; t++) {
+    vec acc[HEADS][4];
+    memset(acc, 0, sizeof acc);
+    for (int64_t i = 0; i < D; i += PAIRS)
+      for (int j = 0; j < 4; j++) {
+        __m512bh k = (__m512bh)_mm512_loadu_si512(key + (4 * t + j) * D + i);
+        for (int64_t g = 0; g < rows; g++)
+          acc[g][j] = (vec)_mm512_dpbf16_ps(
+              (__m512)acc[g][j], (__m512bh)_mm512_loadu_si512(q + g * D + i), k);
+      }
+    for (int64_t g = 0; g < rows; g++) part[g][t] = fold(acc[g]);
+  }
+  for (int64_t g = 0; g < rows; g++)
+    _mm512_mask_storeu_ps(score + g * CHUNK, kept, (__m512)folded(part[g]));
+}
+
+/* 64 columns. Those of two tokens' values are brought next to each other, four by four. */
+static inline __attribute__((always_inline)) void pair_values(const bf16 *weight, int64_t rows,
+                                                              int64_t n, int64_t Dv, const bf16 *v,
+                                                              float *out, int64_t stride) {
+  __m512 acc[HEADS][4];
+  for (int64_t g = 0; g < rows; g++)
+    for (int j = 0; j < 4; j++) acc[g][j] = _mm512_setzero_ps();
+  for (int64_t t = 0; t < n; t += 2) {
+    __m512i pairs[4];
+    for (int j = 0; j < 2; j++) {
+      const bf16 *at = v + t * Dv + j * PAIRS;
+      __m512i one = _mm512_loadu_si512(at);
+      __m512i next = t + 1 < n ? _mm512_loadu_si512(at + Dv) : _mm512_setzero_si512();
+      pairs[2 * j] = _mm512_unpacklo_epi16(one, next);
+      pairs[2 * j + 1] = _mm512_unpackhi_epi16(one, next);
+    }
+    for (int64_t g = 0; g < rows; g++) {
+      int32_t both;
+      memcpy(&both, weight + g * CHUNK + t, sizeof both);
+      for (int j = 0; j < 4; j++)
+        acc[g][j] = _mm512_dpbf16_ps(acc[g][j], (__m512bh)_mm512_set1_epi32(both),
+                                     (__m512bh)pairs[j]);
+    }
+  }
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i last = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  for (int64_t g = 0; g < rows; g++)
+    for (int j = 0; j < 4; j++)
+      _mm512_storeu_ps(out + g * stride + j * WIDTH,
+                       _mm512_permutex2var_ps(acc[g][j & 2], j & 1 ? last : first,
+                                              acc[g][(j & 2) + 1]));
+}
+
+static inline void paired_dots(const float *q, int64_t rows, int64_t D, int64_t Dv,
+                                   const bf16 *keys, const bf16 *values, int64_t n, float *score) {
+  if (D % PAIRS) {
+    dense_bf16_dots(q, rows, D, Dv, keys, values, n, score);
+    return;
+  }
+  bf16 query[rows * D], end[WIDTH * D];
+  narrow(q, rows * D, query);
+  fetch(keys, (n < DENSE_AHEAD ? n : DENSE_AHEAD) * D * sizeof(bf16));
+  for (int64_t t = 0; t < n; t += WIDTH) {
+    const bf16 *key = keys + t * D;
+    int64_t there = n - t < WIDTH ? n - t : WIDTH;
+    if (t + DENSE_AHEAD < n) fetch(key + DENSE_AHEAD * D, WIDTH * D * sizeof(bf16));
+    fetch(values + t * Dv, there * Dv * sizeof(bf16));
+    if (there < WIDTH) { /* the last few, with others that do not count */
+      memset(end, 0, sizeof end);
+      key = memcpy(end, key, there * D * sizeof(bf16));
+    }
+    for (int64_t g = 0; g < rows; g += TOGETHER(rows)) {
+      int64_t now = rows - g < TOGETHER(rows) ? rows - g : TOGETHER(rows);
+      const bf16 *from = query + g * D;
+      float *to = score + g * CHUNK + t;
+      __mmask16 kept = (1u << there) - 1;
+      switch (now) {
+        case 1: pair_scores(from, 1, D, key, to, kept); break;
+        case 2: pair_scores(from, 2, D, key, to, kept); break;
+        case 3: pair_scores(from, 3, D, key, to, kept); break;
+        default: pair_scores(from, 4, D, key, to, kept);
+      }
+    }
+  }
+}
+
+static inline void paired_mix(const float *score, int64_t rows, int64_t n, int64_t Dv,
+                                  const bf16 *values, float *to, int64_t stride) {
+  if (Dv % (2 * PAIRS)) {
+    dense_bf16_mix(score, rows, n, Dv, values, to, stride);
+    return;
+  }
+  bf16 weight[HEADS * CHUNK];
+  for (int64_t g = 0; g < rows; g += TOGETHER(rows)) {
+    int64_t now = rows - g < TOGETHER(rows) ? rows - g : TOGETHER(rows);
+    for (int64_t r = 0; r < now; r++) {
+      narrow(score + (g + r) * CHUNK, n, weight + r * CHUNK);
+      if (n % 2) weight[r * CHUNK + n] = 0;
+    }
+    for (int64_t i = 0; i < Dv; i += 2 * PAIRS) {
+      const bf16 *from = values + i;
+      float *out = to + g * stride + i;
+      switch (now) {
+        case 1: pair_values(weight, 1, n, Dv, from, out, stride); break;
+        case 2: pair_values(weight, 2, n, Dv, from, out, stride); break;
+        case 3: pair_values(weight, 3, n, Dv, from, out, stride); break;
+        default: pair_values(weight, 4, n, Dv, from, out, stride);
+      }
+    }
+  }
+}
+#else
+#define paired_dots dense_bf16_dots
+#define paired_mix dense_bf16_mix
+#endif
+
 /* Queries q [rows * group, D] of the tokens at key `at` and after it, and one key head, keys
  * [from, to) of those that lie there: each head's maximum, sum, and weighted values. A token sees
  * the keys up to its own, at most `window` of them (0: all). Query head g sees key t < seen_n only
@@ -501,7 +649,7 @@ void softmax_mass(void *scores, int is_bf16, int64_t groups, int64_t rows, int64
     dense##_mix(score[0], rows * group, n, Dv, v + from * Dv, part + 2, stride);               \
   }
 ATTEND(attend_f32, float, dense_f32)
-ATTEND(attend_bf16, bf16, dense_bf16)
+ATTEND(attend_bf16, bf16, paired)
 
 static inline int64_t whole(const void *from, int64_t wide, int64_t i) {
   return wide ? ((const int32_t *)from)[i] : ((const int16_t *)from)[i];
@@ -614,75 +762,79 @@ int64_t append_attend(const place *const *places, int64_t sequences, const float
     }
   }
   int64_t fit = MAX_GROUP / group;
-#pragma omp parallel for schedule(guided) num_threads(threads)
-  for (int64_t t = 0; t < count; t++) {
-    const int64_t *task = tasks + 4 * t;
-    const place *p = places[task[0]];
-    int64_t h = task[1], from = task[2], to = from + CHUNK < p->stored ? from + CHUNK : p->stored;
-    int64_t at = p->stored - p->rows, n = p->seen_n;
-    int coded = from < p->k_codes.n || from < p->v_codes.n;
-    float scratch[coded ? CHUNK * (D + Dv) : 1]; /* this stretch, written out */
-    float queries[p->rows > 1 ? MAX_GROUP * D : 1];
-    /* A stretch behind all codes is read where it lies. */
-    const char *keys = p->k, *values = p->v;
-    int64_t wide = is_bf16 ? sizeof(bf16) : sizeof(float);
-    keys += (h * p->capacity - p->k_codes.n) * D * wide;
-    values += (h * p->capacity - p->v_codes.n) * Dv * wide;
-    const uint16_t *seen = p->seen;
-    if (coded) {
-      keys = (char *)scratch, values = (char *)(scratch + CHUNK * D);
-      if (is_bf16) {
-        rebuild_bf16(&p->k_codes, p->k, D, from, to, (bf16 *)keys);
-        rebuild_bf16(&p->v_codes, p->v, Dv, from, to, (bf16 *)values);
-      } else {
-        rebuild_f32(&p->k_codes, p->k, D, from, to, (float *)keys);
-        rebuild_f32(&p->v_codes, p->v, Dv, from, to, (float *)values);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(guided)
+    for (int64_t t = 0; t < count; t++) {
+      const int64_t *task = tasks + 4 * t;
+      const place *p = places[task[0]];
+      int64_t h = task[1], from = task[2], to = from + CHUNK < p->stored ? from + CHUNK : p->stored;
+      int64_t at = p->stored - p->rows, n = p->seen_n;
+      int coded = from < p->k_codes.n || from < p->v_codes.n;
+      float scratch[coded ? CHUNK * (D + Dv) : 1]; /* this stretch, written out */
+      float queries[p->rows > 1 ? MAX_GROUP * D : 1];
+      /* A stretch behind all codes is read where it lies. */
+      const char *keys = p->k, *values = p->v;
+      int64_t wide = is_bf16 ? sizeof(bf16) : sizeof(float);
+      keys += (h * p->capacity - p->k_codes.n) * D * wide;
+      values += (h * p->capacity - p->v_codes.n) * Dv * wide;
+      const uint16_t *seen = p->seen;
+      if (coded) {
+        keys = (char *)scratch, values = (char *)(scratch + CHUNK * D);
+        if (is_bf16) {
+          rebuild_bf16(&p->k_codes, p->k, D, from, to, (bf16 *)keys);
+          rebuild_bf16(&p->v_codes, p->v, Dv, from, to, (bf16 *)values);
+        } else {
+          rebuild_f32(&p->k_codes, p->k, D, from, to, (float *)keys);
+          rebuild_f32(&p->v_codes, p->v, Dv, from, to, (float *)values);
+        }
+        seen = seen ? seen + from : NULL;
+        at -= from, n -= from, to -= from, from = 0;
       }
-      seen = seen ? seen + from : NULL;
-      at -= from, n -= from, to -= from, from = 0;
+      for (int64_t r = 0; r < p->rows; r += fit) {
+        int64_t rows = p->rows - r < fit ? p->rows - r : fit;
+        const float *query = q + (p->first_row + r) * q_stride + h * group * D;
+        float *part = parts + (task[3] + r) * size;
+        if (rows > 1) {
+          for (int64_t i = 0; i < rows; i++)
+            memcpy(queries + i * group * D, query + i * q_stride, group * D * sizeof *query);
+          query = queries;
+        }
+        if (is_bf16)
+          attend_bf16(query, rows, group, D, Dv, (const bf16 *)keys, (const bf16 *)values, from, to,
+                      at + r, window, scale, seen, n, part);
+        else
+          attend_f32(query, rows, group, D, Dv, (const float *)keys, (const float *)values, from, to,
+                     at + r, window, scale, seen, n, part);
+      }
     }
-    for (int64_t r = 0; r < p->rows; r += fit) {
-      int64_t rows = p->rows - r < fit ? p->rows - r : fit;
-      const float *query = q + (p->first_row + r) * q_stride + h * group * D;
-      float *part = parts + (task[3] + r) * size;
-      if (rows > 1) {
-        for (int64_t i = 0; i < rows; i++)
-          memcpy(queries + i * group * D, query + i * q_stride, group * D * sizeof *query);
-        query = queries;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < count; t++) { /* join the stretches of each row and key head */
+      const int64_t *task = tasks + 4 * t;
+      if (t && task[-4] == task[0] && task[-3] == task[1]) continue;
+      const place *p = places[task[0]];
+      int64_t chunks = 1;
+      while (t + chunks < count && task[4 * chunks] == task[0] && task[4 * chunks + 1] == task[1])
+        chunks++;
+      for (int64_t n = 0; n < p->rows * group; n++) {
+        int64_t r = n / group, g = n % group;
+        const float *first = parts + (task[3] + r) * size + g * stride;
+        float top = -INFINITY, total = 0;
+        float *to = out + ((p->first_row + r) * heads + task[1] * group + g) * Dv;
+        for (int64_t c = 0; c < chunks; c++) {
+          float m = first[c * p->rows * size];
+          top = m > top ? m : top;
+        }
+        for (int64_t i = 0; i < Dv; i++) to[i] = 0;
+        for (int64_t c = 0; c < chunks; c++) {
+          const float *part = first + c * p->rows * size;
+          float weight = expf(part[0] - top);
+          total += weight * part[1];
+          for (int64_t i = 0; i < Dv; i++) to[i] += weight * part[2 + i];
+        }
+        for (int64_t i = 0; i < Dv; i++) to[i] /= total;
       }
-      if (is_bf16)
-        attend_bf16(query, rows, group, D, Dv, (const bf16 *)keys, (const bf16 *)values, from, to,
-                    at + r, window, scale, seen, n, part);
-      else
-        attend_f32(query, rows, group, D, Dv, (const float *)keys, (const float *)values, from, to,
-                   at + r, window, scale, seen, n, part);
     }
-  }
-  for (int64_t t = 0; t < count;) { /* join the stretches of each row and key head */
-    const int64_t *task = tasks + 4 * t;
-    const place *p = places[task[0]];
-    int64_t chunks = 1;
-    while (t + chunks < count && task[4 * chunks] == task[0] && task[4 * chunks + 1] == task[1])
-      chunks++;
-    for (int64_t n = 0; n < p->rows * group; n++) {
-      int64_t r = n / group, g = n % group;
-      const float *first = parts + (task[3] + r) * size + g * stride;
-      float top = -INFINITY, total = 0;
-      float *to = out + ((p->first_row + r) * heads + task[1] * group + g) * Dv;
-      for (int64_t c = 0; c < chunks; c++) {
-        float m = first[c * p->rows * size];
-        top = m > top ? m : top;
-      }
-      for (int64_t i = 0; i < Dv; i++) to[i] = 0;
-      for (int64_t c = 0; c < chunks; c++) {
-        const float *part = first + c * p->rows * size;
-        float weight = expf(part[0] - top);
-        total += weight * part[1];
-        for (int64_t i = 0; i < Dv; i++) to[i] += weight * part[2 + i];
-      }
-      for (int64_t i = 0; i < Dv; i++) to[i] /= total;
-    }
-    t += chunks;
   }
   return used;
 }

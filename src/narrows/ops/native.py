@@ -49,6 +49,7 @@ SIGNATURES = {
     "before_attention": (None, (P, P, P, P, P, P, P, L, N)),
     "after_attention": (None, (P, P, P, P, P, P, L, N)),
     "add_rms_norm": (None, (P, P, N, P, F, P, N, L, L, N)),
+    "row_maxima": (None, (P, L, L, P, P, N)),
     "norm_rotate": (None, (P, L, L, L, P, F, P, P, L, N)),
     "silu_mul": (None, (P, P, L, L, N)),
     "silu_mul_bf16": (None, (P, P, L, L, N)),
@@ -235,6 +236,20 @@ def add_rms_norm(
         *(*h.shape, torch.get_num_threads()),
     )
     return result
+
+
+def row_maxima(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x.max(dim=1)`` of float32 ``[m, n]``: the greatest of each row, NaN above all, and the
+    first place where it stands."""
+    native = library()
+    if native is None or x.device.type != "cpu" or not x.is_contiguous():
+        best = x.max(dim=1)
+        return best.values, best.indices
+    values, places = x.new_empty(len(x)), x.new_empty(len(x), dtype=torch.int64)
+    native.row_maxima(
+        *(x.data_ptr(), *x.shape, values.data_ptr(), places.data_ptr(), torch.get_num_threads())
+    )
+    return values, places
 
 
 def norm_rotate_(

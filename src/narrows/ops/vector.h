@@ -180,10 +180,14 @@ static inline float exponentials(float *score, int64_t n, float top) {
 
 /* Writes a row of n floats to a cache of bfloat16 or of floats, as its elements `at` and on. */
 static inline void store_row(const float *x, int64_t n, void *cache, int64_t at, int is_bf16) {
-  if (is_bf16)
-    for (int64_t i = 0; i < n; i++) ((bf16 *)cache)[at + i] = to_bf16(x[i]);
-  else
+  if (!is_bf16) {
     memcpy((float *)cache + at, x, n * sizeof *x);
+    return;
+  }
+  bf16 *to = (bf16 *)cache + at;
+  int64_t i = 0;
+  for (; i + WIDTH <= n; i += WIDTH) store_bf16(to + i, load_f32(x + i));
+  for (; i < n; i++) to[i] = to_bf16(x[i]);
 }
 
 /* For element type T. name_dots: score[r * CHUNK + t] = q[r] . key[t] of n keys and `rows` rows,

@@ -76,6 +76,21 @@ def test_norm_rotate(with_norm: bool, dim: int, monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(mine[:, 4:], whole[:, 4:])
 
 
+@pytest.mark.parametrize("n", [1, 15, 16, 40, 1000])
+def test_row_maxima(n: int) -> None:
+    x = torch.randn(7, n).round(decimals=1)  # with equals among them
+    x[1] = -torch.inf
+    x[2, n // 2] = torch.inf
+    x[3, n - 1] = torch.nan
+    x[4, n // 3 :] = torch.nan
+    values, places = native.row_maxima(x)
+    expected, first = x.max(dim=1)
+    assert torch.equal(values.nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0))
+    for row in (0, 1, 2, 5, 6):
+        assert places[row] == (x[row] == expected[row]).nonzero()[0, 0]
+    assert torch.equal(places[3:5], first[3:5])
+
+
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 17), (40, 1536)])
 def test_silu_mul(m: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(m, 2 * n) * 20
@@ -143,7 +158,9 @@ def test_append_attend(
         row += new
     fast = ragged.append_attend(places["fast"], q, k, v, 0.3, window)
     slow = ragged.append_attend_torch(places["slow"], q, k, v, 0.3, window)
-    torch.testing.assert_close(fast[1:row], slow[1:row], rtol=1e-4, atol=1e-5)
+    rounds = dtype is torch.bfloat16 and dim % 32 == 0 and native.library().bf16_dots()
+    bound = 1e-2 if rounds else 1e-4  # queries and weights, too, are rounded there
+    torch.testing.assert_close(fast[1:row], slow[1:row], rtol=bound, atol=bound)
     for a, b in zip(places["fast"], places["slow"], strict=True):
         assert torch.equal(a.k, b.k)
         assert torch.equal(a.v, b.v)
