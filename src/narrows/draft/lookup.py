@@ -14,9 +14,18 @@ from pydantic import Field, model_validator
 from narrows.config import Settings
 from narrows.contracts import Asked, Draft, Drafter, Offer
 
-EXPECTED = {2: (0.5, 0.7), 3: (0.6, 0.75)}
-LONGER = (0.85, 0.85)
-"""Chances of the first token and of later ones, by tokens matched, to begin with."""
+EXPECTED = {
+    1: (0.3, 0.5),
+    2: (0.5, 0.75),
+    3: (0.6, 0.8),
+    4: (0.7, 0.8),
+    5: (0.8, 0.85),
+    8: (0.85, 0.9),
+    16: (0.95, 0.95),
+    32: (0.98, 0.98),
+}
+"""Chances of the first token and of later ones to begin with, where at least so many tokens match:
+a text that has gone like an earlier one for long goes on like it."""
 
 
 class LookupOptions(Settings):
@@ -34,7 +43,7 @@ class LookupOptions(Settings):
 
 
 class Lookup(Drafter):
-    """Costs next to nothing, and guesses well where an answer repeats its prompt."""
+    """Costs next to nothing, and guesses well where a text repeats its prompt or itself."""
 
     name = "lookup"
 
@@ -52,7 +61,8 @@ class Lookup(Drafter):
         ]
 
     def _offer(self, size: int, room: int) -> Offer:
-        return Offer(f"{self.name}{size}", room, *EXPECTED.get(size, LONGER))
+        least = max(known for known in EXPECTED if known <= size)
+        return Offer(f"{self.name}{least}", room, *EXPECTED[least])
 
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See Drafter."""
@@ -69,6 +79,9 @@ class Lookup(Drafter):
         for size in range(min(self.longest, len(tokens)), self.shortest - 1, -1):
             behind = index.places.get(tuple(tokens[-size:]))
             if behind is not None:
+                most = min(behind, max(EXPECTED))
+                while size < most and tokens[behind - size - 1] == tokens[-size - 1]:
+                    size += 1
                 return size, behind
         return 0, 0
 
