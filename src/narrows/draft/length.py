@@ -189,6 +189,7 @@ class DraftLength:
             push(i, offer, 1.0)
         expected, plain = float(decoding), self.steps(rows)
         a_row = CAUTION * (self.steps(rows + 1) - plain)
+        seconds, making = plain, 0.0
         best, chosen = expected / plain, list(lengths)
         while heap:
             negative, i = heapq.heappop(heap)
@@ -197,11 +198,12 @@ class DraftLength:
             offer = offers[i]
             assert offer is not None
             lengths[i] += 1
-            made[offer.kind] += 1
-            rows, expected = rows + 1, expected - negative
-            more = self.steps(rows) - plain
-            more += sum(self._seconds(kind, count) for kind, count in made.items())
-            speed = expected / (plain + CAUTION * more)
+            count = made[offer.kind]
+            making += self._seconds(offer.kind, count + 1)
+            making -= self._seconds(offer.kind, count) if count else 0.0
+            made[offer.kind] = count + 1
+            seconds, expected = seconds + a_row, expected - negative
+            speed = expected / (seconds + CAUTION * making)
             if speed > best:
                 best, chosen = speed, list(lengths)
             push(i, offer, -negative)
