@@ -30,8 +30,10 @@ from narrows.ops.ragged import MAX_GROUP
 AT_ONCE = 64
 """Tokens of a sequence that are taken in at once when one step has read so many: a prompt's."""
 LET_GO = 256
-"""Other tokens wait for the next draft. A sequence for which so many wait gets no draft any more,
-and they are dropped, so that a drafter that is not used costs next to nothing."""
+IDLE = 32
+"""Other tokens wait for the next draft. A sequence for which so many wait, or those of so many
+steps, gets no draft any more, and they are dropped, so that a drafter that is not used costs next
+to nothing."""
 
 EXPECTED = 0.4, 0.45
 """Chances of the first slot and of later ones, to begin with: on texts unlike its lessons."""
@@ -90,7 +92,7 @@ class SpecFormerDrafter(Drafter):
             if count >= AT_ONCE:
                 state.unread.append((taps, rows.first, rows.stop))
                 due.append(state)
-            elif state.waiting > LET_GO:
+            elif state.waiting > LET_GO or len(state.unread) == IDLE:
                 del self._states[rows.number]
             else:
                 few.append((state, rows))

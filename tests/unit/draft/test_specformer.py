@@ -160,8 +160,9 @@ def test_in_the_engine_guesses_are_those_of_the_whole_sequence(
         torch.testing.assert_close(context, whole[-2], rtol=1e-3, atol=1e-4)
 
 
-def test_a_sequence_that_is_never_drafted_for_is_let_go(monkeypatch):
-    monkeypatch.setattr("narrows.draft.specformer_drafter.LET_GO", 20)
+@pytest.mark.parametrize("limit", ["LET_GO", "IDLE"])
+def test_a_sequence_that_is_never_drafted_for_is_let_go(limit, monkeypatch):
+    monkeypatch.setattr(f"narrows.draft.specformer_drafter.{limit}", 20)
     flat = pair("llama")[0]
     drafter = SpecFormerDrafter(module("llama"), flat)
     machine = Engine(flat, parse_cache("dense"), EngineConfig(cache_bytes=1 << 28), drafter)
