@@ -589,7 +589,7 @@ static inline void paired_dots(const float *q, int64_t rows, int64_t D, int64_t 
 }
 
 static inline void paired_mix(const float *score, int64_t rows, int64_t n, int64_t Dv,
-                                  const bf16 *values, float *to, int64_t stride) {
+                              const bf16 *values, float *to, int64_t stride) {
   if (Dv % (2 * PAIRS)) {
     dense_bf16_mix(score, rows, n, Dv, values, to, stride);
     return;
