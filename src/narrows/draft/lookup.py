@@ -56,13 +56,16 @@ class Lookup(Drafter):
         """See Drafter. One offer at most, of the longest match."""
         found = [self._match(one) for one in asked]
         return [
-            [self._offer(size, min(one.k, len(one.tokens) - behind))] if size else []
+            [self._offer(one, size, behind)] if size else []
             for one, (size, behind) in zip(asked, found, strict=True)
         ]
 
-    def _offer(self, size: int, room: int) -> Offer:
+    def _offer(self, one: Asked, size: int, behind: int) -> Offer:
+        tokens, most = one.tokens, min(behind, max(EXPECTED))
+        while size < most and tokens[behind - size - 1] == tokens[-size - 1]:
+            size += 1
         least = max(known for known in EXPECTED if known <= size)
-        return Offer(f"{self.name}{least}", room, *EXPECTED[least])
+        return Offer(f"{self.name}{least}", min(one.k, len(tokens) - behind), *EXPECTED[least])
 
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See Drafter."""
@@ -79,9 +82,6 @@ class Lookup(Drafter):
         for size in range(min(self.longest, len(tokens)), self.shortest - 1, -1):
             behind = index.places.get(tuple(tokens[-size:]))
             if behind is not None:
-                most = min(behind, max(EXPECTED))
-                while size < most and tokens[behind - size - 1] == tokens[-size - 1]:
-                    size += 1
                 return size, behind
         return 0, 0
 

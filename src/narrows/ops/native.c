@@ -127,9 +127,11 @@ static inline __attribute__((always_inline)) void dot_tile(const bf16 *x, const 
       y[i * N + j] = total[i * DOT_N + j] + (bias ? bias[j] : 0.0f);
 }
 
-static void round_rows(const float *x, bf16 *to, int64_t K, int64_t stride) {
+/* K numbers rounded to bfloat16, and zeros behind them up to `stride`. */
+static inline void round_rows(const float *x, bf16 *to, int64_t K, int64_t stride) {
   int64_t k = 0;
-  for (; k + WIDTH <= K; k += WIDTH) store_bf16(to + k, load_f32(x + k));
+  for (; k + WIDTH <= K; k += WIDTH)
+    _mm256_storeu_si256((void *)(to + k), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + k)));
   for (; k < K; k++) to[k] = to_bf16(x[k]);
   for (; k < stride; k++) to[k] = 0;
 }
@@ -495,13 +497,6 @@ void softmax_mass(void *scores, int is_bf16, int64_t groups, int64_t rows, int64
 #ifdef __AVX512BF16__
 #define PAIRS 32 /* numbers in a register */
 
-static inline void narrow(const float *x, int64_t n, bf16 *to) {
-  int64_t i = 0;
-  for (; i + WIDTH <= n; i += WIDTH)
-    _mm256_storeu_si256((void *)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
-  for (; i < n; i++) to[i] = to_bf16(x[i]);
-}
-
 static inline __attribute__((always_inline)) void pair_scores(const bf16 *q, int64_t rows,
                                                               int64_t D, const bf16 *key,
                                                               float *score, __mmask16 kept) {
@@ -556,13 +551,13 @@ static inline __attribute__((always_inline)) void pair_values(const bf16 *weight
 }
 
 static inline void paired_dots(const float *q, int64_t rows, int64_t D, int64_t Dv,
-                                   const bf16 *keys, const bf16 *values, int64_t n, float *score) {
+                               const bf16 *keys, const bf16 *values, int64_t n, float *score) {
   if (D % PAIRS) {
     dense_bf16_dots(q, rows, D, Dv, keys, values, n, score);
     return;
   }
   bf16 query[rows * D], end[WIDTH * D];
-  narrow(q, rows * D, query);
+  round_rows(q, query, rows * D, rows * D);
   fetch(keys, (n < DENSE_AHEAD ? n : DENSE_AHEAD) * D * sizeof(bf16));
   for (int64_t t = 0; t < n; t += WIDTH) {
     const bf16 *key = keys + t * D;
@@ -597,10 +592,8 @@ static inline void paired_mix(const float *score, int64_t rows, int64_t n, int64
   bf16 weight[HEADS * CHUNK];
   for (int64_t g = 0; g < rows; g += TOGETHER(rows)) {
     int64_t now = rows - g < TOGETHER(rows) ? rows - g : TOGETHER(rows);
-    for (int64_t r = 0; r < now; r++) {
-      narrow(score + (g + r) * CHUNK, n, weight + r * CHUNK);
-      if (n % 2) weight[r * CHUNK + n] = 0;
-    }
+    for (int64_t r = 0; r < now; r++)
+      round_rows(score + (g + r) * CHUNK, weight + r * CHUNK, n, n + n % 2);
     for (int64_t i = 0; i < Dv; i += 2 * PAIRS) {
       const bf16 *from = values + i;
       float *out = to + g * stride + i;

@@ -76,7 +76,7 @@ def test_norm_rotate(with_norm: bool, dim: int, monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(mine[:, 4:], whole[:, 4:])
 
 
-@pytest.mark.parametrize("n", [1, 15, 16, 40, 1000])
+@pytest.mark.parametrize("n", [1, 15, 16, 40, 1000, 3001])
 def test_row_maxima(n: int) -> None:
     x = torch.randn(7, n).round(decimals=1)  # with equals among them
     x[1] = -torch.inf
@@ -159,8 +159,9 @@ def test_append_attend(
     fast = ragged.append_attend(places["fast"], q, k, v, 0.3, window)
     slow = ragged.append_attend_torch(places["slow"], q, k, v, 0.3, window)
     rounds = dtype is torch.bfloat16 and dim % 32 == 0 and native.library().bf16_dots()
-    bound = 1e-2 if rounds else 1e-4  # queries and weights, too, are rounded there
-    torch.testing.assert_close(fast[1:row], slow[1:row], rtol=bound, atol=bound)
+    # Queries and weights, too, are rounded there.
+    rtol, atol = (1e-2, 1e-2) if rounds else (1e-4, 1e-5)
+    torch.testing.assert_close(fast[1:row], slow[1:row], rtol=rtol, atol=atol)
     for a, b in zip(places["fast"], places["slow"], strict=True):
         assert torch.equal(a.k, b.k)
         assert torch.equal(a.v, b.v)
