@@ -80,51 +80,41 @@ static bf16 *scratch(int64_t size) {
 #endif
 
 /* ---- the same by AVX-512's products of bfloat16 pairs ----------------------------------------
- * x is rounded to bfloat16, as the wide products of more rows round it. A row's sums are made in
- * the same order whatever the rows beside it, so that it does not matter how rows are batched. */
-
-#define DOT_N 4 /* weight rows and */
-#define DOT_M 4 /* activation rows of one tile: 16 sums, which are folded together */
-#define DOT_K 32
+ * x is rounded to bfloat16, as the wide products of more rows round it, and turned, so that the
+ * lanes of a register are rows of x: a pair of weights, spread over all lanes, is multiplied with
+ * all rows at once, and no sums are left to be folded together. A row's sum is made in the same
+ * order whatever the rows beside it, so that it does not matter how rows are batched. */
 
 #ifdef __AVX512BF16__
 
+#define LANES 16   /* rows of x in a register of full width; one of half width holds 8 */
+#define BLOCK_N 16 /* weight rows that are read together */
+#define BLOCKS 2   /* of them that are asked of memory early */
+
 int bf16_dots(void) { return 1; }
 
-static inline __attribute__((always_inline)) void dot_tile(const bf16 *x, const bf16 *w,
-                                                           const float *bias, float *y, int64_t N,
-                                                           int64_t K, int64_t stride, int mr,
-                                                           int nr, int kept, const bf16 *ahead,
-                                                           int lines) {
-  __m512 acc[DOT_M * DOT_N];
-  for (int i = 0; i < DOT_M * DOT_N; i++) acc[i] = _mm512_setzero_ps();
-  int64_t k = 0;
-  for (; k + DOT_K <= K; k += DOT_K) {
-    for (int i = 0; i < lines; i++, ahead += DOT_K) __builtin_prefetch(ahead);
-    __m512i wv[DOT_N];
-    for (int j = 0; j < nr; j++) wv[j] = _mm512_loadu_si512(w + j * K + k);
-    for (int i = 0; i < mr; i++) {
-      __m512i xv = _mm512_load_si512(x + i * stride + k);
-      for (int j = 0; j < nr; j++)
-        acc[i * DOT_N + j] =
-            _mm512_dpbf16_ps(acc[i * DOT_N + j], (__m512bh)xv, (__m512bh)wv[j]);
-    }
+/* r[i][j] <-> r[j][i] of 16 by 16 words */
+static inline __attribute__((always_inline)) void turn(__m512 *r) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
   }
-  if (k < K) { /* x is padded with zeros, but what lies behind a weight row may be NaN */
-    __mmask32 rest = (1u << (K - k)) - 1;
-    for (int j = 0; j < nr; j++) {
-      __m512i wv = _mm512_maskz_loadu_epi16(rest, w + j * K + k);
-      for (int i = 0; i < mr; i++)
-        acc[i * DOT_N + j] = _mm512_dpbf16_ps(
-            acc[i * DOT_N + j], (__m512bh)_mm512_load_si512(x + i * stride + k), (__m512bh)wv);
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      __m512d a = (__m512d)t[i + j], b = (__m512d)t[i + 2 + j];
+      r[i + 2 * j] = (__m512)_mm512_unpacklo_pd(a, b);
+      r[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(a, b);
     }
+  for (int i = 0; i < 16; i++) { /* quarters: first 0 and 2, 1 and 3 of two registers ... */
+    int from = i / 8 * 8 + i % 4;
+    t[i] = i & 4 ? _mm512_shuffle_f32x4(r[from], r[from + 4], 0xdd)
+                 : _mm512_shuffle_f32x4(r[from], r[from + 4], 0x88);
   }
-  vec parts[DOT_M * DOT_N];
-  memcpy(parts, acc, sizeof parts);
-  vec total = sums(parts);
-  for (int i = 0; i < kept; i++)
-    for (int j = 0; j < nr; j++)
-      y[i * N + j] = total[i * DOT_N + j] + (bias ? bias[j] : 0.0f);
+  for (int i = 0; i < 8; i++) { /* ... then the same of four */
+    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+  }
 }
 
 /* K numbers rounded to bfloat16, and zeros behind them up to `stride`. */
@@ -136,54 +126,96 @@ static inline void round_rows(const float *x, bf16 *to, int64_t K, int64_t strid
   for (; k < stride; k++) to[k] = 0;
 }
 
-/* As linear_bf16, after bf16_dots() said yes. */
+/* 32 columns of up to LANES rows of x [rows, K] -> 16 pairs of LANES rows each, rounded; zeros
+ * where there are no rows, and behind K. */
+static void turn_rows(const float *x, uint32_t *to, int64_t rows, int64_t left, int64_t K) {
+  __m512 pairs[LANES];
+  for (int64_t i = 0; i < LANES; i++) {
+    uint32_t row[16] = {0};
+    if (i < rows) round_rows(x + i * K, (bf16 *)row, left < 32 ? left : 32, 32);
+    pairs[i] = _mm512_loadu_ps(row);
+  }
+  turn(pairs);
+  for (int i = 0; i < 16; i++) _mm512_store_ps(to + i * LANES, pairs[i]);
+}
+
+/* Rows of x in `full` registers and, if `half`, 8 more, in groups `stride` words apart, times the
+ * `nr` weight rows that lie `step` apart from w -> those columns of y's first `rows` rows that
+ * have a bit in `columns`. What lies `ahead`, if anything, is asked of memory meanwhile, into the
+ * second cache, since the first can wait for far fewer lines at a time. */
+#define LANE_TILE(name, full, half, nr)                                                         \
+  static void name(const uint32_t *x, int64_t stride, const bf16 *w, int64_t step,              \
+                   const float *bias, float *y, int64_t rows, int64_t N, int64_t K,             \
+                   __mmask16 columns, const bf16 *ahead) {                                      \
+    const bf16 *at[4] = {w, w + 4 * step, w + 8 * step, w + 12 * step};                         \
+    __m512 acc[2][BLOCK_N], wide[2], more = _mm512_setzero_ps();                                \
+    __m256 rest[BLOCK_N], narrow = _mm256_setzero_ps();                                         \
+    for (int j = 0; j < nr; j++) {                                                              \
+      for (int v = 0; v < full; v++) acc[v][j] = more;                                          \
+      rest[j] = narrow;                                                                         \
+    }                                                                                           \
+    for (int64_t k = 0; k < K; k += 2, x += LANES) {                                            \
+      if (ahead) __builtin_prefetch(ahead, 0, 2), ahead += 32;                                  \
+      for (int v = 0; v < full; v++) wide[v] = _mm512_load_ps(x + v * stride);                  \
+      if (half) narrow = _mm256_load_ps((const float *)(x + full * stride));                    \
+      _Pragma("GCC unroll 16") for (int j = 0; j < nr; j++) {                                   \
+        int32_t pair;                                                                           \
+        memcpy(&pair, at[j / 4] + j % 4 * step, sizeof pair);                                   \
+        __m512bh all = (__m512bh)_mm512_set1_epi32(pair);                                       \
+        for (int v = 0; v < full; v++)                                                          \
+          acc[v][j] = _mm512_dpbf16_ps(acc[v][j], (__m512bh)wide[v], all);                      \
+        if (half)                                                                               \
+          rest[j] = _mm256_dpbf16_ps(rest[j], (__m256bh)narrow,                                 \
+                                     (__m256bh)_mm512_castsi512_si256((__m512i)all));           \
+      }                                                                                         \
+      for (int i = 0; i < 4; i++) at[i] += 2;                                                   \
+    }                                                                                           \
+    if (bias) more = _mm512_maskz_loadu_ps(columns, bias);                                      \
+    for (int v = 0; v < full + half; v++) {                                                     \
+      __m512 out[16];                                                                           \
+      for (int j = 0; j < 16; j++)                                                              \
+        out[j] = j >= nr ? _mm512_setzero_ps()                                                  \
+                         : v < full ? acc[v][j] : _mm512_castps256_ps512(rest[j]);              \
+      turn(out);                                                                                \
+      int64_t kept = rows - v * LANES, most = v < full ? LANES : LANES / 2;                     \
+      for (int64_t m = 0; m < (kept < most ? kept : most); m++)                                 \
+        _mm512_mask_storeu_ps(y + (v * LANES + m) * N, columns, _mm512_add_ps(out[m], more));   \
+    }                                                                                           \
+  }
+LANE_TILE(tile_8, 0, 1, BLOCK_N)
+LANE_TILE(tile_16, 1, 0, BLOCK_N)
+LANE_TILE(tile_24, 1, 1, BLOCK_N / 2)
+LANE_TILE(tile_32, 2, 0, BLOCK_N / 2)
+#undef LANE_TILE
+
+/* As linear_bf16, for K a multiple of 2, after bf16_dots() said yes. */
 void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y, int64_t M,
                      int64_t N, int64_t K, int threads) {
-  int64_t stride = (K + DOT_K - 1) / DOT_K * DOT_K;
-  int64_t padded = (M + DOT_M - 1) / DOT_M * DOT_M, size = padded * stride;
-  bf16 *rows = scratch(size);
-  int64_t blocks = (N + DOT_N - 1) / DOT_N, passes = padded / DOT_M;
-  int share = passes > 1 ? (DOT_N + passes - 1) / passes : 0;
+  int64_t parts = (K + 31) / 32, stride = parts * 16 * LANES, groups = (M + LANES - 1) / LANES;
+  uint32_t *turned = (uint32_t *)scratch(2 * groups * stride);
 #pragma omp parallel num_threads(threads)
   {
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t g = 0; g < groups; g++)
+      for (int64_t part = 0; part < parts; part++)
+        turn_rows(x + g * LANES * K + part * 32, turned + g * stride + part * 16 * LANES,
+                  M - g * LANES, K - part * 32, K);
 #pragma omp for schedule(static)
-    for (int64_t m = 0; m < padded; m++)
-      round_rows(x + (m < M ? m : M - 1) * K, rows + m * stride, K, stride);
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < blocks; b++) {
-      int64_t n = b * DOT_N, left = N - n;
-      const bf16 *weight = w + n * K;
-      const float *add = bias ? bias + n : 0;
-      if (left < DOT_N) {
-        for (int64_t m = 0; m < M; m++)
-          for (int64_t j = 0; j < left; j++)
-            dot_tile(rows + m * stride, weight + j * K, add ? add + j : 0, y + m * N + n + j, N,
-                     K, stride, 1, 1, 1, 0, 0);
-        continue;
-      }
-      /* The block after the next is asked of memory early: at once where a block is multiplied in
-       * no time, else little by little, or the products would wait until there is room to ask. */
-      const bf16 *ahead = left >= 3 * DOT_N ? weight + 2 * DOT_N * K : 0;
-      if (ahead && passes == 1) fetch(ahead, DOT_N * K * sizeof(bf16));
-      for (int64_t m = 0; m < M; m += DOT_M) {
-        const bf16 *from = rows + m * stride;
-        float *to = y + m * N + n;
-        int64_t asked = m / DOT_M * share;
-        int lines = ahead && asked < DOT_N ? share : 0;
-        const bf16 *next = lines ? ahead + asked * (K / DOT_K * DOT_K) : 0;
-/* Twice, so that the loop of one that asks for nothing is as short as can be. */
-#define TILE(mr, kept)                                                                 \
-  if (lines)                                                                           \
-    dot_tile(from, weight, add, to, N, K, stride, mr, DOT_N, kept, next, lines);       \
-  else                                                                                 \
-    dot_tile(from, weight, add, to, N, K, stride, mr, DOT_N, kept, 0, 0)
-        switch (M - m) { /* three rows alone would be slower than four */
-          case 1: TILE(1, 1); break;
-          case 2: TILE(2, 2); break;
-          case 3: TILE(4, 3); break;
-          default: TILE(4, 4);
-        }
-#undef TILE
+    for (int64_t n = 0; n < N; n += BLOCK_N) {
+      int64_t left = N - n < BLOCK_N ? N - n : BLOCK_N;
+      const bf16 *weight = w + n * K, *ahead = 0;
+      if (N - n >= (BLOCKS + 1) * BLOCK_N) ahead = weight + BLOCKS * BLOCK_N * K;
+      for (int64_t m = 0, taken; m < M; m += taken, ahead = 0) {
+        int64_t rows = M - m, width = rows <= LANES ? BLOCK_N : BLOCK_N / 2;
+        void (*tile)(const uint32_t *, int64_t, const bf16 *, int64_t, const float *, float *,
+                     int64_t, int64_t, int64_t, __mmask16, const bf16 *);
+        tile = rows <= 8 ? tile_8 : rows <= 16 ? tile_16 : rows <= 24 ? tile_24 : tile_32;
+        taken = rows <= 24 ? rows : 32;
+        if (left < BLOCK_N) width = 1; /* the last few, one by one */
+        for (int64_t j = 0; j < left; j += width)
+          tile(turned + m / LANES * stride, stride, weight + j * K, width > 1 ? K : 0,
+               bias ? bias + n + j : 0, y + m * N + n + j, rows, N, K, (1u << width) - 1,
+               j ? 0 : ahead);
       }
     }
   }
@@ -334,7 +366,7 @@ void linear_few(const float *x, const bf16 *w, const float *bias, float *y, int6
                 int64_t K, int threads) {
   if (N % (2 * TILE_ROWS) == 0 && K % TILE_K == 0 && amx_ready())
     linear_bf16_amx(x, w, bias, y, M, N, K, threads);
-  else if (bf16_dots())
+  else if (bf16_dots() && K % 2 == 0)
     linear_bf16_dot(x, w, bias, y, M, N, K, threads);
   else
     linear_bf16(x, w, bias, y, M, N, K, threads);

@@ -137,13 +137,6 @@ static inline vec folded(const quad *q) {
 }
 #endif
 
-/* out[j] = sum of v[j], j < WIDTH */
-static inline vec sums(const vec *v) {
-  quad q[WIDTH / 4];
-  for (int i = 0; i < WIDTH / 4; i++) q[i] = fold(v + 4 * i);
-  return folded(q);
-}
-
 /* ---- a few query rows, some dense keys and values -------------------------------------------- */
 
 #define CHUNK 256 /* keys scored by one task; long contexts are split over threads */
