@@ -172,34 +172,42 @@ class Draft:
     """Guessed tokens that may follow a sequence's newest one.
 
     ``probabilities`` float64 ``[k, vocab_size]`` are the distributions the tokens were drawn
-    from, each given those before it; None says that they were not drawn but chosen.
+    from, each given those before it; None says that they were not drawn but chosen. Of chosen ones
+    ``chances`` may tell how sure the drafter is of each, given those before it: how many are
+    verified may depend on them, since verifying fewer never changes what is written.
     """
 
     tokens: list[int]
     probabilities: Tensor | None = None
+    chances: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
     """``k`` guesses could be made. ``kind`` names how good such guesses are: what became of them
     is counted by kind. Until some have been tried, the first is taken to be right with chance
-    ``first``, and a later one, where those before it are, with ``later``."""
+    ``first``, and a later one, where those before it are, with ``later``. If it ``tells``, the
+    draft will come with chances; ``chances`` are those of one that has been made."""
 
     kind: str
     k: int
     first: float = 0.5
     later: float = 0.6
+    tells: bool = False
+    chances: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A sequence that wants at most ``k`` guesses behind ``tokens``, all that it has so far, of
-    the offered ``kind``."""
+    the offered ``kind``. Where those made are together less likely than ``worth``, more are not
+    wanted."""
 
     number: int
     tokens: Sequence[int]
     k: int
     kind: str = ""
+    worth: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,17 +6,20 @@ Guesses are taken in order of their chances, over all sequences, as long as toke
 and once more without the kind that is dearest to make, which must be worth it. None at all is a
 choice, so speculation turns itself off where it does not pay.
 
-The chances come from what became of earlier guesses of the same kind and place, so a choice
-depends on the past and never on the guesses it drops, which would bend the distribution of
-sampled text (sheet 6.5).
+The chances come from what became of earlier guesses of the same kind and place. So a choice
+depends on the past and never on the guesses it drops, which would bend the distribution of text
+that drawn guesses are part of (sheet 6.5). Chosen guesses bend nothing, as each stays only if it is
+what would have been written without it; a drafter that chooses may therefore tell how sure it is
+of each guess. Its drafts are then made first, where earlier ones were worth it, and a guess's
+chance is what became of those it was as sure of.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from narrows.contracts import Offer
 
@@ -42,15 +45,32 @@ NEGLIGIBLE = 0.005
 """Share of a step below which what making guesses costs decides nothing."""
 LEAST = 0.1
 """Share of the mean time below which nothing is expected to be done."""
+CHEAP = 0.25
+"""What a row may cost, of what it costs by the straight line: a guess that is not worth so much is
+never verified."""
+BUCKET = 4
+"""Rows that are taken to be as far off the straight line: kernels work on several at once, so that
+the first of some more costs most."""
+BELIEF = 6.0
+"""Observations of a bucket that count as much as the line."""
+SURENESS = 10
+"""Parts of the way from 0 to 1 that a drafter's own chances are told apart by."""
+DRAFTS = 48
+"""Drafts of a kind that are remembered, to tell what making another one is worth."""
+FORGETTING = 64
+"""Steps in which a kind that tells is made for none, until the oldest of those is forgotten."""
+TELLING = 1.01
+"""Tokens a second that making drafts which tell must promise, of what is got without."""
 
 
 class Times:
     """Seconds by rows of tokens, learnt from what was done: a straight line through the mean, the
     latest weighing most, steeper or flatter than ROW_COST has it as far as different rows have
-    shown that."""
+    shown that; and, bucket by bucket, how many times as long as by the line it took."""
 
     def __init__(self) -> None:
         self._weight = self._rows = self._seconds = self._spread = self._joint = 0.0
+        self._apart: dict[int, _Record] = defaultdict(lambda: _Record(BELIEF, BELIEF))
 
     @property
     def known(self) -> bool:
@@ -66,6 +86,9 @@ class Times:
         """Note what ``rows`` took. What takes far too long counts as twice what was expected."""
         if self._weight:
             seconds = min(seconds, 2 * self(rows))
+            for record in self._apart.values():
+                record.fade(BELIEF, BELIEF)
+            self._apart[(rows - 1) // BUCKET].add(seconds / self.line(rows))
         self._weight = self._weight * MEMORY + 1
         share = 1 / self._weight
         more_rows, longer = rows - self._rows, seconds - self._seconds
@@ -76,11 +99,22 @@ class Times:
 
     def __call__(self, rows: int) -> float:
         """Seconds expected of ``rows``, in an arbitrary unit before the first observation."""
+        apart = self._apart.get((rows - 1) // BUCKET)
+        return self.line(rows) * (apart.hits / apart.trials if apart else 1.0)
+
+    def line(self, rows: int) -> float:
+        """The same by the straight line alone."""
         if not self._weight:
             return 1 + ROW_COST * (rows - 1)
+        return max(self._seconds + self.slope * (rows - self._rows), LEAST * self._seconds)
+
+    @property
+    def slope(self) -> float:
+        """Seconds for one more row, by the straight line."""
+        if not self._weight:
+            return ROW_COST
         usual = ROW_COST * self._seconds / (1 + ROW_COST * (self._rows - 1))
-        slope = max(0.0, (self._joint + TRUST * usual) / (self._spread + TRUST))
-        return max(self._seconds + slope * (rows - self._rows), LEAST * self._seconds)
+        return max(0.0, (self._joint + TRUST * usual) / (self._spread + TRUST))
 
 
 class _Record:
@@ -89,7 +123,7 @@ class _Record:
     def __init__(self, hits: float, trials: float) -> None:
         self.hits, self.trials = hits, trials
 
-    def add(self, hit: bool) -> None:
+    def add(self, hit: float) -> None:
         self.hits = self.hits * MEMORY + hit
         self.trials = self.trials * MEMORY + 1
 
@@ -121,9 +155,16 @@ class DraftLength:
         self.making: dict[str, Times] = defaultdict(Times)
         self._kinds: dict[tuple[str, int], _Record] = {}
         self._own: dict[int, dict[tuple[str, int], _Record]] = defaultdict(dict)
+        self._sure: dict[tuple[str, int], _Record] = {}
+        self._drafts: dict[str, deque[list[float]]] = defaultdict(lambda: deque(maxlen=DRAFTS))
+        """Of kinds that tell, the chances of the latest drafts' guesses."""
+        self._left = 0
 
     def survival(self, number: int, offer: Offer, place: int) -> float:
         """Chance that the guess at ``place`` stays, given that those before it did."""
+        if offer.chances:
+            record = self._surely(offer, place)
+            return record.hits / record.trials
         common, own = self._common(offer, place), self._own[number].get((offer.kind, place))
         rate = common.hits / common.trials
         return (own.hits + OWN_TRIALS * rate) / (own.trials + OWN_TRIALS) if own else rate
@@ -147,7 +188,7 @@ class DraftLength:
     ) -> Plan:
         """What to verify of the offers for each sequence, given with its number. Without any, the
         step has ``rows`` rows, and ``decoding`` sequences get a token each."""
-        offers = {offer.kind: offer for _, some in asked for offer in some}
+        offers = {offer.kind: offer for _, some in asked for offer in some if not offer.chances}
         kinds = set(offers)
         best = self._plan(asked, kinds, rows, decoding)
         dearest = max(kinds, key=lambda kind: self._seconds(kind, 1), default=None)
@@ -173,7 +214,7 @@ class DraftLength:
     ) -> Plan:
         """The best that can be made of offers of ``kinds``."""
         offers = [
-            self.likeliest(number, [offer for offer in some if offer.kind in kinds])
+            self.likeliest(number, [one for one in some if one.chances or one.kind in kinds])
             for number, some in asked
         ]
         lengths = [0] * len(asked)
@@ -188,22 +229,24 @@ class DraftLength:
         for i, offer in enumerate(offers):
             push(i, offer, 1.0)
         expected, plain = float(decoding), self.steps(rows)
-        a_row = CAUTION * (self.steps(rows + 1) - plain)
-        seconds, making = plain, 0.0
+        least = CHEAP * CAUTION * self.steps.slope
+        step, making, total = plain, 0.0, rows
         best, chosen = expected / plain, list(lengths)
         while heap:
             negative, i = heapq.heappop(heap)
-            if -negative < best * a_row:  # nor can any of the rest, likely as this or less
+            if -negative < best * least:  # nor can any of the rest, likely as this or less
                 break
             offer = offers[i]
             assert offer is not None
             lengths[i] += 1
-            count = made[offer.kind]
-            making += self._seconds(offer.kind, count + 1)
-            making -= self._seconds(offer.kind, count) if count else 0.0
-            made[offer.kind] = count + 1
-            seconds, expected = seconds + a_row, expected - negative
-            speed = expected / (seconds + CAUTION * making)
+            if not offer.chances:
+                count = made[offer.kind]
+                making += self._seconds(offer.kind, count + 1)
+                making -= self._seconds(offer.kind, count) if count else 0.0
+                made[offer.kind] = count + 1
+            total, expected = total + 1, expected - negative
+            step = max(step, self.steps(total))
+            speed = expected / (plain + CAUTION * (step - plain + making))
             if speed > best:
                 best, chosen = speed, list(lengths)
             push(i, offer, -negative)
@@ -215,8 +258,66 @@ class DraftLength:
         times = self.making[kind]
         return times(count) if times.known else 0.0
 
+    def worth_making(
+        self, asked: Sequence[tuple[int, Sequence[Offer]]], rows: int, decoding: int
+    ) -> tuple[list[Offer | None], float]:
+        """For each sequence the offer that tells, if its draft is worth making; and the chance
+        below which a guess is not worth verifying. As if the draft turned out like the latest ones,
+        beside the best of the other offers."""
+        telling = [next((one for one in some if one.tells), None) for _, some in asked]
+        first = next((one for one in telling if one is not None), None)
+        none: list[Offer | None] = [None] * len(asked)
+        if first is None:
+            return none, 0.0
+        others = [(number, [one for one in some if not one.tells]) for number, some in asked]
+        plan = self._plan(others, {one.kind for _, some in others for one in some}, rows, decoding)
+        total = rows + sum(plan.lengths)
+        more = max(self.steps(total + decoding) - self.steps(total), 0.0) / decoding
+        price = min(1.0, CAUTION * more * plan.speed)
+        usual = [first.first, *[first.later] * (first.k - 1)]
+        drafts = self._drafts[first.kind] or [usual]
+        worth = [_worth(draft, price) for draft in drafts]
+        gains = []
+        for i, ((number, some), offer) in enumerate(zip(others, telling, strict=True)):
+            if offer is None:
+                continue
+            other = self.likeliest(number, some)
+            has = 0.0
+            if other is not None:
+                chances = [self.survival(number, other, place) for place in range(other.k)]
+                has = _worth(chances, price)
+            gain = sum(one - has for one in worth if one > has) / len(worth)
+            if gain > 0:
+                gains.append((gain, i))
+        gains.sort(reverse=True)
+        slots = sum(map(len, drafts)) / len(drafts)
+        plain = plan.speed * self.steps(rows)
+        best, chosen, gained = TELLING, 0, 0.0
+        for count, (gain, _) in enumerate(gains, 1):
+            gained += gain
+            longer = CAUTION * self._seconds(first.kind, round(count * slots)) * plan.speed
+            if (plain + gained) / (plain + longer) > best:
+                best, chosen = (plain + gained) / (plain + longer), count
+        if not chosen:
+            self._left += 1
+            if self._left % FORGETTING == 0 and self._drafts[first.kind]:
+                self._drafts[first.kind].popleft()
+        for _, i in gains[:chosen]:
+            none[i] = telling[i]
+        return none, price
+
+    def told(self, offer: Offer, chances: Sequence[float]) -> None:
+        """Note what a draft that was made for an ``offer`` tells."""
+        made = replace(offer, chances=tuple(chances))
+        records = [self._surely(made, place) for place in range(len(chances))]
+        self._drafts[offer.kind].append([record.hits / record.trials for record in records])
+
     def learn(self, number: int, offer: Offer, tried: int, kept: int) -> None:
         """Note that the first ``kept`` of ``tried`` guesses of an ``offer`` stayed."""
+        if offer.chances:
+            for place in range(min(kept + 1, tried)):
+                self._surely(offer, place).add(place < kept)
+            return
         own = self._own[number]
         for place in range(min(kept + 1, tried)):
             self._common(offer, place).add(place < kept)
@@ -230,6 +331,26 @@ class DraftLength:
             self._kinds[offer.kind, place] = found
         return found
 
+    def _surely(self, offer: Offer, place: int) -> _Record:
+        """What became of guesses that a drafter was as sure of."""
+        part = min(int(offer.chances[place] * SURENESS), SURENESS - 1)
+        found = self._sure.get((offer.kind, part))
+        if found is None:
+            middle = (part + 0.5) / SURENESS
+            found = self._sure[offer.kind, part] = _Record(middle * PRIOR_TRIALS, PRIOR_TRIALS)
+        return found
+
     def forget(self, number: int) -> None:
         """Drop a sequence's own record."""
         self._own.pop(number, None)
+
+
+def _worth(chances: Sequence[float], price: float) -> float:
+    """Tokens that guesses are expected to give beyond their ``price`` each."""
+    total, chance = 0.0, 1.0
+    for one in chances:
+        chance *= one
+        if chance <= price:
+            break
+        total += chance - price
+    return total

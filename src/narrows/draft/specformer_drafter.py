@@ -27,13 +27,17 @@ from narrows.ops import native
 from narrows.ops.forecast import Forecaster
 from narrows.ops.ragged import MAX_GROUP
 
-AT_ONCE = 64
-"""Tokens of a sequence that are taken in at once when one step has read so many: a prompt's."""
-LET_GO = 256
+AT_ONCE = 256
+"""Tokens of a sequence that are taken in at once when one step has read so many: a long
+prompt's."""
+LET_GO = 512
 IDLE = 32
 """Other tokens wait for the next draft. A sequence for which so many wait, or those of so many
 steps, gets no draft any more, and they are dropped, so that a drafter that is not used costs next
 to nothing."""
+
+NONE = -1
+"""Stands where no guess is."""
 
 EXPECTED = 0.4, 0.45
 """Chances of the first slot and of later ones, to begin with: on texts unlike its lessons."""
@@ -144,7 +148,7 @@ class SpecFormerDrafter(Drafter):
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
         """See Drafter."""
         return [
-            [Offer(self.name, one.k, *EXPECTED)] if one.number in self._states else []
+            [Offer(self.name, one.k, *EXPECTED, tells=True)] if one.number in self._states else []
             for one in asked
         ]
 
@@ -159,29 +163,41 @@ class SpecFormerDrafter(Drafter):
             self._catch_up(behind)
         contexts = torch.stack([state.context for state in states])
         newest = torch.tensor([one.tokens[-1] for one in asked], device=contexts.device)
-        best = self.guesses(contexts, newest, max(one.k for one in asked)).tolist()
-        return [Draft(row[: one.k]) for one, row in zip(asked, best, strict=True)]
+        most, worth = max(one.k for one in asked), min(one.worth for one in asked)
+        found, chances = self.guesses(contexts, newest, most, worth)
+        drafts = []
+        for one, tokens, sure in zip(asked, found.tolist(), chances.tolist(), strict=True):
+            made = min(one.k, tokens.index(NONE) if NONE in tokens else most)
+            drafts.append(Draft(tokens[:made], chances=tuple(sure[:made])))
+        return drafts
 
-    def guesses(self, states: Tensor, newest: Tensor, most: int) -> Tensor:
+    def guesses(
+        self, states: Tensor, newest: Tensor, most: int, worth: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """The likeliest ``most`` tokens behind context vectors ``[n, hidden]`` and the token each
-        was followed by, ``[n]``: int64 ``[n, most]``."""
+        was followed by, ``[n]``: int64 ``[n, most]``, and how likely each is, float32; NONE and 0
+        where those before it are together less likely than ``worth``."""
         module, target = self.module, self.target
         entered = target.embed(newest).to(states.dtype)
         if self.fast is not None and len(states) <= self.fast.most:
-            return self.fast.forecast(states, newest, entered, most)
+            return self.fast.forecast(states, newest, entered, most, worth)
         slots = module.slots(states, entered, most)
         scores = native.linear(target.final_norm(slots.flatten(0, 1)), self.head)
         scores = scores.view(len(states), most, -1)
-        found, before = [], newest
+        tokens, chances, before = [], [], newest
+        stays = torch.ones(len(states), device=states.device)
         for slot in range(most):
             likely = scores[:, slot]
             if self.narrowed is not None:
                 # Float32, which the fast products of few rows take.
                 likely = likely + module.followers(self.narrowed[before].float())
-            best = likely.argmax(-1)
+            chance, best = likely.float().softmax(-1).max(-1)
             before = best if self.named is None else self.named[best]
-            found.append(before)
-        return torch.stack(found, 1)
+            wanted = stays >= worth
+            tokens.append(torch.where(wanted, before, NONE))
+            chances.append(torch.where(wanted, chance, 0.0))
+            stays = stays * chance
+        return torch.stack(tokens, 1), torch.stack(chances, 1)
 
     def forget(self, number: int) -> None:
         """See Drafter."""

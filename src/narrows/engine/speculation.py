@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from narrows.contracts import Asked, CachePolicy, Draft, Drafter, LayerCache, ModelShape, Offer
 from narrows.draft.length import DraftLength, Plan
 from narrows.engine.scheduler import Work
 from narrows.engine.sequence import Sequence
+
+Offered = tuple[int, list[Offer]]
+"""A sequence's number and what is offered for it."""
 
 
 class Speculation:
@@ -49,26 +52,62 @@ class Speculation:
         decoding = sum(item.count == item.sequence.pending for item in work)
         offers = self.drafter.offer(list(asked.values()))
         offered = [(one.number, some) for one, some in zip(asked.values(), offers, strict=True)]
+        self._drafting = 0.0
+        told: dict[int, Draft] = {}
+        if self.adapts:
+            offered, told = self._tell(list(asked.values()), offered, rows, decoding)
         plan = self._plan(offered, rows, decoding)
         wanted: dict[str, dict[int, Asked]] = defaultdict(dict)
+        made: dict[int, Draft] = {}
         self._offered = {}
         for (i, one), offer, k in zip(asked.items(), plan.taken, plan.lengths, strict=True):
-            if offer is not None:
+            if offer is None:
+                continue
+            self._offered[one.number] = offer
+            if offer.chances:
+                made[i] = Draft(told[one.number].tokens[:k])
+            else:
                 wanted[offer.kind][i] = Asked(one.number, one.tokens, k, offer.kind)
-                self._offered[one.number] = offer
-        made: dict[int, Draft] = {}
-        self._drafting = 0.0
-        for kind, some in wanted.items():
-            started = time.perf_counter()
-            made |= zip(some, self.drafter.propose(list(some.values())), strict=True)
-            seconds = time.perf_counter() - started
-            self._drafting += seconds
-            if kind in self._made:
-                self.length.making[kind].observe(sum(one.k for one in some.values()), seconds)
-            self._made.add(kind)
+        for some in wanted.values():
+            made |= zip(some, self._make(list(some.values())), strict=True)
         return [made.get(i, Draft([])) for i in range(len(work))]
 
-    def _plan(self, asked: list[tuple[int, list[Offer]]], rows: int, decoding: int) -> Plan:
+    def _tell(
+        self, asked: list[Asked], offered: list[Offered], rows: int, decoding: int
+    ) -> tuple[list[Offered], dict[int, Draft]]:
+        """Of the offers that tell, make the drafts that seem worth it, and put what they told in
+        place of the offer; the others are no offers any more. The drafts, by sequence."""
+        worth, price = self.length.worth_making(offered, rows, decoding)
+        some = [
+            Asked(one.number, one.tokens, offer.k, offer.kind, price)
+            for one, offer in zip(asked, worth, strict=True)
+            if offer is not None
+        ]
+        told = {one.number: d for one, d in zip(some, self._make(some), strict=True)}
+        after = []
+        for (number, offers), offer in zip(offered, worth, strict=True):
+            left = [one for one in offers if not one.tells]
+            if offer is not None and (draft := told[number]).tokens:
+                self.length.told(offer, draft.chances)
+                left.append(replace(offer, k=len(draft.tokens), chances=draft.chances))
+            after.append((number, left))
+        return after, told
+
+    def _make(self, asked: list[Asked]) -> list[Draft]:
+        """Drafts of one kind, timed."""
+        if not asked:
+            return []
+        started = time.perf_counter()
+        drafts = self.drafter.propose(asked)
+        seconds = time.perf_counter() - started
+        self._drafting += seconds
+        kind = asked[0].kind
+        if kind in self._made:
+            self.length.making[kind].observe(sum(len(one.tokens) for one in drafts), seconds)
+        self._made.add(kind)
+        return drafts
+
+    def _plan(self, asked: list[Offered], rows: int, decoding: int) -> Plan:
         if self.adapts:
             return self.length.choose(asked, rows, decoding)
         taken = [self.length.likeliest(number, offers) for number, offers in asked]

@@ -19,7 +19,7 @@ typedef struct {
 /* Floats of room that `forecast` needs for n sequences. */
 int64_t forecast_room(const forecaster *f, int64_t n) {
   int64_t heads = 2 * f->heads + 2 * f->kv_heads;
-  int64_t a_slot = 3 * f->hidden + heads * f->dim + 3 * f->wide + f->named;
+  int64_t a_slot = 5 * f->hidden + heads * f->dim + 3 * f->wide + f->named;
   return n * (f->slots * a_slot + 2 * f->hidden + f->named + f->markov);
 }
 
@@ -111,34 +111,31 @@ static void attend_slots(const forecaster *f, const float *qkv, float *mixed) {
     }
 }
 
-static int64_t likeliest(const float *score, const float *more, int64_t n) {
+/* The first place of the greatest of n scores, which become their exponentials; `chance` is the
+ * share that it has of them. */
+static int64_t likeliest(float *score, int64_t n, float *chance) {
+  float top = greatest(score, n);
   int64_t best = 0;
-  float top = -INFINITY;
-  for (int64_t a = 0; a < n; a += CHUNK) { /* by stretches, few of which are looked at twice */
-    int64_t stop = a + CHUNK < n ? a + CHUNK : n;
-    float found = -INFINITY;
-#pragma omp simd reduction(max : found)
-    for (int64_t i = a; i < stop; i++) {
-      float x = score[i] + more[i];
-      found = x > found ? x : found;
-    }
-    if (found <= top) continue;
-    for (int64_t i = a; i < stop; i++)
-      if (score[i] + more[i] > top) top = score[i] + more[i], best = i;
-  }
+  while (best < n - 1 && score[best] != top) best++;
+  *chance = 1.0f / exponentials(score, n, top);
   return best;
 }
 
+#define ROWS_AT_ONCE 8 /* cost as much as one */
+
 /* Context vectors [n, hidden], the tokens that followed them [n] and what those enter the model as
- * [n, hidden] -> the likeliest `most` tokens behind each, found [n, most]. */
+ * [n, hidden] -> the likeliest `most` tokens behind each, found [n, most], and how likely each is,
+ * chance [n, most]. Behind one that is less likely than `least`, those before it included, no more
+ * are looked for: -1 stands there. */
 void forecast(const forecaster *f, int64_t n, const float *contexts, const int64_t *newest,
-              const float *entered, int64_t most, int64_t *found, float *room, int threads) {
+              const float *entered, int64_t most, float least, int64_t *found, float *chance,
+              float *room, int threads) {
   int64_t H = f->hidden, rows = n * f->slots, row = (f->heads + 2 * f->kv_heads) * f->dim;
   float *y = room, *more = y + n * H, *drafts = more + n * H, *normed = drafts + rows * H;
   float *delta = normed + rows * H, *qkv = delta + rows * H, *mixed = qkv + rows * row;
   float *gate_up = mixed + rows * f->heads * f->dim, *gated = gate_up + 2 * rows * f->wide;
   float *score = gated + rows * f->wide, *bias = score + rows * f->named;
-  float *before = bias + n * f->named;
+  float *before = bias + n * f->named, *slot = before + n * f->markov, *added = slot + rows * H;
   add_rms_norm((float *)contexts, 0, 0, f->spread_norm, f->eps, y, 0, n, H, threads);
   if (f->anchor) {
     add_rms_norm((float *)entered, 0, 0, f->token_norm, f->eps, normed, 0, n, H, threads);
@@ -155,32 +152,48 @@ void forecast(const forecaster *f, int64_t n, const float *contexts, const int64
   for (int64_t s = 0; s < n; s++)
     attend_slots(f, qkv + s * f->slots * row, mixed + s * f->slots * f->heads * f->dim);
   linear_few(mixed, f->out, 0, delta, rows, H, f->heads * f->dim, threads);
-  if (most < f->slots) /* the others have been seen, and are not wanted */
-    for (int64_t s = 1; s < n; s++) {
-      memmove(drafts + s * most * H, drafts + s * f->slots * H, most * H * sizeof(float));
-      memmove(delta + s * most * H, delta + s * f->slots * H, most * H * sizeof(float));
+
+  int64_t going[n], count = n;
+  float stays[n]; /* how likely all that was found of a sequence is */
+  for (int64_t s = 0; s < n; s++) going[s] = s, stays[s] = 1;
+  for (int64_t i = 0; i < n * most; i++) found[i] = -1, chance[i] = 0;
+  for (int64_t first = 0, wide; first < most && count; first += wide) {
+    wide = ROWS_AT_ONCE / count < 1 ? 1 : ROWS_AT_ONCE / count;
+    wide = wide < most - first ? wide : most - first;
+    rows = count * wide;
+    for (int64_t g = 0; g < count; g++) {
+      int64_t from = (going[g] * f->slots + first) * H, size = wide * H;
+      memcpy(slot + g * size, drafts + from, size * sizeof(float));
+      memcpy(added + g * size, delta + from, size * sizeof(float));
     }
-  rows = n * most;
-  add_rms_norm(drafts, delta, 0, f->mlp_norm, f->eps, normed, 0, rows, H, threads);
-  linear_few(normed, f->gate_up, 0, gate_up, rows, 2 * f->wide, H, threads);
-  silu_mul(gate_up, gated, rows, f->wide, threads);
-  linear_few(gated, f->down, 0, delta, rows, H, f->wide, threads);
-  add_rms_norm(drafts, delta, 0, f->final_norm, f->final_eps, normed, 0, rows, H, threads);
-  linear_few(normed, f->head, 0, score, rows, f->named, H, threads);
-  memset(bias, 0, n * f->named * sizeof *bias);
-  for (int64_t slot = 0; slot < most; slot++) {
-    if (f->after) {
-      for (int64_t s = 0; s < n; s++) {
-        int64_t token = slot ? found[s * most + slot - 1] : newest[s];
+    add_rms_norm(slot, added, 0, f->mlp_norm, f->eps, normed, 0, rows, H, threads);
+    linear_few(normed, f->gate_up, 0, gate_up, rows, 2 * f->wide, H, threads);
+    silu_mul(gate_up, gated, rows, f->wide, threads);
+    linear_few(gated, f->down, 0, added, rows, H, f->wide, threads);
+    add_rms_norm(slot, added, 0, f->final_norm, f->final_eps, normed, 0, rows, H, threads);
+    linear_few(normed, f->head, 0, score, rows, f->named, H, threads);
+    for (int64_t i = 0; i < wide; i++) {
+      for (int64_t g = 0; f->after && g < count; g++) {
+        int64_t last = going[g] * most + first + i - 1;
+        int64_t token = first + i && found[last] >= 0 ? found[last] : newest[going[g]];
         const bf16 *from = f->narrowed + token * f->markov;
-        for (int64_t i = 0; i < f->markov; i++) before[s * f->markov + i] = to_f32(from[i]);
+        for (int64_t j = 0; j < f->markov; j++) before[g * f->markov + j] = to_f32(from[j]);
       }
-      linear_few(before, f->after, 0, bias, n, f->named, f->markov, threads);
+      if (f->after) linear_few(before, f->after, 0, bias, count, f->named, f->markov, threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > 1)
+      for (int64_t g = 0; g < count; g++) {
+        float *own = score + (g * wide + i) * f->named;
+        int64_t s = going[g], at = s * most + first + i;
+        if (stays[s] < least) continue;
+        for (int64_t j = 0; f->after && j < f->named; j++) own[j] += bias[g * f->named + j];
+        int64_t best = likeliest(own, f->named, chance + at);
+        found[at] = f->vocabulary ? f->vocabulary[best] : best;
+        stays[s] *= chance[at];
+      }
     }
-    for (int64_t s = 0; s < n; s++) {
-      const float *own = score + (s * most + slot) * f->named;
-      int64_t best = likeliest(own, bias + s * f->named, f->named);
-      found[s * most + slot] = f->vocabulary ? f->vocabulary[best] : best;
-    }
+    int64_t left = 0;
+    for (int64_t g = 0; g < count; g++)
+      if (stays[going[g]] >= least) going[left++] = going[g];
+    count = left;
   }
 }

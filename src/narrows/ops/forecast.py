@@ -76,18 +76,21 @@ class Forecaster:
         )
         return contexts
 
-    def forecast(self, contexts: Tensor, newest: Tensor, entered: Tensor, most: int) -> Tensor:
+    def forecast(
+        self, contexts: Tensor, newest: Tensor, entered: Tensor, most: int, least: float
+    ) -> tuple[Tensor, Tensor]:
         """The likeliest ``most`` tokens, int64 ``[n, most]``, behind ``contexts`` float32 ``[n,
         hidden]`` and the tokens ``newest`` int64 ``[n]`` that followed them, which enter the model
-        as ``entered`` float32 ``[n, hidden]``."""
+        as ``entered`` float32 ``[n, hidden]``, and how likely each is, float32 ``[n, most]``; -1
+        and 0 where those before are together less likely than ``least``."""
         native, n = library(), len(contexts)
         assert native is not None
         told = ctypes.addressof(self._told)
         room = torch.empty(native.forecast_room(told, n))
-        found = torch.empty((n, most), dtype=torch.int64)
+        found, chance = torch.empty((n, most), dtype=torch.int64), torch.empty((n, most))
         native.forecast(
             *(told, n, contexts.contiguous().data_ptr(), newest.data_ptr()),
-            *(entered.contiguous().data_ptr(), most, found.data_ptr(), room.data_ptr()),
-            torch.get_num_threads(),
+            *(entered.contiguous().data_ptr(), most, least),
+            *(found.data_ptr(), chance.data_ptr(), room.data_ptr(), torch.get_num_threads()),
         )
-        return found
+        return found, chance

@@ -45,7 +45,7 @@ SIGNATURES = {
     "absorb_room": (L, (P, L)),
     "absorb": (None, (P, L, P, P, P, N, P, P, P, P, L, N)),
     "forecast_room": (L, (P, L)),
-    "forecast": (None, (P, L, P, P, P, L, P, P, N)),
+    "forecast": (None, (P, L, P, P, P, L, F, P, P, P, N)),
     "before_attention": (None, (P, P, P, P, P, P, P, L, N)),
     "after_attention": (None, (P, P, P, P, P, P, L, N)),
     "add_rms_norm": (None, (P, P, N, P, F, P, N, L, L, N)),

@@ -141,8 +141,8 @@ def test_in_the_engine_guesses_are_those_of_the_whole_sequence(
 
     def note(asked):
         told = [list(one.tokens) for one in asked]
-        drafter.guesses = lambda x, newest, most: (
-            seen.extend(zip(told, x, strict=True)) or guesses(x, newest, most)
+        drafter.guesses = lambda x, *more: (
+            seen.extend(zip(told, x, strict=True)) or guesses(x, *more)
         )
         return propose(asked)
 
@@ -174,7 +174,7 @@ def test_a_sequence_that_is_never_drafted_for_is_let_go(limit, monkeypatch):
         taken = [offers[0] if number and offers else None for number, offers in asked]
         return Plan(taken, [2 if offer else 0 for offer in taken], 0.0)
 
-    machine.speculation._plan = take
+    machine.speculation._plan, machine.speculation.adapts = take, False
     for prompt in prompts(2, longest=10, seed=5):
         machine.submit(prompt, SamplingParams(max_tokens=60, ignore_eos=True))
     for _ in machine.run():
@@ -236,7 +236,7 @@ def test_extensions_look_at_the_token_before():
     drafter = SpecFormerDrafter(made, flat)
     states = contexts(made, "llama", ids)[-1:].repeat(90, 1)
     newest = torch.arange(90)
-    found = drafter.guesses(states, newest, 4)
+    found, _ = drafter.guesses(states, newest, 4)
     assert found.min() >= 30
     assert found.max() < 90
     assert len(set(found[:, 0].tolist())) > 1
@@ -282,16 +282,16 @@ def test_one_kernel_takes_in_what_the_module_does(family):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_one_kernel_forecasts_what_the_module_does(family, changes):
     """Bfloat16 weights; each token it finds is the likeliest by the module itself, given the one
-    before it, up to what bfloat16 rounds."""
+    before it, up to what bfloat16 rounds, and as likely as it says."""
     drafter = quick(family, **changes)
     flat, made = drafter.target, drafter.module
     assert drafter.fast is not None
-    states, newest = torch.randn(7, flat.shape.hidden_size), torch.arange(7, 14)
-    for most in (4, 2):
-        found = drafter.fast.forecast(states, newest, flat.embed(newest).float(), most)
+    for n, most in ((7, 4), (7, 2), (2, 4), (12, 3)):
+        states, newest = torch.randn(n, flat.shape.hidden_size), torch.arange(7, 7 + n)
+        found, chances = drafter.fast.forecast(states, newest, flat.embed(newest).float(), most, 0)
         with torch.inference_mode():
             slots = made.slots(states, flat.embed(newest).float(), most)
-            scores = linear(flat.final_norm(slots.flatten(0, 1)), drafter.head).view(7, most, -1)
+            scores = linear(flat.final_norm(slots.flatten(0, 1)), drafter.head).view(n, most, -1)
             for slot in range(most):
                 before = newest if slot == 0 else found[:, slot - 1]
                 likely = scores[:, slot]
@@ -302,7 +302,27 @@ def test_one_kernel_forecasts_what_the_module_does(family, changes):
                 best = likely.max(-1).values
                 mine = likely.gather(-1, place[:, None])[:, 0]
                 torch.testing.assert_close(mine, best, rtol=0.02, atol=0.02)
-                assert (mine == best).sum() >= 5
+                assert (mine == best).sum() >= 0.7 * n
+                sure = likely.softmax(-1).gather(-1, place[:, None])[:, 0]
+                torch.testing.assert_close(chances[:, slot], sure, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_no_more_is_looked_for_behind_what_is_too_unlikely(fast):
+    """Wherever the sequences stop, the rest is what it is without a limit."""
+    drafter = quick("llama", **EXTENDED)
+    if not fast:
+        drafter.fast = None
+    for n in (1, 3, 11):
+        states, newest = 3 * torch.randn(n, drafter.target.shape.hidden_size), torch.arange(n)
+        with torch.inference_mode():
+            whole, chances = drafter.guesses(states, newest, 4)
+            before = torch.cat([torch.ones(n, 1), chances.cumprod(1)[:, :-1]], 1)
+            for least in (0.0, *before[:, 1:].flatten().quantile(torch.tensor([0.3, 0.7])), 2.0):
+                wanted = before >= least
+                tokens, sure = drafter.guesses(states, newest, 4, float(least))
+                assert torch.equal(tokens, torch.where(wanted, whole, -1))
+                torch.testing.assert_close(sure, torch.where(wanted, chances, 0.0))
 
 
 @pytest.mark.parametrize("changes", [{}, EXTENDED])

@@ -1,0 +1,97 @@
+"""Drafts that come with chances: which are made, and which of their guesses are verified."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from narrows.contracts import Offer
+from narrows.draft.length import DRAFTS, FORGETTING, DraftLength, _worth
+
+TELLS = Offer("x", 3, tells=True)
+
+
+def told(*chances: float) -> Offer:
+    return Offer("x", len(chances), chances=chances)
+
+
+def length_for(plain: float, a_row: float) -> DraftLength:
+    """One that has seen steps of 1 to 40 rows."""
+    made = DraftLength()
+    for _ in range(30):
+        for rows in range(1, 40, 3):
+            made.steps.observe(rows, plain + a_row * rows)
+    return made
+
+
+def remember(length: DraftLength, *chances: float) -> None:
+    for _ in range(DRAFTS):
+        length.told(TELLS, chances)
+
+
+def test_what_is_sure_is_verified_and_what_is_not_is_left():
+    length = length_for(1.0, 0.1)
+    asked = [(0, [told(0.95, 0.95, 0.05)]), (1, [told(0.03, 0.95)]), (2, [told(0.85)])]
+    assert length.choose(asked, 3, 3).lengths == [2, 0, 1]
+
+
+def test_chances_are_what_became_of_those_told_alike():
+    length = length_for(1.0, 0.1)
+    assert length.survival(0, told(0.85), 0) == pytest.approx(0.85, abs=0.05)
+    for _ in range(200):
+        length.learn(0, told(0.82), 1, 0)
+        length.learn(0, told(0.3, 0.3), 2, 2)
+    assert length.survival(1, told(0.88), 0) < 0.05
+    assert length.survival(1, told(0.95), 0) > 0.9
+    assert length.survival(1, told(0.3, 0.3), 1) > 0.95
+
+
+def test_the_better_of_two_drafts_is_taken():
+    length = length_for(1.0, 0.01)
+    for number, chances, kind in ((0, (0.9, 0.9), "x"), (1, (0.2,), "other")):
+        (taken,) = length.choose([(number, [Offer("other", 2), told(*chances)])], 1, 1).taken
+        assert taken is not None
+        assert taken.kind == kind
+
+
+def test_drafts_are_made_where_the_latest_were_worth_it():
+    """For a sequence that has nothing better, unless they were poor or are dear to make."""
+    sure = Offer("sure", 3, 0.97, 0.97)
+    asked = [(0, [TELLS]), (1, [sure, TELLS]), (2, [])]
+    for chances, making, made in (
+        ((0.8, 0.8, 0.8), 0.01, [TELLS, None, None]),
+        ((0.05, 0.8, 0.8), 0.01, [None] * 3),
+        ((0.8, 0.8, 0.8), 3.0, [None] * 3),
+    ):
+        length = length_for(1.0, 0.1)
+        remember(length, *chances)
+        for _ in range(40):
+            length.making["x"].observe(3, making)
+        worth, price = length.worth_making(asked, 3, 3)
+        assert worth == made
+        assert 0.05 < price < 0.5
+
+
+def test_what_was_not_worth_it_is_tried_again_after_long():
+    length = length_for(1.0, 0.1)
+    remember(length, 0.01)
+    made = [length.worth_making([(0, [TELLS])], 1, 1)[0][0] for _ in range(FORGETTING * DRAFTS + 1)]
+    assert made[-1] == TELLS
+    assert not any(made[:-1])
+
+
+def test_without_offers_that_tell_nothing_is_made():
+    length = length_for(1.0, 0.1)
+    assert length.worth_making([(0, [Offer("y", 2)]), (1, [])], 2, 2)[0] == [None, None]
+    assert length.worth_making([], 2, 2)[0] == []
+
+
+@given(st.lists(st.floats(0, 1), max_size=6), st.floats(0, 1))
+def test_what_guesses_give_beyond_their_price_is_the_best_of_all_lengths(chances, price):
+    best, total, chance = 0.0, 0.0, 1.0
+    for one in chances:
+        chance *= one
+        total += chance - price
+        best = max(best, total)
+    assert _worth(chances, price) == pytest.approx(best, abs=1e-12)
