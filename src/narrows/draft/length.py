@@ -71,6 +71,9 @@ class Times:
     def __init__(self) -> None:
         self._weight = self._rows = self._seconds = self._spread = self._joint = 0.0
         self._apart: dict[int, _Record] = defaultdict(lambda: _Record(BELIEF, BELIEF))
+        self._asked: dict[int, float] = {}
+        """What has been answered since the last observation."""
+        self._slope: float | None = None
 
     @property
     def known(self) -> bool:
@@ -79,6 +82,8 @@ class Times:
 
     def fade(self) -> None:
         """Expect a little less."""
+        self._asked.clear()
+        self._slope = None
         self._seconds *= FADING
         self._joint *= FADING
 
@@ -89,6 +94,8 @@ class Times:
             for record in self._apart.values():
                 record.fade(BELIEF, BELIEF)
             self._apart[(rows - 1) // BUCKET].add(seconds / self.line(rows))
+        self._asked.clear()
+        self._slope = None
         self._weight = self._weight * MEMORY + 1
         share = 1 / self._weight
         more_rows, longer = rows - self._rows, seconds - self._seconds
@@ -99,8 +106,10 @@ class Times:
 
     def __call__(self, rows: int) -> float:
         """Seconds expected of ``rows``, in an arbitrary unit before the first observation."""
-        apart = self._apart.get((rows - 1) // BUCKET)
-        return self.line(rows) * (apart.hits / apart.trials if apart else 1.0)
+        if rows not in self._asked:
+            apart = self._apart.get((rows - 1) // BUCKET)
+            self._asked[rows] = self.line(rows) * (apart.hits / apart.trials if apart else 1.0)
+        return self._asked[rows]
 
     def line(self, rows: int) -> float:
         """The same by the straight line alone."""
@@ -113,8 +122,10 @@ class Times:
         """Seconds for one more row, by the straight line."""
         if not self._weight:
             return ROW_COST
-        usual = ROW_COST * self._seconds / (1 + ROW_COST * (self._rows - 1))
-        return max(0.0, (self._joint + TRUST * usual) / (self._spread + TRUST))
+        if self._slope is None:
+            usual = ROW_COST * self._seconds / (1 + ROW_COST * (self._rows - 1))
+            self._slope = max(0.0, (self._joint + TRUST * usual) / (self._spread + TRUST))
+        return self._slope
 
 
 class _Record:
@@ -219,6 +230,7 @@ class DraftLength:
         ]
         lengths = [0] * len(asked)
         made: Counter[str] = Counter()
+        spent: dict[str, float] = {}
         heap: list[tuple[float, int]] = []
 
         def push(i: int, offer: Offer | None, chance: float) -> None:
@@ -240,10 +252,10 @@ class DraftLength:
             assert offer is not None
             lengths[i] += 1
             if not offer.chances:
-                count = made[offer.kind]
-                making += self._seconds(offer.kind, count + 1)
-                making -= self._seconds(offer.kind, count) if count else 0.0
-                made[offer.kind] = count + 1
+                made[offer.kind] += 1
+                taking = self._seconds(offer.kind, made[offer.kind])
+                making += taking - spent.get(offer.kind, 0.0)
+                spent[offer.kind] = taking
             total, expected = total + 1, expected - negative
             step = max(step, self.steps(total))
             speed = expected / (plain + CAUTION * (step - plain + making))
@@ -259,52 +271,51 @@ class DraftLength:
         return times(count) if times.known else 0.0
 
     def worth_making(
-        self, asked: Sequence[tuple[int, Sequence[Offer]]], rows: int, decoding: int
+        self, asked: Sequence[tuple[int, Sequence[Offer]]], plan: Plan, rows: int, decoding: int
     ) -> tuple[list[Offer | None], float]:
-        """For each sequence the offer that tells, if its draft is worth making; and the chance
-        below which a guess is not worth verifying. As if the draft turned out like the latest ones,
-        beside the best of the other offers."""
+        """For each sequence the offer that tells, if its draft is worth making beside the ``plan``
+        of the other offers, and the chance below which a guess is not worth verifying. As if the
+        drafts turned out like the latest ones."""
+        chosen: list[Offer | None] = [None] * len(asked)
         telling = [next((one for one in some if one.tells), None) for _, some in asked]
         first = next((one for one in telling if one is not None), None)
-        none: list[Offer | None] = [None] * len(asked)
         if first is None:
-            return none, 0.0
-        others = [(number, [one for one in some if not one.tells]) for number, some in asked]
-        plan = self._plan(others, {one.kind for _, some in others for one in some}, rows, decoding)
+            return chosen, 0.0
         total = rows + sum(plan.lengths)
         more = max(self.steps(total + decoding) - self.steps(total), 0.0) / decoding
         price = min(1.0, CAUTION * more * plan.speed)
-        usual = [first.first, *[first.later] * (first.k - 1)]
-        drafts = self._drafts[first.kind] or [usual]
-        worth = [_worth(draft, price) for draft in drafts]
-        gains = []
-        for i, ((number, some), offer) in enumerate(zip(others, telling, strict=True)):
-            if offer is None:
-                continue
-            other = self.likeliest(number, some)
-            has = 0.0
-            if other is not None:
-                chances = [self.survival(number, other, place) for place in range(other.k)]
-                has = _worth(chances, price)
-            gain = sum(one - has for one in worth if one > has) / len(worth)
-            if gain > 0:
-                gains.append((gain, i))
-        gains.sort(reverse=True)
+        drafts = self._drafts[first.kind] or [[first.first, *[first.later] * (first.k - 1)]]
+        worth = sorted((_worth(draft, price) for draft in drafts), reverse=True)
         slots = sum(map(len, drafts)) / len(drafts)
-        plain = plan.speed * self.steps(rows)
-        best, chosen, gained = TELLING, 0, 0.0
-        for count, (gain, _) in enumerate(gains, 1):
-            gained += gain
-            longer = CAUTION * self._seconds(first.kind, round(count * slots)) * plan.speed
-            if (plain + gained) / (plain + longer) > best:
-                best, chosen = (plain + gained) / (plain + longer), count
-        if not chosen:
+
+        def seconds(count: int) -> float:
+            return CAUTION * self._seconds(first.kind, round(count * slots))
+
+        def gain(i: int) -> float:
+            offer = plan.taken[i]
+            if offer is None:
+                return sum(worth) / len(worth)
+            number, _ = asked[i]
+            other = _worth([self.survival(number, offer, j) for j in range(offer.k)], price)
+            return sum(one - other for one in worth if one > other) / len(worth)
+
+        tokens = plan.speed * self.steps(rows)
+        few = sum(one is not None for one in telling)
+        if tokens + few * sum(worth) / len(worth) > TELLING * (tokens + seconds(1) * plan.speed):
+            gains = sorted(((gain(i), i) for i, one in enumerate(telling) if one), reverse=True)
+            best, count, gained = TELLING, 0, 0.0
+            for n, (one, _) in enumerate(gains, 1):
+                gained += one
+                speed = (tokens + gained) / (tokens + seconds(n) * plan.speed)
+                if speed > best:
+                    best, count = speed, n
+            for _, i in gains[:count]:
+                chosen[i] = telling[i]
+        if not any(chosen):
             self._left += 1
             if self._left % FORGETTING == 0 and self._drafts[first.kind]:
                 self._drafts[first.kind].popleft()
-        for _, i in gains[:chosen]:
-            none[i] = telling[i]
-        return none, price
+        return chosen, price
 
     def told(self, offer: Offer, chances: Sequence[float]) -> None:
         """Note what a draft that was made for an ``offer`` tells."""

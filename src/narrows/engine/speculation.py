@@ -55,8 +55,10 @@ class Speculation:
         self._drafting = 0.0
         told: dict[int, Draft] = {}
         if self.adapts:
-            offered, told = self._tell(list(asked.values()), offered, rows, decoding)
-        plan = self._plan(offered, rows, decoding)
+            plan, told = self._choose(list(asked.values()), offered, rows, decoding)
+        else:
+            taken = [self.length.likeliest(number, some) for number, some in offered]
+            plan = Plan(taken, [offer.k if offer else 0 for offer in taken], 0.0)
         wanted: dict[str, dict[int, Asked]] = defaultdict(dict)
         made: dict[int, Draft] = {}
         self._offered = {}
@@ -72,26 +74,28 @@ class Speculation:
             made |= zip(some, self._make(list(some.values())), strict=True)
         return [made.get(i, Draft([])) for i in range(len(work))]
 
-    def _tell(
+    def _choose(
         self, asked: list[Asked], offered: list[Offered], rows: int, decoding: int
-    ) -> tuple[list[Offered], dict[int, Draft]]:
-        """Of the offers that tell, make the drafts that seem worth it, and put what they told in
-        place of the offer; the others are no offers any more. The drafts, by sequence."""
-        worth, price = self.length.worth_making(offered, rows, decoding)
+    ) -> tuple[Plan, dict[int, Draft]]:
+        """What to verify; of the offers that tell, those drafts are made first, by sequence, that
+        seem worth it, and the others are none."""
+        others = [(number, [one for one in some if not one.tells]) for number, some in offered]
+        plan = self.length.choose(others, rows, decoding)
+        worth, price = self.length.worth_making(offered, plan, rows, decoding)
         some = [
             Asked(one.number, one.tokens, offer.k, offer.kind, price)
             for one, offer in zip(asked, worth, strict=True)
             if offer is not None
         ]
-        told = {one.number: d for one, d in zip(some, self._make(some), strict=True)}
-        after = []
-        for (number, offers), offer in zip(offered, worth, strict=True):
-            left = [one for one in offers if not one.tells]
-            if offer is not None and (draft := told[number]).tokens:
-                self.length.told(offer, draft.chances)
-                left.append(replace(offer, k=len(draft.tokens), chances=draft.chances))
-            after.append((number, left))
-        return after, told
+        told = {one.number: d for one, d in zip(some, self._make(some), strict=True) if d.tokens}
+        if told:
+            for (number, left), offer in zip(others, worth, strict=True):
+                if offer is not None and number in told:
+                    chances = told[number].chances
+                    self.length.told(offer, chances)
+                    left.append(replace(offer, k=len(chances), chances=chances))
+            plan = self.length.choose(others, rows, decoding)
+        return plan, told
 
     def _make(self, asked: list[Asked]) -> list[Draft]:
         """Drafts of one kind, timed."""
@@ -106,12 +110,6 @@ class Speculation:
             self.length.making[kind].observe(sum(len(one.tokens) for one in drafts), seconds)
         self._made.add(kind)
         return drafts
-
-    def _plan(self, asked: list[Offered], rows: int, decoding: int) -> Plan:
-        if self.adapts:
-            return self.length.choose(asked, rows, decoding)
-        taken = [self.length.likeliest(number, offers) for number, offers in asked]
-        return Plan(taken, [offer.k if offer else 0 for offer in taken], 0.0)
 
     def learn(self, sequence: Sequence, draft: Draft, kept: int) -> None:
         """Note how many guesses of a sequence's draft were right."""

@@ -30,6 +30,13 @@ def remember(length: DraftLength, *chances: float) -> None:
         length.told(TELLS, chances)
 
 
+def worth_making(length: DraftLength, asked: list[tuple[int, list[Offer]]]):
+    """Beside what is best of the other offers."""
+    others = [(number, [one for one in some if not one.tells]) for number, some in asked]
+    rows = len(asked)
+    return length.worth_making(asked, length.choose(others, rows, rows), rows, rows)
+
+
 def test_what_is_sure_is_verified_and_what_is_not_is_left():
     length = length_for(1.0, 0.1)
     asked = [(0, [told(0.95, 0.95, 0.05)]), (1, [told(0.03, 0.95)]), (2, [told(0.85)])]
@@ -68,7 +75,7 @@ def test_drafts_are_made_where_the_latest_were_worth_it():
         remember(length, *chances)
         for _ in range(40):
             length.making["x"].observe(3, making)
-        worth, price = length.worth_making(asked, 3, 3)
+        worth, price = worth_making(length, asked)
         assert worth == made
         assert 0.05 < price < 0.5
 
@@ -76,15 +83,15 @@ def test_drafts_are_made_where_the_latest_were_worth_it():
 def test_what_was_not_worth_it_is_tried_again_after_long():
     length = length_for(1.0, 0.1)
     remember(length, 0.01)
-    made = [length.worth_making([(0, [TELLS])], 1, 1)[0][0] for _ in range(FORGETTING * DRAFTS + 1)]
+    made = [worth_making(length, [(0, [TELLS])])[0][0] for _ in range(FORGETTING * DRAFTS + 1)]
     assert made[-1] == TELLS
     assert not any(made[:-1])
 
 
 def test_without_offers_that_tell_nothing_is_made():
     length = length_for(1.0, 0.1)
-    assert length.worth_making([(0, [Offer("y", 2)]), (1, [])], 2, 2)[0] == [None, None]
-    assert length.worth_making([], 2, 2)[0] == []
+    assert worth_making(length, [(0, [Offer("y", 2)]), (1, [])])[0] == [None, None]
+    assert worth_making(length, [])[0] == []
 
 
 @given(st.lists(st.floats(0, 1), max_size=6), st.floats(0, 1))
