@@ -27,12 +27,12 @@ from narrows.ops import native
 from narrows.ops.forecast import Forecaster
 from narrows.ops.ragged import MAX_GROUP
 
-AT_ONCE = 256
-"""Tokens of a sequence that are taken in at once when one step has read so many: a long
-prompt's."""
+PROMPT, AT_ONCE = 64, 256
+"""A step that reads so many tokens of a sequence reads its prompt, which is taken in as soon as so
+many wait: once it is read, there are too many to wait for a draft that may never be made."""
 LET_GO = 512
 IDLE = 32
-"""Other tokens wait for the next draft. A sequence for which so many wait, or those of so many
+"""All others wait for the next draft. A sequence for which so many wait, or those of so many
 steps, gets no draft any more, and they are dropped, so that a drafter that is not used costs next
 to nothing."""
 
@@ -83,7 +83,7 @@ class SpecFormerDrafter(Drafter):
         return DensePolicy().estimate(self._held, tokens) + self._unread
 
     def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:
-        """See Drafter. A prompt is taken in at once, what is written with the next draft."""
+        """See Drafter. A long prompt is taken in at once, the rest with the next draft."""
         due, few, taken = [], [], 0
         for rows in kept:
             if rows.start == 0:
@@ -93,10 +93,10 @@ class SpecFormerDrafter(Drafter):
                 continue
             count = rows.stop - rows.first
             state.waiting += count
-            if count >= AT_ONCE:
+            if count >= PROMPT and state.waiting >= AT_ONCE:
                 state.unread.append((taps, rows.first, rows.stop))
                 due.append(state)
-            elif state.waiting > LET_GO or len(state.unread) == IDLE:
+            elif count < PROMPT and (state.waiting > LET_GO or len(state.unread) == IDLE):
                 del self._states[rows.number]
             else:
                 few.append((state, rows))

@@ -129,7 +129,8 @@ def test_in_the_engine_guesses_are_those_of_the_whole_sequence(
 ):
     """Whatever the chunks of the prompt, after any rollback, and after tokens behind which nothing
     was guessed."""
-    monkeypatch.setattr("narrows.draft.specformer_drafter.AT_ONCE", gather)
+    for name in ("PROMPT", "AT_ONCE"):
+        monkeypatch.setattr(f"narrows.draft.specformer_drafter.{name}", gather)
     flat = pair(family)[0]
     asked = prompts(3, longest=40, seed=5)
     drafter = SpecFormerDrafter(module(family), flat)
