@@ -59,7 +59,7 @@ DRAFTS = 48
 """Drafts of a kind that are remembered, to tell what making another one is worth."""
 FORGETTING = 64
 """Steps in which a kind that tells is made for none, until the oldest of those is forgotten."""
-TELLING = 1.01
+TELLING = 1.02
 """Tokens a second that making drafts which tell must promise, of what is got without."""
 
 
@@ -299,7 +299,7 @@ class DraftLength:
             other = _worth([self.survival(number, offer, j) for j in range(offer.k)], price)
             return sum(one - other for one in worth if one > other) / len(worth)
 
-        tokens = plan.speed * self.steps(rows)
+        tokens = plan.speed * self.steps(total)
         few = sum(one is not None for one in telling)
         if tokens + few * sum(worth) / len(worth) > TELLING * (tokens + seconds(1) * plan.speed):
             gains = sorted(((gain(i), i) for i, one in enumerate(telling) if one), reverse=True)

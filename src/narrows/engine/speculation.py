@@ -70,8 +70,11 @@ class Speculation:
                 made[i] = Draft(told[one.number].tokens[:k])
             else:
                 wanted[offer.kind][i] = Asked(one.number, one.tokens, k, offer.kind)
-        for some in wanted.values():
-            made |= zip(some, self._make(list(some.values())), strict=True)
+        for kind, some in wanted.items():
+            started = time.perf_counter()
+            drafts = self.drafter.propose(list(some.values()))
+            made |= zip(some, drafts, strict=True)
+            self._note(kind, drafts, started)
         return [made.get(i, Draft([])) for i in range(len(work))]
 
     def _choose(
@@ -87,29 +90,28 @@ class Speculation:
             for one, offer in zip(asked, worth, strict=True)
             if offer is not None
         ]
-        told = {one.number: d for one, d in zip(some, self._make(some), strict=True) if d.tokens}
-        if told:
-            for (number, left), offer in zip(others, worth, strict=True):
-                if offer is not None and number in told:
-                    chances = told[number].chances
-                    self.length.told(offer, chances)
-                    left.append(replace(offer, k=len(chances), chances=chances))
-            plan = self.length.choose(others, rows, decoding)
+        if not some:
+            return plan, {}
+        started = time.perf_counter()
+        drafts = self.drafter.propose(some)
+        told = {one.number: draft for one, draft in zip(some, drafts, strict=True) if draft.tokens}
+        for (number, left), offer in zip(others, worth, strict=True):
+            if offer is not None and number in told:
+                chances = told[number].chances
+                self.length.told(offer, chances)
+                left.append(replace(offer, k=len(chances), chances=chances))
+        plan = self.length.choose(others, rows, decoding)
+        # Choosing once more is part of what such drafts cost.
+        self._note(some[0].kind, drafts, started)
         return plan, told
 
-    def _make(self, asked: list[Asked]) -> list[Draft]:
-        """Drafts of one kind, timed."""
-        if not asked:
-            return []
-        started = time.perf_counter()
-        drafts = self.drafter.propose(asked)
+    def _note(self, kind: str, drafts: list[Draft], started: float) -> None:
+        """Drafts of a kind have been made since ``started``."""
         seconds = time.perf_counter() - started
         self._drafting += seconds
-        kind = asked[0].kind
         if kind in self._made:
             self.length.making[kind].observe(sum(len(one.tokens) for one in drafts), seconds)
         self._made.add(kind)
-        return drafts
 
     def learn(self, sequence: Sequence, draft: Draft, kept: int) -> None:
         """Note how many guesses of a sequence's draft were right."""
