@@ -162,7 +162,7 @@ def _has_bf16_units() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-KERNEL_ROWS, DOT_ROWS = 64, 128
+KERNEL_ROWS, DOT_ROWS = 64, 256
 """Above this many rows, the latter for products of bfloat16 pairs, oneDNN and MKL win."""
 
 
