@@ -131,8 +131,8 @@ static inline void round_rows(const float *x, bf16 *to, int64_t K, int64_t strid
 static void turn_rows(const float *x, uint32_t *to, int64_t rows, int64_t left, int64_t K) {
   __m512 pairs[LANES];
   for (int64_t i = 0; i < LANES; i++) {
-    uint32_t row[16] = {0};
-    if (i < rows) round_rows(x + i * K, (bf16 *)row, left < 32 ? left : 32, 32);
+    bf16 row[32] = {0};
+    if (i < rows) round_rows(x + i * K, row, left < 32 ? left : 32, 32);
     pairs[i] = _mm512_loadu_ps(row);
   }
   turn(pairs);
