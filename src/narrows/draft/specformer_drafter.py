@@ -166,7 +166,9 @@ class SpecFormerDrafter(Drafter):
         most, worth = max(one.k for one in asked), min(one.worth for one in asked)
         found, chances = self.guesses(contexts, newest, most, worth)
         drafts = []
-        for one, tokens, sure in zip(asked, found.tolist(), chances.tolist(), strict=True):
+        # A module that makes NaN is sure of nothing.
+        told = chances.nan_to_num(0.0).tolist()
+        for one, tokens, sure in zip(asked, found.tolist(), told, strict=True):
             made = min(one.k, tokens.index(NONE) if NONE in tokens else most)
             drafts.append(Draft(tokens[:made], chances=tuple(sure[:made])))
         return drafts

@@ -326,6 +326,25 @@ def test_no_more_is_looked_for_behind_what_is_too_unlikely(fast):
                 torch.testing.assert_close(sure, torch.where(wanted, chances, 0.0))
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_module_that_makes_nan_changes_no_text(fast):
+    drafter = quick("llama")
+    if not fast:
+        drafter.fast = None
+    texts = []
+    for spoilt in (False, True):
+        if spoilt:
+            drafter.module.down.weight.fill_(torch.nan)
+        config = EngineConfig(cache_bytes=1 << 28)
+        machine = Engine(drafter.target, parse_cache("dense"), config, drafter if spoilt else None)
+        params = SamplingParams(max_tokens=20, ignore_eos=True)
+        asked = [machine.submit(p, params) for p in prompts(2, longest=20, seed=3)]
+        for _ in machine.run():
+            pass
+        texts.append([one.generated for one in asked])
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("changes", [{}, EXTENDED])
 def test_what_was_saved_is_loaded_and_the_target_stays(tmp_path, changes):
     flat = pair("llama")[0]
