@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from narrows.contracts import Offer
 
@@ -66,14 +66,16 @@ TELLING = 1.02
 class Times:
     """Seconds by rows of tokens, learnt from what was done: a straight line through the mean, the
     latest weighing most, steeper or flatter than ROW_COST has it as far as different rows have
-    shown that; and, bucket by bucket, how many times as long as by the line it took."""
+    shown that; and, bucket by bucket, how many times as long as by the line it took. More rows are
+    never expected to take less."""
 
     def __init__(self) -> None:
         self._weight = self._rows = self._seconds = self._spread = self._joint = 0.0
         self._apart: dict[int, _Record] = defaultdict(lambda: _Record(BELIEF, BELIEF))
         self._asked: dict[int, float] = {}
-        """What has been answered since the last observation."""
-        self._slope: float | None = None
+        """What has been answered since anything was learnt."""
+        self.slope = ROW_COST
+        """Seconds for one more row, by the straight line."""
 
     @property
     def known(self) -> bool:
@@ -82,10 +84,9 @@ class Times:
 
     def fade(self) -> None:
         """Expect a little less."""
-        self._asked.clear()
-        self._slope = None
         self._seconds *= FADING
         self._joint *= FADING
+        self._draw()
 
     def observe(self, rows: int, seconds: float) -> None:
         """Note what ``rows`` took. What takes far too long counts as twice what was expected."""
@@ -94,8 +95,6 @@ class Times:
             for record in self._apart.values():
                 record.fade(BELIEF, BELIEF)
             self._apart[(rows - 1) // BUCKET].add(seconds / self.line(rows))
-        self._asked.clear()
-        self._slope = None
         self._weight = self._weight * MEMORY + 1
         share = 1 / self._weight
         more_rows, longer = rows - self._rows, seconds - self._seconds
@@ -103,12 +102,23 @@ class Times:
         self._seconds += share * longer
         self._spread = (1 - share) * (self._spread + share * more_rows**2)
         self._joint = (1 - share) * (self._joint + share * more_rows * longer)
+        self._draw()
+
+    def _draw(self) -> None:
+        """The line, and nothing answered by it yet."""
+        self._asked.clear()
+        if self._weight:
+            usual = ROW_COST * self._seconds / (1 + ROW_COST * (self._rows - 1))
+            self.slope = max(0.0, (self._joint + TRUST * usual) / (self._spread + TRUST))
 
     def __call__(self, rows: int) -> float:
         """Seconds expected of ``rows``, in an arbitrary unit before the first observation."""
         if rows not in self._asked:
-            apart = self._apart.get((rows - 1) // BUCKET)
-            self._asked[rows] = self.line(rows) * (apart.hits / apart.trials if apart else 1.0)
+            bucket = (rows - 1) // BUCKET
+            apart = self._apart.get(bucket)
+            fewer = self(bucket * BUCKET) if bucket > 0 else 0.0
+            here = self.line(rows) * (apart.hits / apart.trials if apart else 1.0)
+            self._asked[rows] = max(fewer, here)
         return self._asked[rows]
 
     def line(self, rows: int) -> float:
@@ -116,16 +126,6 @@ class Times:
         if not self._weight:
             return 1 + ROW_COST * (rows - 1)
         return max(self._seconds + self.slope * (rows - self._rows), LEAST * self._seconds)
-
-    @property
-    def slope(self) -> float:
-        """Seconds for one more row, by the straight line."""
-        if not self._weight:
-            return ROW_COST
-        if self._slope is None:
-            usual = ROW_COST * self._seconds / (1 + ROW_COST * (self._rows - 1))
-            self._slope = max(0.0, (self._joint + TRUST * usual) / (self._spread + TRUST))
-        return self._slope
 
 
 class _Record:
@@ -182,11 +182,10 @@ class DraftLength:
 
     def expected(self, number: int, offer: Offer) -> float:
         """Guesses of an offer that would stay if all were verified."""
-        total, chance = 0.0, 1.0
-        for place in range(offer.k):
-            chance *= self.survival(number, offer, place)
-            total += chance
-        return total
+        return _worth(self._chances(number, offer), 0.0)
+
+    def _chances(self, number: int, offer: Offer) -> list[float]:
+        return [self.survival(number, offer, place) for place in range(offer.k)]
 
     def likeliest(self, number: int, offers: Sequence[Offer]) -> Offer | None:
         """The one of a sequence's offers of which most is expected, if there are any."""
@@ -242,7 +241,7 @@ class DraftLength:
             push(i, offer, 1.0)
         expected, plain = float(decoding), self.steps(rows)
         least = CHEAP * CAUTION * self.steps.slope
-        step, making, total = plain, 0.0, rows
+        making, total = 0.0, rows
         best, chosen = expected / plain, list(lengths)
         while heap:
             negative, i = heapq.heappop(heap)
@@ -257,8 +256,7 @@ class DraftLength:
                 making += taking - spent.get(offer.kind, 0.0)
                 spent[offer.kind] = taking
             total, expected = total + 1, expected - negative
-            step = max(step, self.steps(total))
-            speed = expected / (plain + CAUTION * (step - plain + making))
+            speed = expected / (plain + CAUTION * (self.steps(total) - plain + making))
             if speed > best:
                 best, chosen = speed, list(lengths)
             push(i, offer, -negative)
@@ -282,10 +280,10 @@ class DraftLength:
         if first is None:
             return chosen, 0.0
         total = rows + sum(plan.lengths)
-        more = max(self.steps(total + decoding) - self.steps(total), 0.0) / decoding
+        more = (self.steps(total + decoding) - self.steps(total)) / decoding
         price = min(1.0, CAUTION * more * plan.speed)
         drafts = self._drafts[first.kind] or [[first.first, *[first.later] * (first.k - 1)]]
-        worth = sorted((_worth(draft, price) for draft in drafts), reverse=True)
+        worth = [_worth(draft, price) for draft in drafts]
         slots = sum(map(len, drafts)) / len(drafts)
 
         def seconds(count: int) -> float:
@@ -296,7 +294,7 @@ class DraftLength:
             if offer is None:
                 return sum(worth) / len(worth)
             number, _ = asked[i]
-            other = _worth([self.survival(number, offer, j) for j in range(offer.k)], price)
+            other = _worth(self._chances(number, offer), price)
             return sum(one - other for one in worth if one > other) / len(worth)
 
         tokens = plan.speed * self.steps(total)
@@ -317,11 +315,9 @@ class DraftLength:
                 self._drafts[first.kind].popleft()
         return chosen, price
 
-    def told(self, offer: Offer, chances: Sequence[float]) -> None:
-        """Note what a draft that was made for an ``offer`` tells."""
-        made = replace(offer, chances=tuple(chances))
-        records = [self._surely(made, place) for place in range(len(chances))]
-        self._drafts[offer.kind].append([record.hits / record.trials for record in records])
+    def told(self, number: int, offer: Offer) -> None:
+        """Note what a draft that was made for a sequence tells."""
+        self._drafts[offer.kind].append(self._chances(number, offer))
 
     def learn(self, number: int, offer: Offer, tried: int, kept: int) -> None:
         """Note that the first ``kept`` of ``tried`` guesses of an ``offer`` stayed."""

@@ -98,8 +98,8 @@ class Speculation:
         for (number, left), offer in zip(others, worth, strict=True):
             if offer is not None and number in told:
                 chances = told[number].chances
-                self.length.told(offer, chances)
                 left.append(replace(offer, k=len(chances), chances=chances))
+                self.length.told(number, left[-1])
         plan = self.length.choose(others, rows, decoding)
         # Choosing once more is part of what such drafts cost.
         self._note(some[0].kind, drafts, started)

@@ -114,9 +114,9 @@ static void attend_slots(const forecaster *f, const float *qkv, float *mixed) {
 /* The first place of the greatest of n scores, which become their exponentials; `chance` is the
  * share that it has of them. */
 static int64_t likeliest(float *score, int64_t n, float *chance) {
-  float top = greatest(score, n);
-  int64_t best = 0;
-  while (best < n - 1 && score[best] != top) best++;
+  float top;
+  int64_t best;
+  row_maxima(score, 1, n, &top, &best, 1);
   *chance = 1.0f / exponentials(score, n, top);
   return best;
 }
@@ -157,12 +157,12 @@ void forecast(const forecaster *f, int64_t n, const float *contexts, const int64
   float stays[n]; /* how likely all that was found of a sequence is */
   for (int64_t s = 0; s < n; s++) going[s] = s, stays[s] = 1;
   for (int64_t i = 0; i < n * most; i++) found[i] = -1, chance[i] = 0;
-  for (int64_t first = 0, wide; first < most && count; first += wide) {
-    wide = ROWS_AT_ONCE / count < 1 ? 1 : ROWS_AT_ONCE / count;
-    wide = wide < most - first ? wide : most - first;
-    rows = count * wide;
+  for (int64_t first = 0, together; first < most && count; first += together) {
+    together = ROWS_AT_ONCE / count < 1 ? 1 : ROWS_AT_ONCE / count;
+    together = together < most - first ? together : most - first;
+    rows = count * together;
     for (int64_t g = 0; g < count; g++) {
-      int64_t from = (going[g] * f->slots + first) * H, size = wide * H;
+      int64_t from = (going[g] * f->slots + first) * H, size = together * H;
       memcpy(slot + g * size, drafts + from, size * sizeof(float));
       memcpy(added + g * size, delta + from, size * sizeof(float));
     }
@@ -172,7 +172,7 @@ void forecast(const forecaster *f, int64_t n, const float *contexts, const int64
     linear_few(gated, f->down, 0, added, rows, H, f->wide, threads);
     add_rms_norm(slot, added, 0, f->final_norm, f->final_eps, normed, 0, rows, H, threads);
     linear_few(normed, f->head, 0, score, rows, f->named, H, threads);
-    for (int64_t i = 0; i < wide; i++) {
+    for (int64_t i = 0; i < together; i++) {
       for (int64_t g = 0; f->after && g < count; g++) {
         int64_t last = going[g] * most + first + i - 1;
         int64_t token = first + i && found[last] >= 0 ? found[last] : newest[going[g]];
@@ -182,7 +182,7 @@ void forecast(const forecaster *f, int64_t n, const float *contexts, const int64
       if (f->after) linear_few(before, f->after, 0, bias, count, f->named, f->markov, threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (count > 1)
       for (int64_t g = 0; g < count; g++) {
-        float *own = score + (g * wide + i) * f->named;
+        float *own = score + (g * together + i) * f->named;
         int64_t s = going[g], at = s * most + first + i;
         if (stays[s] < least) continue;
         for (int64_t j = 0; f->after && j < f->named; j++) own[j] += bias[g * f->named + j];

@@ -311,6 +311,7 @@ void linear_few(const float *x, const bf16 *w, const float *bias, float *y, int6
                 int64_t K, int threads);
 void add_rms_norm(float *h, const void *delta, int delta_bf16, const float *weight, float eps,
                   void *out, int out_bf16, int64_t M, int64_t N, int threads);
+void row_maxima(const float *x, int64_t M, int64_t N, float *value, int64_t *at, int threads);
 void silu_mul(const float *gate_up, float *out, int64_t M, int64_t N, int threads);
 void norm_rotate(float *x, int64_t stride, int64_t heads, int64_t dim, const float *weight,
                  float eps, const float *cosine, const float *sine, int64_t M, int threads);

@@ -27,7 +27,7 @@ def length_for(plain: float, a_row: float) -> DraftLength:
 
 def remember(length: DraftLength, *chances: float) -> None:
     for _ in range(DRAFTS):
-        length.told(TELLS, chances)
+        length.told(0, told(*chances))
 
 
 def worth_making(length: DraftLength, asked: list[tuple[int, list[Offer]]]):
