@@ -33,6 +33,7 @@ from narrows.contracts import Asked, Draft, Drafter, Kept, Offer
 from narrows.data import find, locate, read_rows
 from narrows.draft.specs import NONE, make_drafter
 from narrows.engine.engine import Engine, Step
+from narrows.engine.memory import settle
 from narrows.errors import ConfigError, InputError
 from narrows.llm import LLM
 
@@ -109,6 +110,7 @@ def run(
     theirs = []
     if peers:
         theirs = [Transformers(model, dtype, device, lookup=most) for most in (None, PEER_MOST)]
+    settle()  # a collection would take a twentieth of somebody's round
     rows: list[Row] = []
     with Progress("batches", visible=show_progress) as progress:
         progress.expect(len(batches) * len(contexts))

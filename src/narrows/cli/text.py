@@ -39,9 +39,12 @@ if TYPE_CHECKING:
 
 
 def _load(model: str, cache: str, draft: str, dtype: str, device: str | None) -> LLM:
+    from narrows.engine.memory import settle
     from narrows.llm import LLM
 
-    return LLM(model, cache=cache, draft=draft, dtype=dtype, device=device)
+    llm = LLM(model, cache=cache, draft=draft, dtype=dtype, device=device)
+    settle()
+    return llm
 
 
 def _params(max_tokens: int, temperature: float, top_p: float, seed: int | None) -> Any:

@@ -147,11 +147,13 @@ class _Record:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What is verified in a step: of each sequence ``lengths`` guesses of the offer in ``taken``,
-    if any. ``speed`` is what is expected of it, in tokens a second."""
+    if any. ``tokens`` are expected of it, ``speed`` of them a second of what is not spent on
+    reading prompts."""
 
     taken: list[Offer | None]
     lengths: list[int]
-    speed: float
+    tokens: float = 0.0
+    speed: float = 0.0
 
 
 class DraftLength:
@@ -197,12 +199,13 @@ class DraftLength:
         self, asked: Sequence[tuple[int, Sequence[Offer]]], rows: int, decoding: int
     ) -> Plan:
         """What to verify of the offers for each sequence, given with its number. Without any, the
-        step has ``rows`` rows, and ``decoding`` sequences get a token each."""
+        step has ``rows`` rows, and ``decoding`` sequences get a token each. The other rows are read
+        anyway: what they take makes no token worth more time than in a step without them."""
         offers = {offer.kind: offer for _, some in asked for offer in some if not offer.chances}
         kinds = set(offers)
         best = self._plan(asked, kinds, rows, decoding)
         dearest = max(kinds, key=lambda kind: self._seconds(kind, 1), default=None)
-        if dearest is not None and self._seconds(dearest, 1) > NEGLIGIBLE * self.steps(rows):
+        if dearest is not None and self._seconds(dearest, 1) > NEGLIGIBLE * self.steps(decoding):
             without = self._plan(asked, kinds - {dearest}, rows, decoding)
             if best.speed < WORTH * without.speed:
                 best = without
@@ -239,10 +242,10 @@ class DraftLength:
 
         for i, offer in enumerate(offers):
             push(i, offer, 1.0)
-        expected, plain = float(decoding), self.steps(rows)
-        least = CHEAP * CAUTION * self.steps.slope
+        tokens, alone = float(decoding), self.steps(decoding)
+        plain, least = self.steps(rows), CHEAP * CAUTION * self.steps.slope
         making, total = 0.0, rows
-        best, chosen = expected / plain, list(lengths)
+        best, chosen, expected = tokens / alone, list(lengths), tokens
         while heap:
             negative, i = heapq.heappop(heap)
             if -negative < best * least:  # nor can any of the rest, likely as this or less
@@ -255,13 +258,13 @@ class DraftLength:
                 taking = self._seconds(offer.kind, made[offer.kind])
                 making += taking - spent.get(offer.kind, 0.0)
                 spent[offer.kind] = taking
-            total, expected = total + 1, expected - negative
-            speed = expected / (plain + CAUTION * (self.steps(total) - plain + making))
+            total, tokens = total + 1, tokens - negative
+            speed = tokens / (alone + CAUTION * (self.steps(total) - plain + making))
             if speed > best:
-                best, chosen = speed, list(lengths)
+                best, chosen, expected = speed, list(lengths), tokens
             push(i, offer, -negative)
         taken = [offer if k else None for offer, k in zip(offers, chosen, strict=True)]
-        return Plan(taken, chosen, best)
+        return Plan(taken, chosen, expected, best)
 
     def _seconds(self, kind: str, count: int) -> float:
         """What making ``count`` guesses of a kind takes; nothing before it was first done."""
@@ -297,7 +300,7 @@ class DraftLength:
             other = _worth(self._chances(number, offer), price)
             return sum(one - other for one in worth if one > other) / len(worth)
 
-        tokens = plan.speed * self.steps(total)
+        tokens = plan.tokens
         few = sum(one is not None for one in telling)
         if tokens + few * sum(worth) / len(worth) > TELLING * (tokens + seconds(1) * plan.speed):
             gains = sorted(((gain(i), i) for i, one in enumerate(telling) if one), reverse=True)

@@ -181,7 +181,8 @@ class SpecFormerDrafter(Drafter):
         where those before it are together less likely than ``worth``."""
         module, target = self.module, self.target
         entered = target.embed(newest).to(states.dtype)
-        if self.fast is not None and len(states) <= self.fast.most:
+        rows = len(states) * module.config.slots
+        if self.fast is not None and native.few_rows(rows, self.head):
             return self.fast.forecast(states, newest, entered, most, worth)
         slots = module.slots(states, entered, most)
         scores = native.linear(target.final_norm(slots.flatten(0, 1)), self.head)

@@ -58,7 +58,7 @@ class Speculation:
             plan, told = self._choose(list(asked.values()), offered, rows, decoding)
         else:
             taken = [self.length.likeliest(number, some) for number, some in offered]
-            plan = Plan(taken, [offer.k if offer else 0 for offer in taken], 0.0)
+            plan = Plan(taken, [offer.k if offer else 0 for offer in taken])
         wanted: dict[str, dict[int, Asked]] = defaultdict(dict)
         made: dict[int, Draft] = {}
         self._offered = {}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrows.ops.native import KERNEL_ROWS, library
+from narrows.ops.native import library
 from narrows.ops.ragged import Place, tell
 
 
@@ -54,8 +54,6 @@ class Forecaster:
         self._kept = {name: x.contiguous() for name, x in weights.items() if x is not None}
         pointers = {name: x.data_ptr() for name, x in self._kept.items()}
         self._told = _Forecaster(**pointers, **sizes)
-        self.most = KERNEL_ROWS // sizes["slots"]
-        """Sequences up to which ``forecast`` is faster than one operation after the other."""
 
     def absorb(self, places: list[Place], ends: Sequence[int], taps: Tensor) -> Tensor:
         """Context vectors float32 ``[n, hidden]`` behind the newest tokens of sequences, given what

@@ -141,32 +141,34 @@ static void turn_rows(const float *x, uint32_t *to, int64_t rows, int64_t left, 
 
 /* Rows of x in `full` registers and, if `half`, 8 more, in groups `stride` words apart, times the
  * `nr` weight rows that lie `step` apart from w -> those columns of y's first `rows` rows that
- * have a bit in `columns`. What lies `ahead`, if anything, is asked of memory meanwhile, into the
- * second cache, since the first can wait for far fewer lines at a time. */
+ * have a bit in `columns`. The 8 rows stand in both halves of a register, which is multiplied with
+ * two weight rows at once, one in each half. What lies `ahead`, if anything, is asked of memory
+ * meanwhile, into the second cache, since the first can wait for far fewer lines at a time. */
 #define LANE_TILE(name, full, half, nr)                                                         \
   static void name(const uint32_t *x, int64_t stride, const bf16 *w, int64_t step,              \
                    const float *bias, float *y, int64_t rows, int64_t N, int64_t K,             \
                    __mmask16 columns, const bf16 *ahead) {                                      \
     const bf16 *at[4] = {w, w + 4 * step, w + 8 * step, w + 12 * step};                         \
-    __m512 acc[2][BLOCK_N], wide[2], more = _mm512_setzero_ps();                                \
-    __m256 rest[BLOCK_N], narrow = _mm256_setzero_ps();                                         \
+    __m512 acc[2][BLOCK_N], rest[BLOCK_N / 2], wide[2], twice, more = _mm512_setzero_ps();      \
     for (int j = 0; j < nr; j++) {                                                              \
       for (int v = 0; v < full; v++) acc[v][j] = more;                                          \
-      rest[j] = narrow;                                                                         \
+      rest[j / 2] = more;                                                                       \
     }                                                                                           \
     for (int64_t k = 0; k < K; k += 2, x += LANES) {                                            \
       if (ahead) __builtin_prefetch(ahead, 0, 2), ahead += 32;                                  \
       for (int v = 0; v < full; v++) wide[v] = _mm512_load_ps(x + v * stride);                  \
-      if (half) narrow = _mm256_load_ps((const float *)(x + full * stride));                    \
+      if (half) twice = _mm512_broadcast_f32x8(_mm256_load_ps((const float *)(x + full * stride))); \
+      __m512i all[2];                                                                           \
       _Pragma("GCC unroll 16") for (int j = 0; j < nr; j++) {                                   \
         int32_t pair;                                                                           \
         memcpy(&pair, at[j / 4] + j % 4 * step, sizeof pair);                                   \
-        __m512bh all = (__m512bh)_mm512_set1_epi32(pair);                                       \
+        all[j % 2] = _mm512_set1_epi32(pair);                                                   \
         for (int v = 0; v < full; v++)                                                          \
-          acc[v][j] = _mm512_dpbf16_ps(acc[v][j], (__m512bh)wide[v], all);                      \
-        if (half)                                                                               \
-          rest[j] = _mm256_dpbf16_ps(rest[j], (__m256bh)narrow,                                 \
-                                     (__m256bh)_mm512_castsi512_si256((__m512i)all));           \
+          acc[v][j] = _mm512_dpbf16_ps(acc[v][j], (__m512bh)wide[v], (__m512bh)all[j % 2]);     \
+        if (half && j % 2)                                                                      \
+          rest[j / 2] =                                                                         \
+              _mm512_dpbf16_ps(rest[j / 2], (__m512bh)twice,                                    \
+                               (__m512bh)_mm512_mask_blend_epi32(0xff00, all[0], all[1]));      \
       }                                                                                         \
       for (int i = 0; i < 4; i++) at[i] += 2;                                                   \
     }                                                                                           \
@@ -175,7 +177,9 @@ static void turn_rows(const float *x, uint32_t *to, int64_t rows, int64_t left, 
       __m512 out[16];                                                                           \
       for (int j = 0; j < 16; j++)                                                              \
         out[j] = j >= nr ? _mm512_setzero_ps()                                                  \
-                         : v < full ? acc[v][j] : _mm512_castps256_ps512(rest[j]);              \
+                 : v < full ? acc[v][j]                                                         \
+                 : j % 2 ? _mm512_shuffle_f32x4(rest[j / 2], rest[j / 2], 0xee)                 \
+                         : rest[j / 2];                                                         \
       turn(out);                                                                                \
       int64_t kept = rows - v * LANES, most = v < full ? LANES : LANES / 2;                     \
       for (int64_t m = 0; m < (kept < most ? kept : most); m++)                                 \
@@ -184,7 +188,7 @@ static void turn_rows(const float *x, uint32_t *to, int64_t rows, int64_t left, 
   }
 LANE_TILE(tile_8, 0, 1, BLOCK_N)
 LANE_TILE(tile_16, 1, 0, BLOCK_N)
-LANE_TILE(tile_24, 1, 1, BLOCK_N / 2)
+LANE_TILE(tile_24, 1, 1, BLOCK_N)
 LANE_TILE(tile_32, 2, 0, BLOCK_N / 2)
 #undef LANE_TILE
 
@@ -206,7 +210,7 @@ void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y,
       const bf16 *weight = w + n * K, *ahead = 0;
       if (N - n >= (BLOCKS + 1) * BLOCK_N) ahead = weight + BLOCKS * BLOCK_N * K;
       for (int64_t m = 0, taken; m < M; m += taken, ahead = 0) {
-        int64_t rows = M - m, width = rows <= LANES ? BLOCK_N : BLOCK_N / 2;
+        int64_t rows = M - m, width = rows <= 24 ? BLOCK_N : BLOCK_N / 2;
         void (*tile)(const uint32_t *, int64_t, const bf16 *, int64_t, const float *, float *,
                      int64_t, int64_t, int64_t, __mmask16, const bf16 *);
         tile = rows <= 8 ? tile_8 : rows <= 16 ? tile_16 : rows <= 24 ? tile_24 : tile_32;
