@@ -54,6 +54,16 @@ def test_chances_are_what_became_of_those_told_alike():
     assert length.survival(1, told(0.3, 0.3), 1) > 0.95
 
 
+def test_prompts_read_in_the_same_step_make_no_guess_worth_more():
+    """Their rows cost what they cost, whether or not a guess goes with them."""
+    length = length_for(1.0, 0.1)
+    for chances in ((0.9, 0.5, 0.2), (0.15,), (0.05, 0.9)):
+        asked = [(number, [told(*chances)]) for number in range(3)]
+        alone, beside = (length.choose(asked, rows, 3) for rows in (3, 300))
+        assert beside.lengths == alone.lengths
+        assert beside.speed == pytest.approx(alone.speed, rel=0.05)
+
+
 def test_the_better_of_two_drafts_is_taken():
     length = length_for(1.0, 0.01)
     for number, chances, kind in ((0, (0.9, 0.9), "x"), (1, (0.2,), "other")):
