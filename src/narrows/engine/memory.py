@@ -24,9 +24,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def settle() -> None:
-    """Have garbage collections leave alone, for good, what this process holds now. For a process that
-    is to generate and has all it needs: a full collection looks at every object of the libraries
-    that are loaded, which takes as long as many steps, and comes in the middle of one."""
+    """Have garbage collections leave alone, for good, what this process holds now: for one that is
+    to generate and has all it needs. A full collection looks at every object of the libraries that
+    are loaded, which takes as long as many steps, and comes in the middle of one."""
     gc.collect()
     gc.freeze()
 
