@@ -157,7 +157,8 @@ static void turn_rows(const float *x, uint32_t *to, int64_t rows, int64_t left, 
     for (int64_t k = 0; k < K; k += 2, x += LANES) {                                            \
       if (ahead) __builtin_prefetch(ahead, 0, 2), ahead += 32;                                  \
       for (int v = 0; v < full; v++) wide[v] = _mm512_load_ps(x + v * stride);                  \
-      if (half) twice = _mm512_broadcast_f32x8(_mm256_load_ps((const float *)(x + full * stride))); \
+      if (half)                                                                                 \
+        twice = _mm512_broadcast_f32x8(_mm256_load_ps((const float *)(x + full * stride)));     \
       __m512i all[2];                                                                           \
       _Pragma("GCC unroll 16") for (int j = 0; j < nr; j++) {                                   \
         int32_t pair;                                                                           \
