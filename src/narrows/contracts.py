@@ -241,9 +241,14 @@ class Drafter(ABC):
         """Upper bound on the bytes it holds for one sequence of that many tokens."""
         return 0
 
+    def wants(self, work: Sequence[tuple[int, int]]) -> bool:
+        """Whether ``read`` is to be shown a step that is about to read tokens of sequences, each
+        given by its number and the place of the first token read. Called only if it has taps."""
+        return True
+
     def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:  # noqa: B027
         """See the hidden states ``[T, len(taps), hidden_size]`` of a step's rows, and which rows
-        stay of every sequence that goes on. Called only if ``taps`` are wanted."""
+        stay of every sequence that goes on. Called if it ``wants`` to."""
 
     @abstractmethod
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:

@@ -265,6 +265,7 @@ class _Clocked(Drafter):
         self.drafter, self.seconds = drafter, 0.0
         self.name, self.most, self.taps = drafter.name, drafter.most, drafter.taps
         self.estimate, self.forget = drafter.estimate, drafter.forget  # type: ignore[method-assign]
+        self.wants = drafter.wants  # type: ignore[method-assign]
 
     def _clocked(self, method: Callable[..., Any], *given: Any) -> Any:
         started = time.perf_counter()

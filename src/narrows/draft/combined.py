@@ -28,6 +28,10 @@ class Combined(Drafter):
         """See Drafter."""
         return sum(one.estimate(tokens) for one in self.drafters)
 
+    def wants(self, work: Sequence[tuple[int, int]]) -> bool:
+        """See Drafter."""
+        return self._tapping is not None and self._tapping.wants(work)
+
     def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:
         """See Drafter."""
         if self._tapping:

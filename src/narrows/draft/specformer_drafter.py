@@ -36,6 +36,11 @@ IDLE = 32
 steps, gets no draft any more, and they are dropped, so that a drafter that is not used costs next
 to nothing."""
 
+RESTING, PROBED = 8, 4
+"""After so many sequences in a row of which no draft was asked, only one of so many is followed, to
+see whether drafts are wanted again: following one has a cost, too, most of all while its prompt is
+read."""
+
 NONE = -1
 """Stands where no guess is."""
 
@@ -75,6 +80,10 @@ class SpecFormerDrafter(Drafter):
         self.cosine, self.sine = target.rotary(every)
         self.fast = _forecaster(self)
         self._states: dict[int, _State] = {}
+        self._passed: set[int] = set()
+        """Sequences that are not followed."""
+        self._came = self._unasked = 0
+        """Sequences so far, and in a row of which no draft was asked."""
         self._held = replace(target.shape, layers=(self.shape,))
         self._unread = LET_GO * len(self.taps) * config.hidden_size * 4
 
@@ -82,11 +91,24 @@ class SpecFormerDrafter(Drafter):
         """See Drafter."""
         return DensePolicy().estimate(self._held, tokens) + self._unread
 
+    def wants(self, work: Sequence[tuple[int, int]]) -> bool:
+        """See Drafter. Chooses which new sequences are followed."""
+        for number, start in work:
+            if start == 0:
+                self._came += 1
+                if self._unasked >= RESTING and self._came % PROBED:
+                    self._passed.add(number)
+                    self._states.pop(number, None)
+        return any(
+            number in self._states or (start == 0 and number not in self._passed)
+            for number, start in work
+        )
+
     def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:
         """See Drafter. A long prompt is taken in at once, the rest with the next draft."""
         due, few, taken = [], [], 0
         for rows in kept:
-            if rows.start == 0:
+            if rows.start == 0 and rows.number not in self._passed:
                 self._states[rows.number] = _State(self._cache())
             state = self._states.get(rows.number)
             if state is None:
@@ -97,7 +119,7 @@ class SpecFormerDrafter(Drafter):
                 state.unread.append((taps, rows.first, rows.stop))
                 due.append(state)
             elif count < PROMPT and (state.waiting > LET_GO or len(state.unread) == IDLE):
-                del self._states[rows.number]
+                self._drop(rows.number)
             else:
                 few.append((state, rows))
         if few:
@@ -158,6 +180,9 @@ class SpecFormerDrafter(Drafter):
         if not asked:
             return []
         states = [self._states[one.number] for one in asked]
+        self._unasked = 0
+        for state in states:
+            state.asked = True
         behind = [state for state in states if state.unread]
         if behind:
             self._catch_up(behind)
@@ -204,18 +229,25 @@ class SpecFormerDrafter(Drafter):
 
     def forget(self, number: int) -> None:
         """See Drafter."""
-        self._states.pop(number, None)
+        self._passed.discard(number)
+        self._drop(number)
+
+    def _drop(self, number: int) -> None:
+        state = self._states.pop(number, None)
+        if state is not None and not state.asked:
+            self._unasked += 1
 
 
 class _State:
     """What is known of one sequence: ``cache`` of the tokens read, the hidden states of the
-    ``waiting`` ones not yet read (rows, from and to, of tensors that sequences share), and the
-    context vector of the newest one that was."""
+    ``waiting`` ones not yet read (rows, from and to, of tensors that sequences share), the context
+    vector of the newest one that was, and whether a draft has been ``asked`` for."""
 
     def __init__(self, cache: DenseLayer) -> None:
         self.cache = cache
         self.unread: list[tuple[Tensor, int, int]] = []
         self.waiting = 0
+        self.asked = False
         self.context = torch.empty(0)
 
 

@@ -216,8 +216,10 @@ class Engine:
         drafts = [Draft([])] * len(work)
         if self.speculation:
             drafts = self.speculation.drafts(work, self._limit)
-        taps = self.drafter.taps if self.drafter else ()
-        starts = [item.sequence.computed for item in work]
+        starts = [(item.sequence.number, item.sequence.computed) for item in work]
+        taps: tuple[int, ...] = ()
+        if self.drafter and self.drafter.taps and self.drafter.wants(starts):
+            taps = self.drafter.taps
         done = runner.forward(self.model, work, drafts, taps)
         for item in work:
             if item.sequence.computed >= item.sequence.prompt_length:
@@ -225,10 +227,10 @@ class Engine:
         moved = self._verify(work, drafts, done) if done.ready else []
         if self.drafter and done.taps is not None:
             kept = []
-            for item, start, (first, _) in zip(work, starts, done.spans, strict=True):
+            for item, (number, start), (first, _) in zip(work, starts, done.spans, strict=True):
                 if item.sequence.state is State.RUNNING:
                     stays = item.sequence.computed - start
-                    kept.append(Kept(item.sequence.number, start, first, first + stays))
+                    kept.append(Kept(number, start, first, first + stays))
             self.drafter.read(done.taps, kept)
         return moved
 

@@ -22,7 +22,7 @@ from narrows.draft.specformer import (
     SpecFormer,
     SpecFormerConfig,
 )
-from narrows.draft.specformer_drafter import SpecFormerDrafter, _State
+from narrows.draft.specformer_drafter import PROBED, RESTING, SpecFormerDrafter, _State
 from narrows.draft.specs import make_drafter
 from narrows.engine.engine import Engine
 from narrows.errors import ConfigError, ModelError
@@ -183,6 +183,32 @@ def test_a_sequence_that_is_never_drafted_for_is_let_go(limit, monkeypatch):
     assert offered[0] == sorted(offered[0], reverse=True)
     assert 8 < sum(offered[0]) <= 20 < len(offered[0])
     assert all(offered[1])
+
+
+def test_where_no_drafts_are_asked_for_few_sequences_are_followed():
+    """And all again, once one was. The states of the target are not tapped for the others."""
+    flat = pair("llama")[0]
+    drafter = SpecFormerDrafter(module("llama"), flat)
+    machine = Engine(flat, parse_cache("dense"), EngineConfig(cache_bytes=1 << 28), drafter)
+    params, followed, wish = SamplingParams(max_tokens=6, ignore_eos=True), [], False
+
+    def take(asked, offered, rows, decoding):
+        taken = [offers[0] if wish and offers else None for _, offers in offered]
+        return Plan(taken, [1 if offer else 0 for offer in taken]), {}
+
+    machine.speculation._choose = take
+    for number, prompt in enumerate(prompts(RESTING + 4 * PROBED, longest=10, seed=5)):
+        wish = number >= RESTING + 2 * PROBED
+        machine.submit(prompt, params)
+        seen = 0
+        for _ in machine.run():
+            seen = max(seen, len(drafter._states))
+        followed.append(seen)
+        assert not drafter._states
+        assert not drafter._passed
+    assert followed[:RESTING] == [1] * RESTING
+    assert sum(followed[RESTING : RESTING + 2 * PROBED]) == 2
+    assert followed[RESTING + 3 * PROBED :] == [1] * PROBED
 
 
 def test_after_a_saved_cache_only_lookup_drafts():
