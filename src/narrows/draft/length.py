@@ -34,6 +34,9 @@ FADING = 0.999
 cost, so that it is tried again."""
 CAUTION = 1.1
 """What drafting is taken to cost, of what it seems to, so that doubtful gains are left."""
+GAIN = 1.03
+"""Tokens a second that guesses must promise, of what is got without any: what seems to be the best
+of many choices is on average less good than it seems."""
 WORTH = 1.05
 """Tokens a second that the kind dearest to make must promise, of what the others alone would give:
 what it costs beyond what is timed, and being wrong about it, eat a smaller gain."""
@@ -245,7 +248,8 @@ class DraftLength:
         tokens, alone = float(decoding), self.steps(decoding)
         plain, least = self.steps(rows), CHEAP * CAUTION * self.steps.slope
         making, total = 0.0, rows
-        best, chosen, expected = tokens / alone, list(lengths), tokens
+        none = tokens / alone
+        best, chosen, expected = GAIN * none, list(lengths), tokens
         while heap:
             negative, i = heapq.heappop(heap)
             if -negative < best * least:  # nor can any of the rest, likely as this or less
@@ -264,7 +268,7 @@ class DraftLength:
                 best, chosen, expected = speed, list(lengths), tokens
             push(i, offer, -negative)
         taken = [offer if k else None for offer, k in zip(offers, chosen, strict=True)]
-        return Plan(taken, chosen, expected, best)
+        return Plan(taken, chosen, expected, best if any(chosen) else none)
 
     def _seconds(self, kind: str, count: int) -> float:
         """What making ``count`` guesses of a kind takes; nothing before it was first done."""

@@ -210,12 +210,13 @@ void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y,
       int64_t left = N - n < BLOCK_N ? N - n : BLOCK_N;
       const bf16 *weight = w + n * K, *ahead = 0;
       if (N - n >= (BLOCKS + 1) * BLOCK_N) ahead = weight + BLOCKS * BLOCK_N * K;
-      for (int64_t m = 0, taken; m < M; m += taken, ahead = 0) {
-        int64_t rows = M - m, width = rows <= 24 ? BLOCK_N : BLOCK_N / 2;
+      for (int64_t m = 0, rows; m < M; m += rows, ahead = 0) {
+        rows = M - m; /* 16 and up to 24 take less than 32 and up to 8 */
+        if (rows > 2 * LANES) rows = (rows - 1) % (2 * LANES) < 8 ? LANES : 2 * LANES;
+        int64_t width = rows <= 24 ? BLOCK_N : BLOCK_N / 2;
         void (*tile)(const uint32_t *, int64_t, const bf16 *, int64_t, const float *, float *,
                      int64_t, int64_t, int64_t, __mmask16, const bf16 *);
         tile = rows <= 8 ? tile_8 : rows <= 16 ? tile_16 : rows <= 24 ? tile_24 : tile_32;
-        taken = rows <= 24 ? rows : 32;
         if (left < BLOCK_N) width = 1; /* the last few, one by one */
         for (int64_t j = 0; j < left; j += width)
           tile(turned + m / LANES * stride, stride, weight + j * K, width > 1 ? K : 0,
