@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -37,9 +38,9 @@ steps, gets no draft any more, and they are dropped, so that a drafter that is n
 to nothing."""
 
 RESTING, PROBED = 8, 4
-"""After so many sequences in a row of which no draft was asked, only one of so many is followed, to
-see whether drafts are wanted again: following one has a cost, too, most of all while its prompt is
-read."""
+"""Once so many sequences have come since a draft was last asked for in a step of about as many
+sequences, only one of so many is followed, to see whether drafts are wanted again: following one
+has a cost, too, most of all while its prompt is read."""
 
 NONE = -1
 """Stands where no guess is."""
@@ -82,8 +83,9 @@ class SpecFormerDrafter(Drafter):
         self._states: dict[int, _State] = {}
         self._passed: set[int] = set()
         """Sequences that are not followed."""
-        self._came = self._unasked = 0
-        """Sequences so far, and in a row of which no draft was asked."""
+        self._came: Counter[int] = Counter()
+        """Since a draft was last asked for: by the size of steps, as a power of two."""
+        self._size = 0
         self._held = replace(target.shape, layers=(self.shape,))
         self._unread = LET_GO * len(self.taps) * config.hidden_size * 4
 
@@ -93,10 +95,11 @@ class SpecFormerDrafter(Drafter):
 
     def wants(self, work: Sequence[tuple[int, int]]) -> bool:
         """See Drafter. Chooses which new sequences are followed."""
+        size = len(work).bit_length()
         for number, start in work:
             if start == 0:
-                self._came += 1
-                if self._unasked >= RESTING and self._came % PROBED:
+                self._came[size] += 1
+                if self._came[size] > RESTING and self._came[size] % PROBED:
                     self._passed.add(number)
                     self._states.pop(number, None)
         return any(
@@ -119,7 +122,7 @@ class SpecFormerDrafter(Drafter):
                 state.unread.append((taps, rows.first, rows.stop))
                 due.append(state)
             elif count < PROMPT and (state.waiting > LET_GO or len(state.unread) == IDLE):
-                self._drop(rows.number)
+                del self._states[rows.number]
             else:
                 few.append((state, rows))
         if few:
@@ -169,6 +172,7 @@ class SpecFormerDrafter(Drafter):
 
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
         """See Drafter."""
+        self._size = len(asked).bit_length()
         return [
             [Offer(self.name, one.k, *EXPECTED, tells=True)] if one.number in self._states else []
             for one in asked
@@ -180,9 +184,7 @@ class SpecFormerDrafter(Drafter):
         if not asked:
             return []
         states = [self._states[one.number] for one in asked]
-        self._unasked = 0
-        for state in states:
-            state.asked = True
+        self._came[self._size] = 0
         behind = [state for state in states if state.unread]
         if behind:
             self._catch_up(behind)
@@ -230,24 +232,18 @@ class SpecFormerDrafter(Drafter):
     def forget(self, number: int) -> None:
         """See Drafter."""
         self._passed.discard(number)
-        self._drop(number)
-
-    def _drop(self, number: int) -> None:
-        state = self._states.pop(number, None)
-        if state is not None and not state.asked:
-            self._unasked += 1
+        self._states.pop(number, None)
 
 
 class _State:
     """What is known of one sequence: ``cache`` of the tokens read, the hidden states of the
-    ``waiting`` ones not yet read (rows, from and to, of tensors that sequences share), the context
-    vector of the newest one that was, and whether a draft has been ``asked`` for."""
+    ``waiting`` ones not yet read (rows, from and to, of tensors that sequences share), and the
+    context vector of the newest one that was."""
 
     def __init__(self, cache: DenseLayer) -> None:
         self.cache = cache
         self.unread: list[tuple[Tensor, int, int]] = []
         self.waiting = 0
-        self.asked = False
         self.context = torch.empty(0)
 
 

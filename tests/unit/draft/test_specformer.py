@@ -13,7 +13,7 @@ from torch.nn.functional import rms_norm
 from narrows.cache.dense import DensePolicy
 from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
-from narrows.contracts import FlatBatch
+from narrows.contracts import Asked, FlatBatch
 from narrows.draft.combined import Combined
 from narrows.draft.length import Plan
 from narrows.draft.specformer import (
@@ -209,6 +209,29 @@ def test_where_no_drafts_are_asked_for_few_sequences_are_followed():
     assert followed[:RESTING] == [1] * RESTING
     assert sum(followed[RESTING : RESTING + 2 * PROBED]) == 2
     assert followed[RESTING + 3 * PROBED :] == [1] * PROBED
+
+
+def test_drafts_for_few_at_a_time_do_not_count_for_many():
+    drafter = SpecFormerDrafter(module("llama"), pair("llama")[0])
+    one = Asked(0, [3, 4], 2)
+    drafter._states[0] = _State(drafter._cache())
+    drafter._states[0].context = torch.zeros(drafter.target.shape.hidden_size)
+
+    def follows(number, others):
+        drafter.wants([(number, 0), *[(-1 - i, 7) for i in range(others)]])
+        return number not in drafter._passed
+
+    for number in range(RESTING):
+        assert follows(number, 15)
+        assert follows(100 + number, 0)
+    assert [follows(10 + i, 15) for i in range(2 * PROBED)].count(True) == 2
+    drafter.offer([one])
+    drafter.propose([one])
+    assert follows(200, 0)
+    assert not follows(201, 15)
+    drafter.offer([one] * 16)
+    drafter.propose([one])
+    assert follows(202, 15)
 
 
 def test_after_a_saved_cache_only_lookup_drafts():
