@@ -243,8 +243,8 @@ class Drafter(ABC):
 
     def wants(self, work: Sequence[tuple[int, int]]) -> bool:
         """Whether ``read`` is to be shown a step that is about to read tokens of sequences, each
-        given by its number and the place of the first token read. Called only if it has taps."""
-        return True
+        given by its number and the place of the first token read."""
+        return bool(self.taps)
 
     def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:  # noqa: B027
         """See the hidden states ``[T, len(taps), hidden_size]`` of a step's rows, and which rows

@@ -81,8 +81,6 @@ class SpecFormerDrafter(Drafter):
         self.cosine, self.sine = target.rotary(every)
         self.fast = _forecaster(self)
         self._states: dict[int, _State] = {}
-        self._passed: set[int] = set()
-        """Sequences that are not followed."""
         self._came: Counter[int] = Counter()
         """Since a draft was last asked for: by the size of steps, as a power of two."""
         self._size = 0
@@ -100,20 +98,15 @@ class SpecFormerDrafter(Drafter):
         for number, start in work:
             if start == 0:
                 self._came[size] += 1
-                if self._came[size] > RESTING and self._came[size] % PROBED:
-                    self._passed.add(number)
-                    self._states.pop(number, None)
-        return any(
-            number in self._states or (start == 0 and number not in self._passed)
-            for number, start in work
-        )
+                self._states.pop(number, None)
+                if self._came[size] <= RESTING or self._came[size] % PROBED == 0:
+                    self._states[number] = _State(self._cache())
+        return any(number in self._states for number, _ in work)
 
     def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:
         """See Drafter. A long prompt is taken in at once, the rest with the next draft."""
         due, few, taken = [], [], 0
         for rows in kept:
-            if rows.start == 0 and rows.number not in self._passed:
-                self._states[rows.number] = _State(self._cache())
             state = self._states.get(rows.number)
             if state is None:
                 continue
@@ -232,7 +225,6 @@ class SpecFormerDrafter(Drafter):
 
     def forget(self, number: int) -> None:
         """See Drafter."""
-        self._passed.discard(number)
         self._states.pop(number, None)
 
 

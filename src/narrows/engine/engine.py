@@ -218,7 +218,7 @@ class Engine:
             drafts = self.speculation.drafts(work, self._limit)
         starts = [(item.sequence.number, item.sequence.computed) for item in work]
         taps: tuple[int, ...] = ()
-        if self.drafter and self.drafter.taps and self.drafter.wants(starts):
+        if self.drafter and self.drafter.wants(starts):
             taps = self.drafter.taps
         done = runner.forward(self.model, work, drafts, taps)
         for item in work:
