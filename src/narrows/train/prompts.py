@@ -23,6 +23,14 @@ def _task(row: dict[str, Any]) -> str:
     return f"{row['instruction']}\n\n{given}".strip()
 
 
+def _question(row: dict[str, Any]) -> str:
+    return str(row["question"])
+
+
+def _retrieved(row: dict[str, Any]) -> str:
+    return f"{row['gold_text']}\n{row['question']}?"
+
+
 def _about(row: dict[str, Any]) -> str:
     return f"{row['context']}\n\nAnswer from the text: {row['question']}"
 
@@ -31,24 +39,32 @@ def _passage(row: dict[str, Any]) -> str:
     return f"Summarize this text about {row['title']}:\n\n{row['text']}"
 
 
-SOURCES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "self_instruct/seed_tasks": _task,
-    "self_instruct/user_oriented": _task,
-    "gsm8k/train": lambda row: str(row["question"]),
-    "trec_qc/train": lambda row: str(row["question"]),
-    "xquad_en/xquad_en": _about,
-    "wiki_passages/passages": _passage,
-}
-"""Parts of the benchmark data that no benchmark of drafting reads, and a prompt of a row."""
+SOURCES: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("self_instruct/seed_tasks", _task),
+    ("self_instruct/user_oriented", _task),
+    ("gsm8k/train", _question),
+    ("trec_qc/train", _question),
+    ("lost_in_the_middle/nq_open_oracle", _question),
+    ("lost_in_the_middle/nq_open_oracle", _retrieved),
+    ("spoken_squad/questions", _question),
+    ("xquad_en/xquad_en", _about),
+    ("wiki_passages/passages", _passage),
+)
+"""Parts of the benchmark data, and a prompt of a row."""
+BENCHMARK = "spec_bench/question"
+"""What drafting is measured on, of which nothing is to be learnt: some questions are in both."""
 
 
 def from_data(folder: Path, count: int, seed: int = 0) -> list[str]:
-    """``count`` different prompts, the SOURCES in turn as long as they last, in random order.
-    Raises InputError if there are fewer."""
+    """``count`` different prompts, the SOURCES in turn as long as they last, in random order,
+    without those whose question BENCHMARK asks. Raises InputError if there are fewer."""
     chance = random.Random(seed)
+    measured = read_rows(find(folder, BENCHMARK))
+    asked = "\n".join(turn for row in measured for turn in row["turns"]).lower()
     piles = []
-    for name, make in SOURCES.items():
-        made = list(dict.fromkeys(make(row) for row in read_rows(find(folder, name))))
+    for name, make in SOURCES:
+        rows = read_rows(find(folder, name))
+        made = list(dict.fromkeys(make(row) for row in rows if not _known(row, asked)))
         chance.shuffle(made)
         piles.append(made)
     chosen: list[str] = []
@@ -57,6 +73,11 @@ def from_data(folder: Path, count: int, seed: int = 0) -> list[str]:
     if len(chosen) < count:
         raise InputError(f"{folder} has only {len(chosen)} prompts, not {count}; ask for fewer")
     return chosen[:count]
+
+
+def _known(row: dict[str, Any], asked: str) -> bool:
+    question = str(row.get("question", "")).lower().strip(" ?")
+    return bool(question) and question in asked
 
 
 def long_from_data(folder: Path, count: int, characters: int, seed: int = 0) -> list[str]:

@@ -19,7 +19,14 @@ from narrows.errors import ConfigError, InputError, NumericalError
 from narrows.train.examples import Example
 from narrows.train.linear_start import RIDGE, start_linear
 from narrows.train.loop import CHECKPOINT, HISTORY, LoopOptions, rate_at, train
-from narrows.train.prompts import answers_from_file, from_data, from_file, long_from_data
+from narrows.train.prompts import (
+    BENCHMARK,
+    SOURCES,
+    answers_from_file,
+    from_data,
+    from_file,
+    long_from_data,
+)
 from narrows.train.specformer import SpecFormerObjective, common_tokens, new_module
 from tiny import pair, prompts
 
@@ -267,6 +274,25 @@ def test_long_prompts_are_long_and_ask_about_one_of_their_texts(tmp_path):
         asked = prompt.rpartition("about ")[2].rstrip(".")
         assert f"{asked}\n" in prompt
     assert made == long_from_data(tmp_path, 5, 700, seed=1)
+
+
+def test_what_drafting_is_measured_on_is_not_learnt(tmp_path):
+    def write(name, *rows):
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    row = {"instruction": "Sing.", "title": "Bonn", "text": "A city.", "context": "C"}
+    for name in {name for name, _ in SOURCES}:
+        write(name, {**row, "question": f"what is {name}", "gold_text": "G"})
+    asked = {**row, "question": "who built the bridge", "gold_text": "Some did."}
+    for name in ("gsm8k/train", "lost_in_the_middle/nq_open_oracle"):
+        write(name, asked, {**asked, "question": f"what is {name}"})
+    write(BENCHMARK, {"turns": ["Who built the bridge?", "Why?"]})
+    prompts = from_data(tmp_path, 9)
+    assert not any("bridge" in prompt for prompt in prompts)
+    with pytest.raises(InputError, match="only 9 prompts"):
+        from_data(tmp_path, 10)
 
 
 def test_prompts(tmp_path):
