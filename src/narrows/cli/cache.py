@@ -18,6 +18,7 @@ from narrows.cli.options import (
     Model,
     Temperature,
     check_places,
+    load_llm,
     stderr,
     write,
 )
@@ -42,13 +43,12 @@ def save(
 ) -> None:
     """Read documents and keep their compressed cache in a file."""
     from narrows.cache.saved import save_cache
-    from narrows.llm import LLM
     from narrows.pipeline import read
     from narrows.retrieve.documents import read_documents
 
     check_places(out)
     documents = read_documents(doc)  # before the model is loaded, which takes longer
-    llm = LLM(model, cache=cache, draft=draft, dtype=dtype, device=device)
+    llm = load_llm(model, cache, draft, dtype, device)
     saved = read(llm, documents=documents, method=method)
     save_cache(saved, out)
     stderr.print(
@@ -74,7 +74,6 @@ def load(
     """Answer questions from a saved cache, without reading its documents again."""
     from narrows.cache.saved import describe_cache
     from narrows.config import SamplingParams
-    from narrows.llm import LLM
     from narrows.pipeline import ask_saved
 
     told = describe_cache(file)
@@ -82,7 +81,7 @@ def load(
         write(json.dumps(told) + "\n")
         return
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
-    llm = LLM(model, cache=told["spec"], draft=draft, dtype=dtype, device=device)
+    llm = load_llm(model, told["spec"], draft, dtype, device)
     saved = llm.load_cache(file)
     for question in questions:
         answer = ask_saved(llm, saved, question, params=params, on_text=None if as_json else write)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from narrows.errors import ConfigError
+
+if TYPE_CHECKING:
+    from narrows.llm import LLM
 
 stderr = Console(stderr=True, highlight=False)
 
@@ -37,6 +40,16 @@ Picture = Annotated[Path | None, typer.Option("--plot", help="Draw a PNG here.")
 Quick = Annotated[bool, typer.Option(help="Tiny sizes, to see that all of it works.")]
 Rounds = Annotated[int, typer.Option(help="Rounds measured; medians are reported.")]
 DEFAULT_MODEL = "smollm2-135m"
+
+
+def load_llm(model: str, cache: str, draft: str, dtype: str, device: str | None) -> LLM:
+    """A model for a process that does nothing but serve it."""
+    from narrows.engine.memory import settle
+    from narrows.llm import LLM
+
+    llm = LLM(model, cache=cache, draft=draft, dtype=dtype, device=device)
+    settle()
+    return llm
 
 
 def write(text: str) -> None:

@@ -24,6 +24,7 @@ from narrows.cli.options import (
     Seed,
     Temperature,
     TopP,
+    load_llm,
     stderr,
     write,
 )
@@ -34,17 +35,7 @@ CITED = 3
 
 if TYPE_CHECKING:
     from narrows.listen import Listener
-    from narrows.llm import LLM
     from narrows.pipeline import Answer
-
-
-def _load(model: str, cache: str, draft: str, dtype: str, device: str | None) -> LLM:
-    from narrows.engine.memory import settle
-    from narrows.llm import LLM
-
-    llm = LLM(model, cache=cache, draft=draft, dtype=dtype, device=device)
-    settle()
-    return llm
 
 
 def _params(max_tokens: int, temperature: float, top_p: float, seed: int | None) -> Any:
@@ -89,7 +80,7 @@ def ask(
         raise InputError("the question is empty; say what to answer")
     documents = read_documents(doc or [])  # before the model is loaded, which takes longer
     listener = _listener(audio) if audio else None
-    llm = _load(model, cache, draft, dtype, device)
+    llm = load_llm(model, cache, draft, dtype, device)
     answer = answer_question(
         llm,
         question,
@@ -153,7 +144,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise InputError("the prompt is empty; give some text to continue")
-    llm = _load(model, cache, draft, dtype, device)
+    llm = load_llm(model, cache, draft, dtype, device)
     request = llm.submit(text, params)
     for piece in llm.follow(request):
         if not as_json:
@@ -185,7 +176,7 @@ def chat(
 ) -> None:
     """Talk to the model, a line a turn; an empty line or end of input leaves."""
     params = _params(max_tokens, temperature, top_p, seed)
-    llm = _load(model, cache, draft, dtype, device)
+    llm = load_llm(model, cache, draft, dtype, device)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         if sys.stdin.isatty():
