@@ -88,8 +88,8 @@ def run(
             that many tokens, another one for each prompt.
         new_tokens: written for a prompt at most.
         requests: different prompts of a round for each one that is answered at a time.
-        rounds: measured, on other prompts each, by the same engines, as a server goes on; one
-            more before them is not counted.
+        rounds: measured, on other prompts each as long as there are any, by the same engines, as a
+            server goes on; one more before them, on yet others, is not counted.
         fixed: guesses verified a step; None lets the engine choose.
         cache: spec of the target's cache.
         peers: at batch 1, transformers' own ``generate`` too, and its prompt lookup against that.
@@ -115,7 +115,7 @@ def run(
     with Progress("batches", visible=show_progress) as progress:
         progress.expect(len(batches) * len(contexts))
         for context in contexts:
-            texts = _prompts(llm, folder, max(batches) * requests, context, seed)
+            texts = _prompts(llm, folder, max(batches) * requests, rounds + 1, context, seed)
             for batch in batches:
                 writers: dict[str, Callable[[list[list[int]]], Round]] = {
                     spec: _Writer(llm, spec, cache, fixed, batch, new_tokens)
@@ -128,7 +128,7 @@ def run(
                 sides: dict[str, list[Round]] = {name: [] for name in names}
                 for number in range(-1, rounds):
                     count = batch * requests
-                    first = max(0, number) * count
+                    first = number % (rounds + 1) * count
                     prompts = [texts[i % len(texts)] for i in range(first, first + count)]
                     turn = number % len(names)
                     for name in (*names[turn:], *names[:turn]):
@@ -287,10 +287,13 @@ def _speed(steps: Sequence[Step]) -> float:
     return sum(s.generated_tokens for s in steps) / sum(s.seconds for s in steps)
 
 
-def _prompts(llm: LLM, data: Path, least: int, context: int, seed: int) -> list[list[int]]:
-    """``least`` different prompts or more, in random order."""
+def _prompts(
+    llm: LLM, data: Path, least: int, rounds: int, context: int, seed: int
+) -> list[list[int]]:
+    """``least`` different prompts for each of as many rounds as there are texts for, in random
+    order."""
     if context:
-        windows = read_windows(data, llm.model, least, context, seed)
+        windows = read_windows(data, llm.model, least * rounds, context, seed, least=least)
         texts = [f"{llm.tokenizer.decode(w)}\n\nSummarize the text above." for w in windows]
     else:
         texts = [row["turns"][0] for row in read_rows(find(data, "spec_bench/question"))]

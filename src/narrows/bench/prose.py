@@ -38,10 +38,12 @@ def read_windows(
     tokens: int,
     seed: int = 0,
     sources: Sequence[str] = SOURCES,
+    least: int | None = None,
 ) -> list[list[int]]:
     """``count`` runs of ``tokens`` token ids, each from another document, taken from ``sources``
-    in turn and starting at a random place. Raises InputError if there are too few documents that
-    are long enough."""
+    in turn and starting at a random place; fewer, but ``least`` (None: count), if there are too few
+    documents that are long enough. Raises InputError if there are fewer still."""
+    least = count if least is None else least
     chance = random.Random(seed)
     found: list[list[list[int]]] = []
     for source in sources:
@@ -58,9 +60,9 @@ def read_windows(
         found.append(runs)
     turns = itertools.chain.from_iterable(itertools.zip_longest(*found))
     windows = [run for run in turns if run is not None][:count]
-    if len(windows) < count:
+    if len(windows) < least:
         raise InputError(
-            f"{data} has only {len(windows)} texts of at least {tokens} tokens, not {count}; "
+            f"{data} has only {len(windows)} texts of at least {tokens} tokens, not {least}; "
             "ask for fewer or shorter windows"
         )
     return windows

@@ -193,6 +193,7 @@ def test_windows_come_from_different_texts_of_both_sources(model, texts):
     assert windows != prose.read_windows(texts, model, 6, 300, seed=4)
     with pytest.raises(InputError, match="only 8 texts"):
         prose.read_windows(texts, model, 9, 300)
+    assert len(prose.read_windows(texts, model, 9, 300, least=8)) == 8
 
 
 def test_probes_have_their_length_and_hold_their_fact(model, texts):

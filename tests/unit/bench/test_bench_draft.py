@@ -77,6 +77,20 @@ def test_a_combination_is_compared_with_its_parts_too(chatty, questions):
     assert [r["metric"] for r in draft.curves(rows)] == ["speed_up"] * 2
 
 
+def test_every_round_answers_other_prompts(chatty, questions, monkeypatch):
+    answered = []
+    real = draft._Writer.__call__
+    monkeypatch.setattr(
+        draft._Writer, "__call__", lambda self, p: answered.append(p) or real(self, p)
+    )
+    sizes = {"batches": (2,), "requests": 2, "rounds": 3, "new_tokens": 8, "dtype": "float32"}
+    draft.run(model=chatty, data=questions, show_progress=False, **sizes)
+    sets = [frozenset(map(tuple, prompts)) for prompts in answered]
+    assert len(sets) == 2 * 4  # none and lookup; three rounds and the one before them
+    assert len(set(sets)) == 4
+    assert len(frozenset.union(*sets)) == 16
+
+
 def test_peers_are_measured_at_batch_one(chatty, questions):
     rows = draft.run(
         model=chatty,
