@@ -1,12 +1,13 @@
 /* A SpecFormer's draft in two calls, from what the target made of tokens to context vectors and
  * from those to the tokens they forecast: called one after the other, the operations of a draft of
- * one sequence take longer to call than to do. Defined by draft/specformer.py; activations are
- * float32, weights bfloat16 [out, in]. */
+ * one sequence take longer to call than to do. Defined by draft/specformer.py, but for the rounding of
+ * weights and what enters them to bytes, see bytes.c: most of a draft's time is spent reading weights.
+ * Activations are float32. */
 #include "vector.h"
 
 typedef struct {
-  const bf16 *fuse, *context_qkv, *context_out;
-  const bf16 *spread, *anchor, *qkv, *out, *gate_up, *down, *head, *after; /* or null */
+  const uint8_t *fuse, *context_qkv, *context_out;
+  const uint8_t *spread, *anchor, *qkv, *out, *gate_up, *down, *head, *after; /* or null */
   const float *spread_bias, *slot_bias;                                    /* one of them */
   const float *fuse_norm, *context_norm, *spread_norm, *token_norm, *slot_norm, *mlp_norm;
   const float *final_norm, *cosine, *sine; /* the tables [places, dim] */
@@ -53,9 +54,9 @@ void absorb(const forecaster *f, int64_t n, const place *const *places, const in
       for (int64_t g = 0; g < f->groups; g++)
         add_rms_norm((float *)taps + (from + r) * all + g * H, 0, 0, f->fuse_norm + g * H, f->eps,
                      normed + r * all + g * H, 0, 1, H, 1);
-    linear_few(normed, f->fuse, 0, x, count, H, all, threads);
+    linear_bytes(normed, f->fuse, 0, x, count, H, all, threads);
     add_rms_norm(x, 0, 0, f->context_norm, f->eps, y, 0, count, H, threads);
-    linear_few(y, f->context_qkv, 0, qkv, count, row, H, threads);
+    linear_bytes(y, f->context_qkv, 0, qkv, count, row, H, threads);
     for (int64_t r = 0; r < count; r++) { /* a token's place in the text is that in the cache */
       while (from + r == ends[s]) s++;
       owner[r] = s;
@@ -82,7 +83,7 @@ void absorb(const forecaster *f, int64_t n, const place *const *places, const in
   append_attend(places, n, newest, row, newest + heads * D, row, newest + turned * D, row, mixed,
                 heads, f->kv_heads, D, D, 1.0f / sqrtf((float)D), 0, is_bf16, tasks, parts, space,
                 threads);
-  linear_few(mixed, f->context_out, 0, delta, n, H, heads * D, threads);
+  linear_bytes(mixed, f->context_out, 0, delta, n, H, heads * D, threads);
   for (int64_t i = 0; i < n * H; i++) contexts[i] += delta[i];
 }
 
@@ -139,19 +140,19 @@ void forecast(const forecaster *f, int64_t n, const float *contexts, const int64
   add_rms_norm((float *)contexts, 0, 0, f->spread_norm, f->eps, y, 0, n, H, threads);
   if (f->anchor) {
     add_rms_norm((float *)entered, 0, 0, f->token_norm, f->eps, normed, 0, n, H, threads);
-    linear_few(normed, f->anchor, 0, more, n, H, H, threads);
+    linear_bytes(normed, f->anchor, 0, more, n, H, H, threads);
     for (int64_t i = 0; i < n * H; i++) y[i] += more[i];
   }
   if (f->spread)
-    linear_few(y, f->spread, f->spread_bias, drafts, n, f->slots * H, H, threads);
+    linear_bytes(y, f->spread, f->spread_bias, drafts, n, f->slots * H, H, threads);
   else
     for (int64_t i = 0; i < rows * H; i++)
       drafts[i] = y[i / (f->slots * H) * H + i % H] + f->slot_bias[i % (f->slots * H)];
   add_rms_norm(drafts, 0, 0, f->slot_norm, f->eps, normed, 0, rows, H, threads);
-  linear_few(normed, f->qkv, 0, qkv, rows, row, H, threads);
+  linear_bytes(normed, f->qkv, 0, qkv, rows, row, H, threads);
   for (int64_t s = 0; s < n; s++)
     attend_slots(f, qkv + s * f->slots * row, mixed + s * f->slots * f->heads * f->dim);
-  linear_few(mixed, f->out, 0, delta, rows, H, f->heads * f->dim, threads);
+  linear_bytes(mixed, f->out, 0, delta, rows, H, f->heads * f->dim, threads);
 
   int64_t going[n], count = n;
   float stays[n]; /* how likely all that was found of a sequence is */
@@ -167,11 +168,11 @@ void forecast(const forecaster *f, int64_t n, const float *contexts, const int64
       memcpy(added + g * size, delta + from, size * sizeof(float));
     }
     add_rms_norm(slot, added, 0, f->mlp_norm, f->eps, normed, 0, rows, H, threads);
-    linear_few(normed, f->gate_up, 0, gate_up, rows, 2 * f->wide, H, threads);
+    linear_bytes(normed, f->gate_up, 0, gate_up, rows, 2 * f->wide, H, threads);
     silu_mul(gate_up, gated, rows, f->wide, threads);
-    linear_few(gated, f->down, 0, added, rows, H, f->wide, threads);
+    linear_bytes(gated, f->down, 0, added, rows, H, f->wide, threads);
     add_rms_norm(slot, added, 0, f->final_norm, f->final_eps, normed, 0, rows, H, threads);
-    linear_few(normed, f->head, 0, score, rows, f->named, H, threads);
+    linear_bytes(normed, f->head, 0, score, rows, f->named, H, threads);
     for (int64_t i = 0; i < together; i++) {
       for (int64_t g = 0; f->after && g < count; g++) {
         int64_t last = going[g] * most + first + i - 1;
@@ -179,7 +180,7 @@ void forecast(const forecaster *f, int64_t n, const float *contexts, const int64
         const bf16 *from = f->narrowed + token * f->markov;
         for (int64_t j = 0; j < f->markov; j++) before[g * f->markov + j] = to_f32(from[j]);
       }
-      if (f->after) linear_few(before, f->after, 0, bias, count, f->named, f->markov, threads);
+      if (f->after) linear_bytes(before, f->after, 0, bias, count, f->named, f->markov, threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (count > 1)
       for (int64_t g = 0; g < count; g++) {
         float *own = score + (g * together + i) * f->named;

@@ -1,4 +1,4 @@
-"""A SpecFormer's draft in two kernel calls, see ``forecast.c``."""
+"""A SpecFormer's draft in two kernel calls, see ``forecast.c``; its weights are read as bytes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from torch import Tensor
 from narrows.ops.native import library
 from narrows.ops.ragged import Place, tell
 
+CODED = (
+    *("fuse", "context_qkv", "context_out"),
+    *("spread", "anchor", "qkv", "out", "gate_up", "down", "head", "after"),
+)
+"""The weights."""
+
 
 class _Forecaster(ctypes.Structure):
     """As in forecast.c."""
@@ -20,8 +26,7 @@ class _Forecaster(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                *("fuse", "context_qkv", "context_out"),
-                *("spread", "anchor", "qkv", "out", "gate_up", "down", "head", "after"),
+                *CODED,
                 *("spread_bias", "slot_bias"),
                 *("fuse_norm", "context_norm", "spread_norm", "token_norm", "slot_norm"),
                 *("mlp_norm", "final_norm", "cosine", "sine"),
@@ -40,18 +45,57 @@ class _Forecaster(ctypes.Structure):
     ]
 
 
+ZERO, TOP = 128, 127
+"""The code of 0, and how far codes go above and below it."""
+
+
+def in_bytes(weight: Tensor) -> Tensor:
+    """``weight`` ``[n, k]`` as ``bytes.c`` reads it: uint8 codes ``[n, k]``, row by row, and behind
+    them float32 scales ``[n]``."""
+    units = weight.float().abs().amax(1) / TOP
+    codes = (weight.float() / units.clamp(min=torch.finfo().tiny)[:, None]).round() + ZERO
+    return torch.cat([codes.to(torch.uint8).flatten(), units.view(torch.uint8)])
+
+
+def linear_bytes(
+    x: Tensor, coded: Tensor, rows: int, bias: Tensor | None = None, *, native: bool = True
+) -> Tensor:
+    """``x`` float32 ``[m, k]`` times a weight of ``rows`` rows ``in_bytes``, transposed, plus
+    ``bias`` ``[rows]``: float32 ``[m, rows]``. Each row of x is rounded to 8 bits against its
+    greatest number. By the kernel, if there is one and it is wanted."""
+    inner, kernels = x.shape[1], library() if native else None
+    out = x.new_empty((len(x), rows))
+    if kernels is not None:
+        kernels.linear_bytes(
+            *(
+                x.contiguous().data_ptr(),
+                coded.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+            ),
+            *(out.data_ptr(), len(x), rows, inner, torch.get_num_threads()),
+        )
+        return out
+    top = x.abs().amax(1, keepdim=True)
+    whole = (x * torch.where(top > 0, TOP / top, 0.0)).round()
+    codes = coded[: rows * inner].view(rows, inner).double() - ZERO
+    scales = coded[rows * inner :].clone().view(torch.float32)
+    out = (whole.double() @ codes.T).float() * (top / TOP) * scales
+    return out if bias is None else out + bias
+
+
 class Forecaster:
     """One SpecFormer as the kernel reads it.
 
     Args:
-        weights: what the kernel's structure points to, by its names there: bfloat16 ``[out, in]``,
-            biases, norms and rotary tables float32, ``vocabulary`` int64; None where a module has
-            none.
+        weights: what the kernel's structure points to, by its names there: ``[out, in]`` those that
+            are multiplied with, which are put ``in_bytes``, ``narrowed`` bfloat16, biases, norms
+            and rotary tables float32, ``vocabulary`` int64; None where a module has none.
         sizes: its numbers.
     """
 
     def __init__(self, weights: dict[str, Tensor | None], sizes: dict[str, Any]) -> None:
-        self._kept = {name: x.contiguous() for name, x in weights.items() if x is not None}
+        given = {name: x.contiguous() for name, x in weights.items() if x is not None}
+        self._kept = {name: in_bytes(x) if name in CODED else x for name, x in given.items()}
         pointers = {name: x.data_ptr() for name, x in self._kept.items()}
         self._told = _Forecaster(**pointers, **sizes)
 

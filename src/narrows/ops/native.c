@@ -93,30 +93,6 @@ static bf16 *scratch(int64_t size) {
 
 int bf16_dots(void) { return 1; }
 
-/* r[i][j] <-> r[j][i] of 16 by 16 words */
-static inline __attribute__((always_inline)) void turn(__m512 *r) {
-  __m512 t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; j++) {
-      __m512d a = (__m512d)t[i + j], b = (__m512d)t[i + 2 + j];
-      r[i + 2 * j] = (__m512)_mm512_unpacklo_pd(a, b);
-      r[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(a, b);
-    }
-  for (int i = 0; i < 16; i++) { /* quarters: first 0 and 2, 1 and 3 of two registers ... */
-    int from = i / 8 * 8 + i % 4;
-    t[i] = i & 4 ? _mm512_shuffle_f32x4(r[from], r[from + 4], 0xdd)
-                 : _mm512_shuffle_f32x4(r[from], r[from + 4], 0x88);
-  }
-  for (int i = 0; i < 8; i++) { /* ... then the same of four */
-    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
-  }
-}
-
 /* K numbers rounded to bfloat16, and zeros behind them up to `stride`. */
 static inline void round_rows(const float *x, bf16 *to, int64_t K, int64_t stride) {
   int64_t k = 0;

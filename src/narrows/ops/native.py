@@ -29,7 +29,7 @@ from narrows.ops.rotary import turn
 
 SOURCES = tuple(
     Path(__file__).with_name(f"{x}.c")
-    for x in ("native", "packed", "fold", "cover", "forecast", "flash", "decoder")
+    for x in ("native", "packed", "fold", "cover", "bytes", "forecast", "flash", "decoder")
 )
 HEADER = Path(__file__).with_name("vector.h")
 FLAGS = (
@@ -42,6 +42,7 @@ SIGNATURES = {
     "amx_ready": (N, ()),
     "bf16_dots": (N, ()),
     "linear_few": (None, (P, P, P, P, L, L, L, N)),
+    "linear_bytes": (None, (P, P, P, P, L, L, L, N)),
     "absorb_room": (L, (P, L)),
     "absorb": (None, (P, L, P, P, P, N, P, P, P, P, L, N)),
     "forecast_room": (L, (P, L)),

@@ -137,6 +137,32 @@ static inline vec folded(const quad *q) {
 }
 #endif
 
+#ifdef __AVX512F__
+/* r[i][j] <-> r[j][i] of 16 by 16 words */
+static inline __attribute__((always_inline)) void turn(__m512 *r) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      __m512d a = (__m512d)t[i + j], b = (__m512d)t[i + 2 + j];
+      r[i + 2 * j] = (__m512)_mm512_unpacklo_pd(a, b);
+      r[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(a, b);
+    }
+  for (int i = 0; i < 16; i++) { /* quarters: first 0 and 2, 1 and 3 of two registers ... */
+    int from = i / 8 * 8 + i % 4;
+    t[i] = i & 4 ? _mm512_shuffle_f32x4(r[from], r[from + 4], 0xdd)
+                 : _mm512_shuffle_f32x4(r[from], r[from + 4], 0x88);
+  }
+  for (int i = 0; i < 8; i++) { /* ... then the same of four */
+    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+#endif
+
 /* ---- a few query rows, some dense keys and values -------------------------------------------- */
 
 #define CHUNK 256 /* keys scored by one task; long contexts are split over threads */
@@ -309,6 +335,8 @@ DENSE(dense_bf16, bf16, load_bf16, to_f32)
 
 void linear_few(const float *x, const bf16 *w, const float *bias, float *y, int64_t M, int64_t N,
                 int64_t K, int threads);
+void linear_bytes(const float *x, const uint8_t *w, const float *bias, float *y, int64_t M, int64_t N,
+                  int64_t K, int threads);
 void add_rms_norm(float *h, const void *delta, int delta_bf16, const float *weight, float eps,
                   void *out, int out_bf16, int64_t M, int64_t N, int threads);
 void row_maxima(const float *x, int64_t M, int64_t N, float *value, int64_t *at, int threads);

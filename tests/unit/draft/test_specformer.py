@@ -22,7 +22,13 @@ from narrows.draft.specformer import (
     SpecFormer,
     SpecFormerConfig,
 )
-from narrows.draft.specformer_drafter import PROBED, RESTING, SpecFormerDrafter, _State
+from narrows.draft.specformer_drafter import (
+    PROBED,
+    RESTING,
+    SpecFormerDrafter,
+    _forecaster,
+    _State,
+)
 from narrows.draft.specs import make_drafter
 from narrows.engine.engine import Engine
 from narrows.errors import ConfigError, ModelError
@@ -331,10 +337,11 @@ def test_one_kernel_takes_in_what_the_module_does(family):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_one_kernel_forecasts_what_the_module_does(family, changes):
     """Bfloat16 weights; each token it finds is the likeliest by the module itself, given the one
-    before it, up to what bfloat16 rounds, and as likely as it says."""
+    before it, up to what bytes round, and as likely as it says."""
     drafter = quick(family, **changes)
     flat, made = drafter.target, drafter.module
     assert drafter.fast is not None
+    same = []
     for n, most in ((7, 4), (7, 2), (2, 4), (12, 3)):
         states, newest = torch.randn(n, flat.shape.hidden_size), torch.arange(7, 7 + n)
         found, chances = drafter.fast.forecast(states, newest, flat.embed(newest).float(), most, 0)
@@ -350,10 +357,11 @@ def test_one_kernel_forecasts_what_the_module_does(family, changes):
                 place = torch.searchsorted(named, found[:, slot])
                 best = likely.max(-1).values
                 mine = likely.gather(-1, place[:, None])[:, 0]
-                torch.testing.assert_close(mine, best, rtol=0.02, atol=0.02)
-                assert (mine == best).sum() >= 0.7 * n
+                torch.testing.assert_close(mine, best, rtol=0.02, atol=0.05)
+                same += (mine == best).tolist()
                 sure = likely.softmax(-1).gather(-1, place[:, None])[:, 0]
-                torch.testing.assert_close(chances[:, slot], sure, rtol=0.05, atol=0.01)
+                torch.testing.assert_close(chances[:, slot], sure, rtol=0.1, atol=0.01)
+    assert sum(same) >= 0.8 * len(same)
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -383,6 +391,7 @@ def test_a_module_that_makes_nan_changes_no_text(fast):
     for spoilt in (False, True):
         if spoilt:
             drafter.module.down.weight.fill_(torch.nan)
+            drafter.fast = _forecaster(drafter) if fast else None
         config = EngineConfig(cache_bytes=1 << 28)
         machine = Engine(drafter.target, parse_cache("dense"), config, drafter if spoilt else None)
         params = SamplingParams(max_tokens=20, ignore_eos=True)
