@@ -59,9 +59,11 @@ BELIEF = 6.0
 SURENESS = 10
 """Parts of the way from 0 to 1 that a drafter's own chances are told apart by."""
 DRAFTS = 48
-"""Drafts of a kind that are remembered, to tell what making another one is worth."""
-FORGETTING = 64
-"""Steps in which a kind that tells is made for none, until the oldest of those is forgotten."""
+"""Drafts of a kind that are remembered, to tell what making another one is worth. A new sequence
+takes with it the share of one of those that decode, as texts differ in what drafts are worth."""
+UNHEARD = 8
+"""Drafts that are taken to have been as their kind is expected to be, as far as fewer are
+remembered."""
 TELLING = 1.02
 """Tokens a second that making drafts which tell must promise, of what is got without."""
 
@@ -174,7 +176,8 @@ class DraftLength:
         self._sure: dict[tuple[str, int], _Record] = {}
         self._drafts: dict[str, deque[list[float]]] = defaultdict(lambda: deque(maxlen=DRAFTS))
         """Of kinds that tell, the chances of the latest drafts' guesses."""
-        self._left = 0
+        self._met: set[int] = set()
+        """Sequences for which something that tells was offered."""
 
     def survival(self, number: int, offer: Offer, place: int) -> float:
         """Chance that the guess at ``place`` stays, given that those before it did."""
@@ -289,19 +292,26 @@ class DraftLength:
         total = rows + sum(plan.lengths)
         more = (self.steps(total + decoding) - self.steps(total)) / decoding
         price = min(1.0, CAUTION * more * plan.speed)
-        drafts = self._drafts[first.kind] or [[first.first, *[first.later] * (first.k - 1)]]
-        worth = [_worth(draft, price) for draft in drafts]
-        slots = sum(map(len, drafts)) / len(drafts)
+        drafts = self._drafts[first.kind]
+        for (number, _), offer in zip(asked, telling, strict=True):
+            if offer is not None and number not in self._met:
+                self._met.add(number)
+                for _ in range(min(len(drafts), -(-DRAFTS // decoding))):
+                    drafts.popleft()
+        usual = [first.first, *[first.later] * (first.k - 1)]
+        likely = [*drafts, *[usual] * (UNHEARD - len(drafts))]
+        worth = [_worth(draft, price) for draft in likely]
+        slots = sum(map(len, likely)) / len(likely)
 
         def seconds(count: int) -> float:
             return CAUTION * self._seconds(first.kind, round(count * slots))
 
         def gain(i: int) -> float:
-            offer = plan.taken[i]
-            if offer is None:
+            taken = plan.taken[i]
+            if taken is None:
                 return sum(worth) / len(worth)
             number, _ = asked[i]
-            other = _worth(self._chances(number, offer), price)
+            other = _worth(self._chances(number, taken), price)
             return sum(one - other for one in worth if one > other) / len(worth)
 
         tokens = plan.tokens
@@ -316,10 +326,6 @@ class DraftLength:
                     best, count = speed, n
             for _, i in gains[:count]:
                 chosen[i] = telling[i]
-        if not any(chosen):
-            self._left += 1
-            if self._left % FORGETTING == 0 and self._drafts[first.kind]:
-                self._drafts[first.kind].popleft()
         return chosen, price
 
     def told(self, number: int, offer: Offer) -> None:
@@ -357,6 +363,7 @@ class DraftLength:
     def forget(self, number: int) -> None:
         """Drop a sequence's own record."""
         self._own.pop(number, None)
+        self._met.discard(number)
 
 
 def _worth(chances: Sequence[float], price: float) -> float:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrows.contracts import Offer
-from narrows.draft.length import DRAFTS, FORGETTING, DraftLength, _worth
+from narrows.draft.length import DRAFTS, DraftLength, _worth
 
 TELLS = Offer("x", 3, tells=True)
 
@@ -90,12 +90,21 @@ def test_drafts_are_made_where_the_latest_were_worth_it():
         assert 0.05 < price < 0.5
 
 
-def test_what_was_not_worth_it_is_tried_again_after_long():
-    length = length_for(1.0, 0.1)
-    remember(length, 0.01)
-    made = [worth_making(length, [(0, [TELLS])])[0][0] for _ in range(FORGETTING * DRAFTS + 1)]
-    assert made[-1] == TELLS
-    assert not any(made[:-1])
+def test_a_new_sequence_is_a_new_chance():
+    """Whose drafts may be better than those of the others; all of it where it is alone."""
+    tells = Offer("x", 3, 0.9, 0.9, tells=True)
+    for count in (1, 8):
+        length = length_for(1.0, 0.1)
+        asked = [(number, [tells]) for number in range(count)]
+        worth_making(length, asked)
+        remember(length, 0.01)
+        assert not any(worth_making(length, asked)[0])
+        made = []
+        for newest in range(count, 2 * count):
+            asked = [*asked[1:], (newest, [tells])]
+            made.append(any(worth_making(length, asked)[0]))
+        assert made[-1]
+        assert not any(made[: count // 2])
 
 
 def test_without_offers_that_tell_nothing_is_made():
