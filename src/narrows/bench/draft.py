@@ -36,6 +36,7 @@ from narrows.engine.engine import Engine, Step
 from narrows.engine.memory import settle
 from narrows.errors import ConfigError, InputError
 from narrows.llm import LLM
+from narrows.train.prompts import BENCHMARK
 
 COLUMNS = ("context", "batch", "method", "versus")
 """Columns of the printed table."""
@@ -296,7 +297,7 @@ def _prompts(
         windows = read_windows(data, llm.model, least * rounds, context, seed, least=least)
         texts = [f"{llm.tokenizer.decode(w)}\n\nSummarize the text above." for w in windows]
     else:
-        texts = [row["turns"][0] for row in read_rows(find(data, "spec_bench/question"))]
+        texts = [row["turns"][0] for row in read_rows(find(data, BENCHMARK))]
         random.Random(seed).shuffle(texts)
         if len(texts) < least:
             raise InputError(f"Spec-Bench has only {len(texts)} questions here, not {least}")

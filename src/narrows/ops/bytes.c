@@ -1,7 +1,8 @@
 /* y[m,n] = x[m,:] . w[n,:] (+ bias[n]) for weights in bytes: codes [N, K], of which ZERO stands for
  * nothing, and behind them a float32 scale for each row. Rows of x are rounded to 8 bits, too, so
- * this is for guesses, which are no less lawful where they are a little off. Defined in
- * ops/forecast.py. Sums of codes are whole numbers: it does not matter how rows are batched. */
+ * this is for guesses, which are no less lawful where they are a little off. Defined by
+ * linear_bytes_torch in ops/forecast.py. Sums of codes are whole numbers: it does not matter how
+ * rows are batched. */
 #include "vector.h"
 
 #include <stdlib.h>

@@ -52,29 +52,17 @@ ZERO, TOP = 128, 127
 def in_bytes(weight: Tensor) -> Tensor:
     """``weight`` ``[n, k]`` as ``bytes.c`` reads it: uint8 codes ``[n, k]``, row by row, and behind
     them float32 scales ``[n]``."""
-    units = weight.float().abs().amax(1) / TOP
-    codes = (weight.float() / units.clamp(min=torch.finfo().tiny)[:, None]).round() + ZERO
+    weight = weight.float()
+    units = weight.abs().amax(1) / TOP
+    codes = (weight / units.clamp(min=torch.finfo().tiny)[:, None]).round() + ZERO
     return torch.cat([codes.to(torch.uint8).flatten(), units.view(torch.uint8)])
 
 
-def linear_bytes(
-    x: Tensor, coded: Tensor, rows: int, bias: Tensor | None = None, *, native: bool = True
-) -> Tensor:
-    """``x`` float32 ``[m, k]`` times a weight of ``rows`` rows ``in_bytes``, transposed, plus
-    ``bias`` ``[rows]``: float32 ``[m, rows]``. Each row of x is rounded to 8 bits against its
-    greatest number. By the kernel, if there is one and it is wanted."""
-    inner, kernels = x.shape[1], library() if native else None
-    out = x.new_empty((len(x), rows))
-    if kernels is not None:
-        kernels.linear_bytes(
-            *(
-                x.contiguous().data_ptr(),
-                coded.data_ptr(),
-                None if bias is None else bias.data_ptr(),
-            ),
-            *(out.data_ptr(), len(x), rows, inner, torch.get_num_threads()),
-        )
-        return out
+def linear_bytes_torch(x: Tensor, coded: Tensor, rows: int, bias: Tensor | None = None) -> Tensor:
+    """The definition of ``linear_bytes`` of ``bytes.c``: ``x`` float32 ``[m, k]`` times a weight of
+    ``rows`` rows ``in_bytes``, transposed, plus ``bias`` ``[rows]``: float32 ``[m, rows]``. Each
+    row of x is rounded to 8 bits against its greatest number."""
+    inner = x.shape[1]
     top = x.abs().amax(1, keepdim=True)
     whole = (x * torch.where(top > 0, TOP / top, 0.0)).round()
     codes = coded[: rows * inner].view(rows, inner).double() - ZERO
