@@ -27,10 +27,8 @@ from torch.nn.functional import silu
 
 from narrows.ops.rotary import turn
 
-SOURCES = tuple(
-    Path(__file__).with_name(f"{x}.c")
-    for x in ("native", "packed", "fold", "cover", "bytes", "forecast", "flash", "decoder")
-)
+KERNELS = ("native", "ragged", "packed", "fold", "cover", "bytes", "forecast", "flash", "decoder")
+SOURCES = tuple(Path(__file__).with_name(f"{x}.c") for x in KERNELS)
 HEADER = Path(__file__).with_name("vector.h")
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11"),

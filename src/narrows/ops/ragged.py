@@ -13,7 +13,7 @@ from narrows.ops.attention import causal_attention, visible
 from narrows.ops.native import library
 from narrows.ops.rotary import turn
 
-CHUNK = 256  # as in native.c
+CHUNK = 256  # as in vector.h
 MAX_GROUP = 16
 
 
@@ -31,7 +31,7 @@ class Codes:
 
     @functools.cached_property
     def fields(self) -> tuple[int, ...]:
-        """As in native.c."""
+        """As in ragged.c."""
         turned, tables = (0, 0), (0, 0)
         if self.turns is not None:
             assert self.steps is not None
@@ -66,7 +66,7 @@ class Place:
     seen: Tensor | None = None
     capacity: int = field(init=False)
     told: ctypes.Array[ctypes.c_int64] | None = field(default=None, init=False, repr=False)
-    """What native.c reads of it, once it has."""
+    """What ragged.c reads of it, once it has."""
     address: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -117,7 +117,7 @@ def append_attend(
 def tell(
     places: list[Place], heads: int, kv_heads: int, value_dim: int
 ) -> tuple[ctypes.Array[ctypes.c_void_p], Tensor, Tensor, int]:
-    """What native.c reads of places, and the tasks and parts it works in, with room for so many."""
+    """What ragged.c reads of places, and the tasks and parts it works in, with room for so many."""
     tables = []
     room = 0
     for p in places:
@@ -134,11 +134,11 @@ def tell(
 
 
 STORED, FIRST_ROW, COUNT = 3, 4, 5
-"""Places in a ``place`` of native.c of what changes from step to step."""
+"""Places in a ``place`` of ragged.c of what changes from step to step."""
 
 
 def _tell(p: Place) -> ctypes.Array[ctypes.c_int64]:
-    """One ``place`` of native.c."""
+    """One ``place`` of ragged.c."""
     seen = (0, 0) if p.seen is None else (p.seen.data_ptr(), len(p.seen))
     codes = (NO_CODES if c is None else c.fields for c in (p.k_codes, p.v_codes))
     buffers = (p.k.data_ptr(), p.v.data_ptr(), p.k.shape[1])

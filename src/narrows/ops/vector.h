@@ -137,6 +137,17 @@ static inline vec folded(const quad *q) {
 }
 #endif
 
+#ifdef __AVX512BF16__
+/* K numbers rounded to bfloat16, and zeros behind them up to `stride`. */
+static inline void round_rows(const float *x, bf16 *to, int64_t K, int64_t stride) {
+  int64_t k = 0;
+  for (; k + WIDTH <= K; k += WIDTH)
+    _mm256_storeu_si256((void *)(to + k), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + k)));
+  for (; k < K; k++) to[k] = to_bf16(x[k]);
+  for (; k < stride; k++) to[k] = 0;
+}
+#endif
+
 #ifdef __AVX512F__
 /* r[i][j] <-> r[j][i] of 16 by 16 words */
 static inline __attribute__((always_inline)) void turn(__m512 *r) {
@@ -171,6 +182,15 @@ static inline __attribute__((always_inline)) void turn(__m512 *r) {
 static inline float greatest(const float *x, int64_t n) {
   float top = -INFINITY;
   int64_t i = 0;
+#ifdef __AVX512F__ /* the second is taken where one is NaN */
+  __m512 most[4];
+  for (int j = 0; j < 4; j++) most[j] = _mm512_set1_ps(-INFINITY);
+  for (; i + 4 * WIDTH <= n; i += 4 * WIDTH)
+    for (int j = 0; j < 4; j++)
+      most[j] = _mm512_max_ps(_mm512_loadu_ps(x + i + j * WIDTH), most[j]);
+  for (int j = 1; j < 4; j++) most[0] = _mm512_max_ps(most[0], most[j]);
+  top = _mm512_reduce_max_ps(most[0]);
+#else
   if (n >= WIDTH) {
     vec most = load_f32(x);
     for (i = WIDTH; i + WIDTH <= n; i += WIDTH) {
@@ -179,6 +199,7 @@ static inline float greatest(const float *x, int64_t n) {
     }
     for (int j = 0; j < WIDTH; j++) top = most[j] > top ? most[j] : top;
   }
+#endif
   for (; i < n; i++) top = x[i] > top ? x[i] : top;
   return top;
 }

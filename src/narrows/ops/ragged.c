@@ -1,0 +1,423 @@
+/* Attention of a few newest tokens a sequence, for many sequences in one call, which also writes
+ * their keys and values. Defined by ops/ragged.py. */
+#include "vector.h"
+
+#include <omp.h>
+
+#define AT_ONCE 32  /* query rows that one stretch of keys is read for */
+#define TILE 6      /* of them, whose sums are held in registers */
+#define WEIGHING 15 /* steps of a tile that take as long as the weights of a row */
+
+/* What is read next is asked of memory in small parts while there is something to compute, so that
+ * neither waits for the other: lines [at, end), then those of [then, last). */
+typedef struct {
+  const char *at, *end, *then, *last;
+  int64_t pace; /* lines that are asked for at each step of a tile */
+} queue;
+static inline __attribute__((always_inline)) void ask(queue *q, int64_t times) {
+  for (int64_t i = 0; i < times * q->pace; i++, q->at += 64) {
+    if (q->at >= q->end) {
+      if (q->then == q->last) return;
+      q->at = q->then, q->end = q->then = q->last;
+    }
+    __builtin_prefetch(q->at, 0, 2); /* past the first level, which holds what is read now */
+  }
+}
+
+/* dense_bf16_dots and dense_bf16_mix by products of bfloat16 pairs, where there are units for them:
+ * queries and weights are rounded to bfloat16, as they are for many rows (flash.c). */
+#ifdef __AVX512BF16__
+#define PAIRS 32 /* numbers in a register */
+#define ACROSS 4 /* registers of keys, or of columns, of a tile */
+
+/* The row behind the tile that begins at row g: tiles are as much of a size as can be. */
+static inline int64_t tile_end(int64_t rows, int64_t g) {
+  int64_t tiles = (rows - g + TILE - 1) / TILE;
+  return g + (rows - g + tiles - 1) / tiles;
+}
+
+/* A call for each number of rows of a tile, so that compilers know what is held. */
+#define BY_ROWS(rows, call)     \
+  switch (rows) {               \
+    case 1: call(1); break;     \
+    case 2: call(2); break;     \
+    case 3: call(3); break;     \
+    case 4: call(4); break;     \
+    case 5: call(5); break;     \
+    default: call(TILE);        \
+  }
+
+/* 16 keys: pairs number i of all of them as to[i * ACROSS]. */
+static inline void turn_keys(const bf16 *key, int64_t D, __m512 *to) {
+  for (int64_t i = 0; i < D; i += PAIRS) {
+    __m512 r[WIDTH];
+    for (int t = 0; t < WIDTH; t++) r[t] = _mm512_loadu_ps((const void *)(key + t * D + i));
+    turn(r);
+    for (int t = 0; t < WIDTH; t++) to[(i / 2 + t) * ACROSS] = r[t];
+  }
+}
+
+static inline __m512bh both(const bf16 *p) {
+  int32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
+
+/* Of `rows` queries and 16 * wide keys, turned. */
+static inline __attribute__((always_inline)) void pair_scores(const bf16 *q, int64_t rows,
+                                                              int64_t D, const __m512 *keys,
+                                                              int wide, queue *next,
+                                                              float *score) {
+  __m512 acc[TILE][ACROSS];
+  for (int64_t g = 0; g < rows; g++)
+    for (int j = 0; j < wide; j++) acc[g][j] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < D / 2; i++, keys += ACROSS) {
+    ask(next, 1);
+    for (int64_t g = 0; g < rows; g++) {
+      __m512bh x = both(q + g * D + 2 * i);
+      for (int j = 0; j < wide; j++)
+        acc[g][j] = _mm512_dpbf16_ps(acc[g][j], x, (__m512bh)keys[j]);
+    }
+  }
+  for (int64_t g = 0; g < rows; g++)
+    for (int j = 0; j < wide; j++) _mm512_storeu_ps(score + g * CHUNK + j * WIDTH, acc[g][j]);
+}
+
+/* 64 columns. Those of two tokens' values are brought next to each other, four by four. */
+static inline __attribute__((always_inline)) void pair_values(const bf16 *weight, int64_t rows,
+                                                              int64_t n, int64_t Dv, const bf16 *v,
+                                                              queue *next, float *out,
+                                                              int64_t stride) {
+  __m512 acc[TILE][ACROSS];
+  for (int64_t g = 0; g < rows; g++)
+    for (int j = 0; j < ACROSS; j++) acc[g][j] = _mm512_setzero_ps();
+  for (int64_t t = 0; t < n; t += 2) {
+    __m512i pairs[ACROSS];
+    for (int j = 0; j < 2; j++) {
+      const bf16 *at = v + t * Dv + j * PAIRS;
+      __m512i one = _mm512_loadu_si512(at);
+      __m512i other = t + 1 < n ? _mm512_loadu_si512(at + Dv) : _mm512_setzero_si512();
+      pairs[2 * j] = _mm512_unpacklo_epi16(one, other);
+      pairs[2 * j + 1] = _mm512_unpackhi_epi16(one, other);
+    }
+    ask(next, 1);
+    for (int64_t g = 0; g < rows; g++) {
+      __m512bh x = both(weight + g * CHUNK + t);
+      for (int j = 0; j < ACROSS; j++)
+        acc[g][j] = _mm512_dpbf16_ps(acc[g][j], x, (__m512bh)pairs[j]);
+    }
+  }
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i last = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  for (int64_t g = 0; g < rows; g++)
+    for (int j = 0; j < ACROSS; j++)
+      _mm512_storeu_ps(out + g * stride + j * WIDTH,
+                       _mm512_permutex2var_ps(acc[g][j & 2], j & 1 ? last : first,
+                                              acc[g][(j & 2) + 1]));
+}
+
+/* With nothing to ask for next, keys are taken a register at a time, so that they come evenly. */
+static inline void paired_dots(const float *q, int64_t rows, int64_t D, int64_t Dv,
+                               const bf16 *keys, const bf16 *values, int64_t n, queue *next,
+                               float *score) {
+  if (D % PAIRS) {
+    dense_bf16_dots(q, rows, D, Dv, keys, values, n, score);
+    return;
+  }
+  bf16 query[rows * D], end[WIDTH * D];
+  __m512 turned[D / 2 * ACROSS];
+  int64_t most = next->pace ? ACROSS * WIDTH : WIDTH;
+  round_rows(q, query, rows * D, rows * D);
+  fetch(keys, (n < DENSE_AHEAD ? n : DENSE_AHEAD) * D * sizeof(bf16));
+  for (int64_t t = 0, stop; t < n; t = stop) {
+    stop = t + most < n ? t + most : n;
+    int wide = 0;
+    for (int64_t at = t; at < stop; at += WIDTH, wide++) {
+      const bf16 *key = keys + at * D;
+      int64_t there = n - at < WIDTH ? n - at : WIDTH;
+      if (at + DENSE_AHEAD < n) fetch(key + DENSE_AHEAD * D, WIDTH * D * sizeof(bf16));
+      fetch(values + at * Dv, there * Dv * sizeof(bf16));
+      if (there < WIDTH) { /* the last few, with others that do not count */
+        memset(end, 0, sizeof end);
+        key = memcpy(end, key, there * D * sizeof(bf16));
+      }
+      turn_keys(key, D, turned + wide);
+    }
+    for (int64_t g = 0, tile; g < rows; g = tile) {
+      tile = tile_end(rows, g);
+      const bf16 *from = query + g * D;
+      float *to = score + g * CHUNK + t;
+#define ALL(rows) pair_scores(from, rows, D, turned, ACROSS, next, to)
+#define ONE(rows) pair_scores(from, rows, D, turned + j, 1, next, to + j * WIDTH)
+      if (wide == ACROSS)
+        BY_ROWS(tile - g, ALL)
+      else
+        for (int j = 0; j < wide; j++) BY_ROWS(tile - g, ONE)
+#undef ALL
+#undef ONE
+    }
+  }
+}
+
+static inline void paired_mix(const float *score, int64_t rows, int64_t n, int64_t Dv,
+                              const bf16 *values, queue *next, float *to, int64_t stride) {
+  if (Dv % (2 * PAIRS)) {
+    dense_bf16_mix(score, rows, n, Dv, values, to, stride);
+    return;
+  }
+  bf16 weight[TILE * CHUNK];
+  for (int64_t g = 0, tile; g < rows; g = tile) {
+    tile = tile_end(rows, g);
+    for (int64_t r = g; r < tile; r++)
+      round_rows(score + r * CHUNK, weight + (r - g) * CHUNK, n, n + n % 2);
+    for (int64_t i = 0; i < Dv; i += 2 * PAIRS) {
+#define MIX(rows) pair_values(weight, rows, n, Dv, values + i, next, to + g * stride + i, stride)
+      BY_ROWS(tile - g, MIX)
+#undef MIX
+    }
+  }
+}
+#else
+#define paired_dots(q, rows, D, Dv, k, v, n, next, score) dense_bf16_dots(q, rows, D, Dv, k, v, n, score)
+#define paired_mix(score, rows, n, Dv, v, next, to, stride) dense_bf16_mix(score, rows, n, Dv, v, to, stride)
+#endif
+#define plain_dots(q, rows, D, Dv, k, v, n, next, score) dense_f32_dots(q, rows, D, Dv, k, v, n, score)
+#define plain_mix(score, rows, n, Dv, v, next, to, stride) dense_f32_mix(score, rows, n, Dv, v, to, stride)
+
+/* Queries q [rows * group, D] of the tokens at key `at` and after it, and one key head, keys
+ * [from, to) of those that lie there: each head's maximum, sum, and weighted values. A token sees
+ * the keys up to its own, at most `window` of them (0: all). Query head g sees key t < seen_n only
+ * if bit g of seen[t] is set. */
+#define ATTEND(name, T, dense)                                                                 \
+  static void name(const float *q, int64_t rows, int64_t group, int64_t D, int64_t Dv,         \
+                   const T *k, const T *v, int64_t from, int64_t to, int64_t at,               \
+                   int64_t window, float scale, const uint16_t *seen, int64_t seen_n,          \
+                   queue *next, float *part) {                                                 \
+    float score[AT_ONCE][CHUNK];                                                               \
+    int64_t n = to - from, stride = Dv + 2;                                                    \
+    dense##_dots(q, rows * group, D, Dv, k + from * D, v + from * Dv, n, next, score[0]);      \
+    for (int64_t r = 0; r < rows; r++) {                                                       \
+      int64_t stop = at + r + 1, start = window && stop > window ? stop - window : 0;          \
+      start = start < from ? 0 : start > to ? n : start - from;                                \
+      stop = stop < from + start ? start : stop > to ? n : stop - from;                        \
+      for (int64_t g = 0; g < group; g++) {                                                    \
+        ask(next, WEIGHING);                                                                   \
+        float *own = score[r * group + g], *told = part + (r * group + g) * stride;            \
+        for (int64_t t = start; t < stop; t++) own[t] *= scale;                                \
+        for (int64_t t = start; t < stop && from + t < seen_n; t++)                            \
+          if (!(seen[from + t] >> g & 1)) own[t] = -INFINITY;                                  \
+        float top = told[0] = greatest(own + start, stop - start);                             \
+        int64_t first = top == -INFINITY ? stop : start; /* if none is seen */                 \
+        told[1] = exponentials(own + first, stop - first, top);                                \
+        memset(own, 0, first * sizeof(float));                                                 \
+        memset(own + stop, 0, (n - stop) * sizeof(float));                                     \
+      }                                                                                        \
+    }                                                                                          \
+    dense##_mix(score[0], rows * group, n, Dv, v + from * Dv, next, part + 2, stride);         \
+  }
+ATTEND(attend_f32, float, plain)
+ATTEND(attend_bf16, bf16, paired)
+
+static inline int64_t whole(const void *from, int64_t wide, int64_t i) {
+  return wide ? ((const int32_t *)from)[i] : ((const int16_t *)from)[i];
+}
+#define AHEAD 6 /* vectors */
+
+/* How many vectors from t on are the entries that follow t's, as they are. */
+static int64_t run(const codes *c, int64_t t, int64_t stop, int64_t size) {
+  int64_t n = 1, most = (stop < c->n ? stop : c->n) - t, entry = whole(c->index, c->index_wide, t);
+  const bf16 *short_ = c->ratio;
+  const float *wide = c->ratio;
+  uint16_t unit = 0x3f80; /* 1 in bfloat16 */
+  for (; n < most; n++) {
+    if (whole(c->index, c->index_wide, t + n) != entry + n) break;
+    if (c->turns && whole(c->turns, c->turns_wide, t + n)) break;
+    if (size == 2 ? short_[t + n] != unit : wide[t + n] != 1.0f) break;
+  }
+  return n;
+}
+
+/* Vectors [first, stop) written out in the type they are stored in: what codes stand for, then
+ * dense ones. A vector that is its own entry is copied as it is. */
+#define REBUILD(name, T, load, scalar, store, round)                                           \
+  static void name(const codes *c, const T *dense, int64_t D, int64_t first, int64_t stop,     \
+                   T *restrict out) {                                                          \
+    int64_t half = D / 2, wide = half - half % WIDTH;                                          \
+    for (int64_t t = first; t < stop; t++, out += D) {                                         \
+      if (t >= c->n) {                                                                         \
+        memcpy(out, dense + (t - c->n) * D, (stop - t) * D * sizeof(T));                       \
+        return;                                                                                \
+      }                                                                                        \
+      const T *entry = (const T *)c->entries + whole(c->index, c->index_wide, t) * D;          \
+      float ratio = scalar(((const T *)c->ratio)[t]);                                          \
+      int64_t turn = c->turns ? whole(c->turns, c->turns_wide, t) : 0, i = 0;                  \
+      if (!turn && ratio == 1.0f) { /* and those after it that follow each other */            \
+        int64_t n = run(c, t, stop, sizeof(T));                                                \
+        memcpy(out, entry, n * D * sizeof(T));                                                 \
+        t += n - 1, out += (n - 1) * D;                                                        \
+        continue;                                                                              \
+      }                                                                                        \
+      if (!turn) {                                                                             \
+        for (; i + WIDTH <= D; i += WIDTH) store(out + i, load(entry + i) * ratio);            \
+        for (; i < D; i++) out[i] = round(scalar(entry[i]) * ratio);                           \
+        continue;                                                                              \
+      }                                                                                        \
+      int64_t row = (turn < 0 ? -turn : turn) * half;                                          \
+      if (t + AHEAD < c->n) { /* the tables' rows come in no order */                          \
+        int64_t next = whole(c->turns, c->turns_wide, t + AHEAD);                              \
+        next = (next < 0 ? -next : next) * half;                                               \
+        for (int64_t j = 0; j < half; j += 16) {                                               \
+          __builtin_prefetch(c->cosine + next + j);                                            \
+          __builtin_prefetch(c->sine + next + j);                                              \
+        }                                                                                      \
+      }                                                                                        \
+      const float *cosine = c->cosine + row, *sine = c->sine + row;                            \
+      float sign = turn < 0 ? -ratio : ratio;                                                  \
+      for (; i < wide; i += WIDTH) {                                                           \
+        vec a = load(entry + i), b = load(entry + half + i);                                   \
+        vec x = load_f32(cosine + i) * ratio, y = load_f32(sine + i) * sign;                   \
+        store(out + i, a * x - b * y);                                                         \
+        store(out + half + i, b * x + a * y);                                                  \
+      }                                                                                        \
+      for (; i < half; i++) {                                                                  \
+        float a = scalar(entry[i]), b = scalar(entry[half + i]);                               \
+        float x = cosine[i] * ratio, y = sine[i] * sign;                                       \
+        out[i] = round(a * x - b * y);                                                         \
+        out[half + i] = round(b * x + a * y);                                                  \
+      }                                                                                        \
+    }                                                                                          \
+  }
+REBUILD(rebuild_f32, float, load_f32, SAME, store_f32, SAME)
+REBUILD(rebuild_bf16, bf16, load_bf16, to_f32, store_bf16, to_bf16)
+
+/* What a task reads of bfloat16 numbers, to be asked for while `rows` rows attend to something else.
+ * Codes are not asked for. */
+static queue to_read(const int64_t *task, const place *p, int64_t D, int64_t Dv, int64_t rows) {
+  int64_t h = task[1], from = task[2], n = p->stored - from < CHUNK ? p->stored - from : CHUNK;
+  int64_t tiles = (rows + TILE - 1) / TILE;
+  if (from < p->k_codes.n || from < p->v_codes.n) return (queue){0};
+  const bf16 *k = (const bf16 *)p->k + (h * p->capacity + from - p->k_codes.n) * D;
+  const bf16 *v = (const bf16 *)p->v + (h * p->capacity + from - p->v_codes.n) * Dv;
+  return (queue){(const char *)k, (const char *)(k + n * D), (const char *)v,
+                 (const char *)(v + n * Dv), (3 + tiles - 1) / tiles};
+}
+
+/* Writes this step's keys and values of every sequence into its cache, then attends.
+ * Rows of q, k_new and v_new are `q_stride`, `k_stride` and `v_stride` floats apart;
+ * out is [T, heads, Dv]. `window` 0 means full attention. `tasks` holds 4 int64 a task and `parts`
+ * heads/kv_heads * (Dv + 2) floats a part; both have room for `room`. Returns the parts used, or
+ * -1 if there was no room.
+ *
+ * A task is one stretch of CHUNK keys of one key head, for all rows of a sequence, so that keys
+ * and values are read from memory once; each of its rows is a part. Stretches begin at multiples of
+ * CHUNK, so a row is summed alike whatever the rows beside it. */
+int64_t append_attend(const place *const *places, int64_t sequences, const float *q,
+                      int64_t q_stride, const float *k_new, int64_t k_stride, const float *v_new,
+                      int64_t v_stride, float *out, int64_t heads, int64_t kv_heads, int64_t D,
+                      int64_t Dv, float scale, int64_t window, int is_bf16, int64_t *tasks,
+                      float *parts, int64_t room, int threads) {
+  int64_t group = heads / kv_heads, stride = Dv + 2, size = group * stride, count = 0, used = 0;
+  /* Sequences of several rows come last: threads take long runs of tasks first, then short ones, so
+   * that work of different weight is shared out in the end. */
+  for (int64_t n = 0; n < 2 * sequences; n++) {
+    const place *p = places[n % sequences];
+    if ((p->rows > 1) != (n >= sequences)) continue;
+    int64_t held = p->stored - p->rows, start = window && held >= window ? held + 1 - window : 0;
+    for (int64_t h = 0; h < kv_heads; h++) {
+      for (int64_t r = 0; r < p->rows; r++) {
+        int64_t row = p->first_row + r, at = held + r;
+        const float *kn = k_new + row * k_stride + h * D, *vn = v_new + row * v_stride + h * Dv;
+        int64_t ko = (h * p->capacity + at - p->k_codes.n) * D;
+        int64_t vo = (h * p->capacity + at - p->v_codes.n) * Dv;
+        store_row(kn, D, p->k, ko, is_bf16);
+        store_row(vn, Dv, p->v, vo, is_bf16);
+      }
+      for (int64_t a = start - start % CHUNK; a < p->stored; a += CHUNK) {
+        if (used + p->rows > room) return -1;
+        int64_t *task = tasks + 4 * count++;
+        task[0] = n % sequences, task[1] = h, task[2] = a, task[3] = used;
+        used += p->rows;
+      }
+    }
+  }
+  int64_t fit = AT_ONCE / group;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(guided)
+    for (int64_t t = 0; t < count; t++) {
+      const int64_t *task = tasks + 4 * t;
+      const place *p = places[task[0]];
+      int64_t h = task[1], from = task[2], to = from + CHUNK < p->stored ? from + CHUNK : p->stored;
+      int64_t at = p->stored - p->rows, n = p->seen_n;
+      int coded = from < p->k_codes.n || from < p->v_codes.n;
+      float scratch[coded ? CHUNK * (D + Dv) : 1]; /* this stretch, written out */
+      float queries[p->rows > 1 ? AT_ONCE * D : 1];
+      /* A stretch behind all codes is read where it lies. */
+      const char *keys = p->k, *values = p->v;
+      int64_t wide = is_bf16 ? sizeof(bf16) : sizeof(float);
+      keys += (h * p->capacity - p->k_codes.n) * D * wide;
+      values += (h * p->capacity - p->v_codes.n) * Dv * wide;
+      const uint16_t *seen = p->seen;
+      if (coded) {
+        keys = (char *)scratch, values = (char *)(scratch + CHUNK * D);
+        if (is_bf16) {
+          rebuild_bf16(&p->k_codes, p->k, D, from, to, (bf16 *)keys);
+          rebuild_bf16(&p->v_codes, p->v, Dv, from, to, (bf16 *)values);
+        } else {
+          rebuild_f32(&p->k_codes, p->k, D, from, to, (float *)keys);
+          rebuild_f32(&p->v_codes, p->v, Dv, from, to, (float *)values);
+        }
+        seen = seen ? seen + from : NULL;
+        at -= from, n -= from, to -= from, from = 0;
+      }
+      queue next = {0};
+      /* A single row computes so little that it only waits for memory, best for what it needs. */
+      if (is_bf16 && p->rows > 1 && t + 1 < count)
+        next = to_read(task + 4, places[task[4]], D, Dv, p->rows * group);
+      for (int64_t r = 0; r < p->rows; r += fit) {
+        int64_t rows = p->rows - r < fit ? p->rows - r : fit;
+        const float *query = q + (p->first_row + r) * q_stride + h * group * D;
+        float *part = parts + (task[3] + r) * size;
+        if (rows > 1) {
+          for (int64_t i = 0; i < rows; i++)
+            memcpy(queries + i * group * D, query + i * q_stride, group * D * sizeof *query);
+          query = queries;
+        }
+        if (is_bf16)
+          attend_bf16(query, rows, group, D, Dv, (const bf16 *)keys, (const bf16 *)values, from, to,
+                      at + r, window, scale, seen, n, &next, part);
+        else
+          attend_f32(query, rows, group, D, Dv, (const float *)keys, (const float *)values, from, to,
+                     at + r, window, scale, seen, n, &next, part);
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < count; t++) { /* join the stretches of each row and key head */
+      const int64_t *task = tasks + 4 * t;
+      if (t && task[-4] == task[0] && task[-3] == task[1]) continue;
+      const place *p = places[task[0]];
+      int64_t chunks = 1;
+      while (t + chunks < count && task[4 * chunks] == task[0] && task[4 * chunks + 1] == task[1])
+        chunks++;
+      for (int64_t n = 0; n < p->rows * group; n++) {
+        int64_t r = n / group, g = n % group;
+        const float *first = parts + (task[3] + r) * size + g * stride;
+        float top = -INFINITY, total = 0;
+        float *to = out + ((p->first_row + r) * heads + task[1] * group + g) * Dv;
+        for (int64_t c = 0; c < chunks; c++) {
+          float m = first[c * p->rows * size];
+          top = m > top ? m : top;
+        }
+        for (int64_t i = 0; i < Dv; i++) to[i] = 0;
+        for (int64_t c = 0; c < chunks; c++) {
+          const float *part = first + c * p->rows * size;
+          float weight = expf(part[0] - top);
+          total += weight * part[1];
+          for (int64_t i = 0; i < Dv; i++) to[i] += weight * part[2 + i];
+        }
+        for (int64_t i = 0; i < Dv; i++) to[i] /= total;
+      }
+    }
+  }
+  return used;
+}
