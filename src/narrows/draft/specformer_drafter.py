@@ -37,7 +37,7 @@ IDLE = 32
 steps, gets no draft any more, and they are dropped, so that a drafter that is not used costs next
 to nothing."""
 
-RESTING, PROBED = 8, 4
+RESTING, PROBED = 8, 16
 """Once so many sequences have come since a draft was last asked for in a step of about as many
 sequences, only one of so many is followed, to see whether drafts are wanted again: following one
 has a cost, too, most of all while its prompt is read."""
