@@ -87,8 +87,8 @@ static bf16 *scratch(int64_t size) {
 #ifdef __AVX512BF16__
 
 #define LANES 16   /* rows of x in a register of full width; one of half width holds 8 */
-#define BLOCK_N 16 /* weight rows that are read together */
-#define BLOCKS 2   /* of them that are asked of memory early */
+#define BLOCK_N 16 /* weight rows that are read together, the next block asked of memory meanwhile */
+#define FEWER 12   /* of them as far as sums with 32 rows fit in registers */
 
 int bf16_dots(void) { return 1; }
 
@@ -115,7 +115,7 @@ static void turn_rows(const float *x, uint32_t *to, int64_t rows, int64_t left, 
                    const float *bias, float *y, int64_t rows, int64_t N, int64_t K,             \
                    __mmask16 columns, const bf16 *ahead) {                                      \
     const bf16 *at[4] = {w, w + 4 * step, w + 8 * step, w + 12 * step};                         \
-    __m512 acc[2][BLOCK_N], rest[BLOCK_N / 2], wide[2], twice, more = _mm512_setzero_ps();      \
+    __m512 acc[2][nr], rest[nr / 2], wide[2], twice, more = _mm512_setzero_ps();                \
     for (int j = 0; j < nr; j++) {                                                              \
       for (int v = 0; v < full; v++) acc[v][j] = more;                                          \
       rest[j / 2] = more;                                                                       \
@@ -156,13 +156,16 @@ static void turn_rows(const float *x, uint32_t *to, int64_t rows, int64_t left, 
 LANE_TILE(tile_8, 0, 1, BLOCK_N)
 LANE_TILE(tile_16, 1, 0, BLOCK_N)
 LANE_TILE(tile_24, 1, 1, BLOCK_N)
-LANE_TILE(tile_32, 2, 0, BLOCK_N / 2)
+LANE_TILE(narrow_16, 1, 0, FEWER)
+LANE_TILE(narrow_24, 1, 1, FEWER)
+LANE_TILE(narrow_32, 2, 0, FEWER)
 #undef LANE_TILE
 
 /* As linear_bf16, for K a multiple of 2, after bf16_dots() said yes. */
 void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y, int64_t M,
                      int64_t N, int64_t K, int threads) {
   int64_t parts = (K + 31) / 32, stride = parts * 16 * LANES, groups = (M + LANES - 1) / LANES;
+  int64_t block = M > 24 ? FEWER : BLOCK_N;
   uint32_t *turned = (uint32_t *)scratch(2 * groups * stride);
 #pragma omp parallel num_threads(threads)
   {
@@ -172,22 +175,21 @@ void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y,
         turn_rows(x + g * LANES * K + part * 32, turned + g * stride + part * 16 * LANES,
                   M - g * LANES, K - part * 32, K);
 #pragma omp for schedule(static)
-    for (int64_t n = 0; n < N; n += BLOCK_N) {
-      int64_t left = N - n < BLOCK_N ? N - n : BLOCK_N;
-      const bf16 *weight = w + n * K, *ahead = 0;
-      if (N - n >= (BLOCKS + 1) * BLOCK_N) ahead = weight + BLOCKS * BLOCK_N * K;
+    for (int64_t n = 0; n < N; n += block) {
+      int64_t left = N - n, step = left < block ? 0 : K; /* the last few, one by one */
+      const bf16 *weight = w + n * K, *ahead = left < 2 * block ? 0 : weight + block * K;
       for (int64_t m = 0, rows; m < M; m += rows, ahead = 0) {
         rows = M - m; /* 16 and up to 24 take less than 32 and up to 8 */
         if (rows > 2 * LANES) rows = (rows - 1) % (2 * LANES) < 8 ? LANES : 2 * LANES;
-        int64_t width = rows <= 24 ? BLOCK_N : BLOCK_N / 2;
         void (*tile)(const uint32_t *, int64_t, const bf16 *, int64_t, const float *, float *,
                      int64_t, int64_t, int64_t, __mmask16, const bf16 *);
-        tile = rows <= 8 ? tile_8 : rows <= 16 ? tile_16 : rows <= 24 ? tile_24 : tile_32;
-        if (left < BLOCK_N) width = 1; /* the last few, one by one */
-        for (int64_t j = 0; j < left; j += width)
-          tile(turned + m / LANES * stride, stride, weight + j * K, width > 1 ? K : 0,
-               bias ? bias + n + j : 0, y + m * N + n + j, rows, N, K, (1u << width) - 1,
-               j ? 0 : ahead);
+        if (block == BLOCK_N)
+          tile = rows <= 8 ? tile_8 : rows <= 16 ? tile_16 : tile_24;
+        else
+          tile = rows <= 16 ? narrow_16 : rows <= 24 ? narrow_24 : narrow_32;
+        for (int64_t j = 0; j < (step ? 1 : left); j++)
+          tile(turned + m / LANES * stride, stride, weight + j * K, step, bias ? bias + n + j : 0,
+               y + m * N + n + j, rows, N, K, step ? (1u << block) - 1 : 1, ahead);
       }
     }
   }
