@@ -1,8 +1,10 @@
 """``narrows bench draft``: what drafting gains, against the same engine without it.
 
 Every round is a queue of requests that are answered so many at a time, until a text ends by itself
-or is as long as may be. Drafters take turns, on the same prompts, another one first in each round;
-a drafter keeps its engine, and so what it has learnt, from one round of a batch size to the next.
+or is as long as may be. Plain decoding goes first; drafters take turns after it on the same prompts,
+another one first in each round. They are told the texts that plain decoding wrote, since in bfloat16
+steps of several tokens round differently, so that texts part, and some are guessed more easily. A
+drafter keeps its engine, and so what it has learnt, from one round of a batch size to the next.
 A ``speed`` counts the steps in which the whole batch was decoding and nothing else happened;
 ``overall`` counts all, from the first prompt read to the last text alone. ``mean_speed_up`` is the
 mean over rounds of the former, against a combination's parts, too.
@@ -34,6 +36,7 @@ from narrows.data import find, locate, read_rows
 from narrows.draft.specs import NONE, make_drafter
 from narrows.engine.engine import Engine, Step
 from narrows.engine.memory import settle
+from narrows.engine.sampling import Sampled, Sampler
 from narrows.errors import ConfigError, InputError
 from narrows.llm import LLM
 from narrows.train.prompts import BENCHMARK
@@ -118,24 +121,26 @@ def run(
         for context in contexts:
             texts = _prompts(llm, folder, max(batches) * requests, rounds + 1, context, seed)
             for batch in batches:
-                writers: dict[str, Callable[[list[list[int]]], Round]] = {
-                    spec: _Writer(llm, spec, cache, fixed, batch, new_tokens)
-                    for spec in (NONE, *drafters)
+                plain = _Writer(llm, NONE, cache, fixed, batch, new_tokens)
+                writers: dict[str, Callable[[list[list[int]], list[list[int]]], Round]] = {
+                    spec: _Writer(llm, spec, cache, fixed, batch, new_tokens) for spec in drafters
                 }
                 if peers and batch == 1:
                     for contestant in theirs:
                         writers[contestant.name] = partial(_write_theirs, contestant, new_tokens)
                 names = list(writers)
-                sides: dict[str, list[Round]] = {name: [] for name in names}
+                sides: dict[str, list[Round]] = {name: [] for name in (NONE, *names)}
                 for number in range(-1, rounds):
                     count = batch * requests
                     first = number % (rounds + 1) * count
                     prompts = [texts[i % len(texts)] for i in range(first, first + count)]
                     turn = number % len(names)
+                    made = {NONE: plain(prompts)}
                     for name in (*names[turn:], *names[:turn]):
-                        made = writers[name](prompts)
-                        if number >= 0:
-                            sides[name].append(made)
+                        made[name] = writers[name](prompts, made[NONE].texts)
+                    if number >= 0:
+                        for name, one in made.items():
+                            sides[name].append(one)
                 where = {"context": context, "batch": batch, "cache": cache, "dtype": dtype}
                 rows += _rows(model, sides, where)
                 progress.advance()
@@ -180,9 +185,24 @@ def _rows(model: str, sides: dict[str, list[Round]], where: dict[str, Any]) -> l
         rows.append(one("drafted", "tokens/step", [r.drafted for r in made]))
         for place in range(len(made[0].kept)):
             rows.append(one(f"kept_{place + 1}", "share", [r.kept[place] for r in made]))
-        same = [sum(x == y for x, y in zip(a.texts, b.texts, strict=True)) for a, b in pairs]
-        rows.append(one("same_text", "share", [n / len(plain[0].texts) for n in same], versus=base))
+        if base != NONE:
+            same = [fmean(x == y for x, y in zip(a.texts, b.texts, strict=True)) for a, b in pairs]
+            rows.append(one("same_text", "share", same, versus=base))
     return rows
+
+
+class _Told(Sampler):
+    """Takes the tokens of a text that is known."""
+
+    def __init__(self, text: Sequence[int], vocab_size: int) -> None:
+        super().__init__(SamplingParams(), vocab_size, frozenset(), ())
+        self.text = text
+
+    def takes_best(self, generated: Sequence[int], ahead: Sequence[int] = ()) -> bool:
+        return False
+
+    def sample(self, logits: Tensor, generated: Sequence[int]) -> Sampled:
+        return self.text[len(generated)], None
 
 
 class _Writer:
@@ -198,9 +218,13 @@ class _Writer:
         self.batch = batch
         self.params = SamplingParams(max_tokens=new_tokens)
 
-    def __call__(self, prompts: Sequence[list[int]]) -> Round:
+    def __call__(
+        self, prompts: Sequence[list[int]], texts: Sequence[list[int]] | None = None
+    ) -> Round:
         known = self._counts()
         requests = [self.engine.submit(p, self.params) for p in prompts]
+        for request, text in zip(requests, texts or (), strict=bool(texts)):
+            request.sampler = _Told(text, self.engine.model.shape.vocab_size)
         steps: list[Step] = []
         whole: list[Step] = []
         drafting, before, full = 0.0, self._drafting(), False
@@ -240,8 +264,11 @@ class _Writer:
         return list(zip(speculation.kept, speculation.tried, strict=True)) if speculation else []
 
 
-def _write_theirs(contestant: Transformers, new_tokens: int, prompts: list[list[int]]) -> Round:
-    """One prompt after the other, each to ``new_tokens``: their texts do not end by themselves."""
+def _write_theirs(
+    contestant: Transformers, new_tokens: int, prompts: list[list[int]], _: list[list[int]]
+) -> Round:
+    """One prompt after the other, each to ``new_tokens``: their texts do not end by themselves,
+    and nobody tells them any."""
     timed = [contestant.generate([prompt], new_tokens) for prompt in prompts]
     texts = [text for one in timed for text in one.tokens]
     steps = [seconds for one in timed for seconds in one.steps_s]
