@@ -1,10 +1,12 @@
 """``narrows bench draft``: what drafting gains, against the same engine without it.
 
 Every round is a queue of requests that are answered so many at a time, until a text ends by itself
-or is as long as may be. Plain decoding goes first; drafters take turns after it on the same prompts,
-another one first in each round. They are told the texts that plain decoding wrote, since in bfloat16
-steps of several tokens round differently, so that texts part, and some are guessed more easily. A
-drafter keeps its engine, and so what it has learnt, from one round of a batch size to the next.
+or is as long as may be. Plain decoding goes first; drafters take turns after it on the same
+prompts, another one first in each round. They are told the texts that plain decoding wrote, since
+in bfloat16 steps of several tokens round differently, so that texts part, and some are guessed more
+easily. A drafter keeps its engine, and so what it has learnt, from one round of a batch size to the
+next.
+
 A ``speed`` counts the steps in which the whole batch was decoding and nothing else happened;
 ``overall`` counts all, from the first prompt read to the last text alone. ``mean_speed_up`` is the
 mean over rounds of the former, against a combination's parts, too.
@@ -202,7 +204,8 @@ class _Told(Sampler):
         return False
 
     def sample(self, logits: Tensor, generated: Sequence[int]) -> Sampled:
-        return self.text[len(generated)], None
+        # A draft may go on behind the end, where nothing is committed any more.
+        return self.text[min(len(generated), len(self.text) - 1)], None
 
 
 class _Writer:
