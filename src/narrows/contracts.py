@@ -253,7 +253,8 @@ class Drafter(ABC):
     @abstractmethod
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
         """What could be guessed for each sequence, at no great cost: one of the offers, cut to
-        what is worth verifying, is then asked for. An offer depends on the tokens so far only."""
+        what is worth verifying, is then asked for. An offer depends on the tokens so far only, and
+        is of at most ``most`` guesses, whatever is asked."""
 
     @abstractmethod
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:

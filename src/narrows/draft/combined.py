@@ -39,10 +39,7 @@ class Combined(Drafter):
 
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
         """See Drafter."""
-        each = [
-            one.offer([Asked(a.number, a.tokens, min(a.k, one.most)) for a in asked])
-            for one in self.drafters
-        ]
+        each = [one.offer(asked) for one in self.drafters]
         return [
             [offer for offers in column for offer in offers] for column in zip(*each, strict=True)
         ]
@@ -52,7 +49,8 @@ class Combined(Drafter):
         made: dict[int, Draft] = {}
         for one in self.drafters:
             mine = [i for i, a in enumerate(asked) if a.kind.startswith(one.name)]
-            made |= zip(mine, one.propose([asked[i] for i in mine]), strict=True)
+            if mine:
+                made |= zip(mine, one.propose([asked[i] for i in mine]), strict=True)
         return [made[i] for i in range(len(asked))]
 
     def forget(self, number: int) -> None:

@@ -65,7 +65,8 @@ class Lookup(Drafter):
         while size < most and tokens[behind - size - 1] == tokens[-size - 1]:
             size += 1
         least = max(known for known in EXPECTED if known <= size)
-        return Offer(f"{self.name}{least}", min(one.k, len(tokens) - behind), *EXPECTED[least])
+        k = min(one.k, self.most, len(tokens) - behind)
+        return Offer(f"{self.name}{least}", k, *EXPECTED[least])
 
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See Drafter."""

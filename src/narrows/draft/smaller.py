@@ -51,7 +51,7 @@ class SmallerModel(Drafter):
         here = {one.number for one in asked}
         self._states = {n: s for n, s in self._states.items() if n in here}
         window = self.model.shape.max_tokens
-        rooms = [min(one.k, window - len(one.tokens)) for one in asked]
+        rooms = [min(one.k, self.most, window - len(one.tokens)) for one in asked]
         return [[Offer(self.name, room)] if room > 0 else [] for room in rooms]
 
     @torch.inference_mode()

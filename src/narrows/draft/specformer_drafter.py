@@ -168,7 +168,9 @@ class SpecFormerDrafter(Drafter):
         """See Drafter."""
         self._size = len(asked).bit_length()
         return [
-            [Offer(self.name, one.k, *EXPECTED, tells=True)] if one.number in self._states else []
+            [Offer(self.name, min(one.k, self.most), *EXPECTED, tells=True)]
+            if one.number in self._states
+            else []
             for one in asked
         ]
 
