@@ -78,10 +78,13 @@ class Lookup(Drafter):
 
     def _match(self, one: Asked) -> tuple[int, int]:
         """Tokens matched, 0 if none, and the place behind the match."""
-        index, tokens = self._indexes.setdefault(one.number, _Index()), one.tokens
+        index, tokens = self._indexes.get(one.number), one.tokens
+        if index is None:
+            index = self._indexes[one.number] = _Index()
         index.read(tokens, self.longest, self.shortest)
-        for size in range(min(self.longest, len(tokens)), self.shortest - 1, -1):
-            behind = index.places.get(tuple(tokens[-size:]))
+        last = tuple(tokens[-self.longest :])
+        for size in range(len(last), self.shortest - 1, -1):
+            behind = index.places.get(last[-size:])
             if behind is not None:
                 return size, behind
         return 0, 0
@@ -106,6 +109,7 @@ class _Index:
     def read(self, tokens: Sequence[int], longest: int, shortest: int) -> None:
         """Take in what ``tokens`` has gained; the end itself is what is looked up, so it waits."""
         for stop in range(max(self.read_to, shortest), len(tokens)):
-            for size in range(shortest, min(longest, stop) + 1):
-                self.places[tuple(tokens[stop - size : stop])] = stop
+            last = tuple(tokens[max(0, stop - longest) : stop])
+            for size in range(shortest, len(last) + 1):
+                self.places[last[-size:]] = stop
         self.read_to = max(self.read_to, len(tokens))
