@@ -37,10 +37,11 @@ IDLE = 32
 steps, gets no draft any more, and they are dropped, so that a drafter that is not used costs next
 to nothing."""
 
-RESTING, PROBED = 8, 16
-"""Once so many sequences have come since a draft was last asked for in a step of about as many
-sequences, only one of so many is followed, to see whether drafts are wanted again: following one
-has a cost, too, most of all while its prompt is read."""
+RESTING, PROBED = 8, 2
+"""Once so many sequences have come since a draft was last asked for in a step of about as many, only
+one of PROBED times as many as decode at once, counted in powers of two, is followed, to see whether
+drafts are wanted again: following one has a cost, too, most of all while its prompt is read, and
+while none is, no step is tapped."""
 
 NONE = -1
 """Stands where no guess is."""
@@ -99,7 +100,7 @@ class SpecFormerDrafter(Drafter):
             if start == 0:
                 self._came[size] += 1
                 self._states.pop(number, None)
-                if self._came[size] <= RESTING or self._came[size] % PROBED == 0:
+                if self._came[size] <= RESTING or self._came[size] % (PROBED << size) == 0:
                     self._states[number] = _State(self._cache())
         return any(number in self._states for number, _ in work)
 

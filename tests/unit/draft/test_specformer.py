@@ -203,8 +203,9 @@ def test_where_no_drafts_are_asked_for_few_sequences_are_followed():
         return Plan(taken, [1 if offer else 0 for offer in taken]), {}
 
     machine.speculation._choose = take
-    for number, prompt in enumerate(prompts(RESTING + 4 * PROBED, longest=10, seed=5)):
-        wish = number >= RESTING + 2 * PROBED
+    period = PROBED << 1
+    for number, prompt in enumerate(prompts(RESTING + 4 * period, longest=10, seed=5)):
+        wish = number >= RESTING + 2 * period
         machine.submit(prompt, params)
         seen = 0
         for _ in machine.run():
@@ -212,8 +213,8 @@ def test_where_no_drafts_are_asked_for_few_sequences_are_followed():
         followed.append(seen)
         assert not drafter._states
     assert followed[:RESTING] == [1] * RESTING
-    assert sum(followed[RESTING : RESTING + 2 * PROBED]) == 2
-    assert followed[RESTING + 3 * PROBED :] == [1] * PROBED
+    assert sum(followed[RESTING : RESTING + 2 * period]) == 2
+    assert followed[RESTING + 3 * period :] == [1] * period
 
 
 def test_drafts_for_few_at_a_time_do_not_count_for_many():
@@ -229,7 +230,7 @@ def test_drafts_for_few_at_a_time_do_not_count_for_many():
     for number in range(RESTING):
         assert follows(number, 15)
         assert follows(100 + number, 0)
-    assert [follows(10 + i, 15) for i in range(2 * PROBED)].count(True) == 2
+    assert [follows(300 + i, 15) for i in range(2 * (PROBED << 5))].count(True) == 2
     drafter.offer([one])
     drafter.propose([one])
     assert follows(200, 0)
