@@ -38,10 +38,10 @@ steps, gets no draft any more, and they are dropped, so that a drafter that is n
 to nothing."""
 
 RESTING, PROBED = 8, 2
-"""Once so many sequences have come since a draft was last asked for in a step of about as many, only
-one of PROBED times as many as decode at once, counted in powers of two, is followed, to see whether
-drafts are wanted again: following one has a cost, too, most of all while its prompt is read, and
-while none is, no step is tapped."""
+"""Once so many sequences have come since a draft was last asked for in a step of about as many,
+only one of PROBED times as many as decode at once, counted in powers of two, is followed, to see
+whether drafts are wanted again: following one has a cost, too, most of all while its prompt is
+read, and while none is, no step is tapped."""
 
 NONE = -1
 """Stands where no guess is."""
