@@ -40,12 +40,6 @@ static void pack_values(const bf16 *v, int64_t m, int64_t D, int64_t wide, bf16 
   }
 }
 
-static inline __m512bh pair(const bf16 *p) {
-  int32_t both;
-  memcpy(&both, p, sizeof both);
-  return (__m512bh)_mm512_set1_epi32(both);
-}
-
 /* score[r][t] = q[r] . key[t] of MR rows and PART keys */
 static void score_tile(const bf16 *q, int64_t D, const bf16 *keys, float *score) {
   __m512 acc[MR][PART / 16];
@@ -55,7 +49,7 @@ static void score_tile(const bf16 *q, int64_t D, const bf16 *keys, float *score)
     __m512bh key[PART / 16];
     for (int j = 0; j < PART / 16; j++) key[j] = (__m512bh)_mm512_loadu_si512(keys + 32 * j);
     for (int r = 0; r < MR; r++) {
-      __m512bh x = pair(q + r * D + 2 * i);
+      __m512bh x = both(q + r * D + 2 * i);
       for (int j = 0; j < PART / 16; j++) acc[r][j] = _mm512_dpbf16_ps(acc[r][j], x, key[j]);
     }
   }
@@ -75,7 +69,7 @@ static inline __attribute__((always_inline)) void mix_wide(const bf16 *weight, i
     __m512bh value[PART / 16];
     for (int j = 0; j < wide; j++) value[j] = (__m512bh)_mm512_loadu_si512(values + 32 * j);
     for (int r = 0; r < MR; r++) {
-      __m512bh x = pair(weight + r * KEYS + 2 * t);
+      __m512bh x = both(weight + r * KEYS + 2 * t);
       for (int j = 0; j < wide; j++) acc[r][j] = _mm512_dpbf16_ps(acc[r][j], x, value[j]);
     }
   }

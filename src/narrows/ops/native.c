@@ -4,6 +4,7 @@
 #include "vector.h"
 
 #include <omp.h>
+#include <stdlib.h>
 
 /* ---- y[m,n] = x[m,:] . w[n,:] (+ bias[n]), w bfloat16 ------------------------------------- */
 

@@ -4,7 +4,7 @@
 
 #include <omp.h>
 
-#define AT_ONCE 32  /* query rows that one stretch of keys is read for */
+#define AT_ONCE 32  /* query rows that one stretch of keys is read for, MAX_GROUP at least */
 #define TILE 6      /* of them, whose sums are held in registers */
 #define WEIGHING 15 /* steps of a tile that take as long as the weights of a row */
 
@@ -55,12 +55,6 @@ static inline void turn_keys(const bf16 *key, int64_t D, __m512 *to) {
     turn(r);
     for (int t = 0; t < WIDTH; t++) to[(i / 2 + t) * ACROSS] = r[t];
   }
-}
-
-static inline __m512bh both(const bf16 *p) {
-  int32_t pair;
-  memcpy(&pair, p, sizeof pair);
-  return (__m512bh)_mm512_set1_epi32(pair);
 }
 
 /* Of `rows` queries and 16 * wide keys, turned. */

@@ -146,6 +146,13 @@ static inline void round_rows(const float *x, bf16 *to, int64_t K, int64_t strid
   for (; k < K; k++) to[k] = to_bf16(x[k]);
   for (; k < stride; k++) to[k] = 0;
 }
+
+/* Two neighbours, in each place of a register. */
+static inline __m512bh both(const bf16 *p) {
+  int32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
 #endif
 
 #ifdef __AVX512F__
