@@ -94,6 +94,8 @@ def test_drafters_are_told_what_plain_decoding_wrote(chatty, questions):
     llm = LLM(chatty, dtype="float32", draft="none")
     prompts = [llm.encode(f"the red fox saw {i} apples in Rome") for i in range(5)]
     plain = draft._Writer(llm, "none", "dense", None, 2, 12)(prompts)
+    free = draft._Writer(llm, "lookup:shortest=1", "dense", None, 2, 12)(prompts)
+    assert free.texts == plain.texts
     for texts in (plain.texts, [[1, 2] * 6 for _ in prompts]):
         told = draft._Writer(llm, "lookup:shortest=1", "dense", None, 2, 12)(prompts, texts)
         assert told.texts == texts
