@@ -1,11 +1,11 @@
 """``narrows bench draft``: what drafting gains, against the same engine without it.
 
 Every round is a queue of requests that are answered so many at a time, until a text ends by itself
-or is as long as may be. Plain decoding goes first; drafters take turns after it on the same
-prompts, another one first in each round. They are told the texts that plain decoding wrote, since
-in bfloat16 steps of several tokens round differently, so that texts part, and some are guessed more
-easily. A drafter keeps its engine, and so what it has learnt, from one round of a batch size to the
-next.
+or is as long as may be. Plain decoding writes the texts first, untimed; then it and the drafters
+are told them, since in bfloat16 steps of several tokens round differently, so that texts part, and
+some are guessed more easily. All write them abreast: the one that is furthest behind takes the next
+step. What slows the machine for a while so slows all of them in the same part of the same texts. A
+drafter keeps its engine, and so what it has learnt, from one round of a batch size to the next.
 
 A ``speed`` counts the steps in which the whole batch was decoding and nothing else happened;
 ``overall`` counts all, from the first prompt read to the last text alone. ``mean_speed_up`` is the
@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -123,23 +123,20 @@ def run(
         for context in contexts:
             texts = _prompts(llm, folder, max(batches) * requests, rounds + 1, context, seed)
             for batch in batches:
-                plain = _Writer(llm, NONE, cache, fixed, batch, new_tokens)
-                writers: dict[str, Callable[[list[list[int]], list[list[int]]], Round]] = {
-                    spec: _Writer(llm, spec, cache, fixed, batch, new_tokens) for spec in drafters
+                writers = {
+                    spec: _Writer(llm, spec, cache, fixed, batch, new_tokens)
+                    for spec in (NONE, *drafters)
                 }
-                if peers and batch == 1:
-                    for contestant in theirs:
-                        writers[contestant.name] = partial(_write_theirs, contestant, new_tokens)
-                names = list(writers)
-                sides: dict[str, list[Round]] = {name: [] for name in (NONE, *names)}
+                peers_here = theirs if batch == 1 else []
+                sides: dict[str, list[Round]] = defaultdict(list)
                 for number in range(-1, rounds):
                     count = batch * requests
                     first = number % (rounds + 1) * count
                     prompts = [texts[i % len(texts)] for i in range(first, first + count)]
-                    turn = number % len(names)
-                    made = {NONE: plain(prompts)}
-                    for name in (*names[turn:], *names[:turn]):
-                        made[name] = writers[name](prompts, made[NONE].texts)
+                    made = _abreast(writers, prompts)
+                    turn = number % max(len(peers_here), 1)
+                    for contestant in (*peers_here[turn:], *peers_here[:turn]):
+                        made[contestant.name] = _write_theirs(contestant, new_tokens, prompts)
                     if number >= 0:
                         for name, one in made.items():
                             sides[name].append(one)
@@ -221,41 +218,57 @@ class _Writer:
         self.batch = batch
         self.params = SamplingParams(max_tokens=new_tokens)
 
-    def __call__(
-        self, prompts: Sequence[list[int]], texts: Sequence[list[int]] | None = None
-    ) -> Round:
-        known = self._counts()
-        requests = [self.engine.submit(p, self.params) for p in prompts]
-        for request, text in zip(requests, texts or (), strict=bool(texts)):
+    def begin(self, prompts: Sequence[list[int]], texts: Sequence[list[int]] | None = None) -> None:
+        """Queue ``prompts``; with ``texts``, those are the answers."""
+        self._known = self._counts()
+        self._requests = [self.engine.submit(p, self.params) for p in prompts]
+        for request, text in zip(self._requests, texts or (), strict=bool(texts)):
             request.sampler = _Told(text, self.engine.model.shape.vocab_size)
-        steps: list[Step] = []
-        whole: list[Step] = []
-        drafting, before, full = 0.0, self._drafting(), False
-        for step in self.engine.run():
-            steps.append(step)
-            spent = self._drafting()
-            # The step that ends a sequence was still taken by the full batch.
-            if step.prompt_tokens == 0 and (full or step.running == self.batch):
-                whole.append(step)
-                drafting += spent - before
-            before, full = spent, step.running == self.batch
+        self._steps: list[Step] = []
+        self._whole: list[Step] = []
+        self._full, self._spent = False, 0.0
+        self.passed = 0
+        """Tokens read and written since."""
+
+    @property
+    def busy(self) -> bool:
+        return self.engine.busy
+
+    def step(self) -> None:
+        """Take a step of the engine."""
+        before = self._drafting()
+        step = self.engine.step()
+        self.passed += step.prompt_tokens + step.generated_tokens
+        self._steps.append(step)
+        full = step.running == self.batch
+        # The step that ends a sequence was still taken by the full batch.
+        if step.prompt_tokens == 0 and (self._full or full):
+            self._whole.append(step)
+            self._spent += self._drafting() - before
+        self._full = full
+
+    def made(self) -> Round:
+        """What became of the queue. Raises ConfigError if the whole batch never decoded."""
+        whole = self._whole
         if not whole:
             raise ConfigError(
                 f"{self.batch} prompts are never decoded together: {self.params.max_tokens} "
                 "tokens are written while some are still being read; give more new_tokens"
             )
-        told = [r.metrics for r in requests]
+        told = [r.metrics for r in self._requests]
         passes = sum(m.steps for m in told)
-        counts = [(a - c, b - d) for (a, b), (c, d) in zip(self._counts(), known, strict=True)]
+        counts = zip(self._counts(), self._known, strict=True)
+        kept = [(a - c, b - d) for (a, b), (c, d) in counts]
+        seconds = sum(s.seconds for s in whole)
         return Round(
             speed=_speed(whole),
-            overall=_speed(steps),
-            step_ms=1e3 * sum(s.seconds for s in whole) / len(whole),
-            drafting=drafting / sum(s.seconds for s in whole),
+            overall=_speed(self._steps),
+            step_ms=1e3 * seconds / len(whole),
+            drafting=self._spent / seconds,
             kappa=sum(m.generated_tokens for m in told) / passes,
-            kept=[kept / tried if tried else 0.0 for kept, tried in counts],
+            kept=[stayed / tried if tried else 0.0 for stayed, tried in kept],
             drafted=sum(m.drafted_tokens for m in told) / passes,
-            texts=[r.generated for r in requests],
+            texts=[r.generated for r in self._requests],
         )
 
     def _drafting(self) -> float:
@@ -267,9 +280,21 @@ class _Writer:
         return list(zip(speculation.kept, speculation.tried, strict=True)) if speculation else []
 
 
-def _write_theirs(
-    contestant: Transformers, new_tokens: int, prompts: list[list[int]], _: list[list[int]]
-) -> Round:
+def _abreast(writers: dict[str, _Writer], prompts: Sequence[list[int]]) -> dict[str, Round]:
+    """All of ``writers`` at once write what the one without a drafter answers to ``prompts``."""
+    plain = writers[NONE]
+    plain.begin(prompts)
+    while plain.busy:
+        plain.step()
+    texts = plain.made().texts
+    for writer in writers.values():
+        writer.begin(prompts, texts)
+    while busy := [writer for writer in writers.values() if writer.busy]:
+        min(busy, key=lambda writer: writer.passed).step()
+    return {spec: writer.made() for spec, writer in writers.items()}
+
+
+def _write_theirs(contestant: Transformers, new_tokens: int, prompts: Sequence[list[int]]) -> Round:
     """One prompt after the other, each to ``new_tokens``: their texts do not end by themselves,
     and nobody tells them any."""
     timed = [contestant.generate([prompt], new_tokens) for prompt in prompts]

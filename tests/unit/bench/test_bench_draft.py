@@ -78,28 +78,59 @@ def test_a_combination_is_compared_with_its_parts_too(chatty, questions):
 
 def test_every_round_answers_other_prompts(chatty, questions, monkeypatch):
     answered = []
-    real = draft._Writer.__call__
-    monkeypatch.setattr(
-        draft._Writer, "__call__", lambda self, p, *told: answered.append(p) or real(self, p, *told)
-    )
+    real = draft._abreast
+    monkeypatch.setattr(draft, "_abreast", lambda w, p: answered.append(p) or real(w, p))
     sizes = {"batches": (2,), "requests": 2, "rounds": 3, "new_tokens": 8, "dtype": "float32"}
     draft.run(model=chatty, data=questions, show_progress=False, **sizes)
     sets = [frozenset(map(tuple, prompts)) for prompts in answered]
-    assert len(sets) == 2 * 4  # none and lookup; three rounds and the one before them
+    assert len(sets) == 4  # three rounds and the one before them
     assert len(set(sets)) == 4
     assert len(frozenset.union(*sets)) == 16
 
 
-def test_drafters_are_told_what_plain_decoding_wrote(chatty, questions):
+@pytest.fixture
+def writers(chatty):
+    """Of plain decoding and lookup, two texts of 12 tokens at a time; and five prompts."""
     llm = LLM(chatty, dtype="float32", draft="none")
     prompts = [llm.encode(f"the red fox saw {i} apples in Rome") for i in range(5)]
-    plain = draft._Writer(llm, "none", "dense", None, 2, 12)(prompts)
-    free = draft._Writer(llm, "lookup:shortest=1", "dense", None, 2, 12)(prompts)
-    assert free.texts == plain.texts
-    for texts in (plain.texts, [[1, 2] * 6 for _ in prompts]):
-        told = draft._Writer(llm, "lookup:shortest=1", "dense", None, 2, 12)(prompts, texts)
-        assert told.texts == texts
+    specs = ("none", "lookup:shortest=1")
+    return {spec: draft._Writer(llm, spec, "dense", None, 2, 12) for spec in specs}, prompts
+
+
+def test_all_write_what_plain_decoding_wrote(writers):
+    both, prompts = writers
+    lookup = both["lookup:shortest=1"]
+    lookup.begin(prompts)
+    while lookup.busy:
+        lookup.step()
+    free = lookup.made()
+    plain, guessed = draft._abreast(both, prompts).values()
+    assert plain.texts == guessed.texts == free.texts
+    assert plain.kappa == 1.0
+    texts = [[1, 2] * 6 for _ in prompts]
+    lookup.begin(prompts, texts)
+    while lookup.busy:
+        lookup.step()
+    told = lookup.made()
+    assert told.texts == texts
     assert told.kappa > 1.5  # such texts are easily guessed
+
+
+def test_the_furthest_behind_takes_the_next_step(writers, monkeypatch):
+    both, prompts = writers
+    ahead = []
+    real = draft._Writer.step
+
+    def step(self):
+        (other,) = {*both.values()} - {self}
+        if other.busy:
+            ahead.append(self.passed - other.passed)
+        real(self)
+
+    monkeypatch.setattr(draft._Writer, "step", step)
+    draft._abreast(both, prompts)
+    assert len(ahead) > 20
+    assert max(ahead) <= 0
 
 
 def test_peers_are_measured_at_batch_one(chatty, questions):
