@@ -49,7 +49,7 @@ void absorb(const forecaster *f, int64_t n, const place *const *places, const in
   float *mixed = newest + n * row, *delta = mixed + n * heads * D;
   for (int64_t from = 0, s = 0; from < rows; from += TAKEN) {
     int64_t count = rows - from < TAKEN ? rows - from : TAKEN;
-#pragma omp parallel for schedule(static) num_threads(threads) if (count * all > 32768)
+#pragma omp parallel for schedule(static) num_threads(threads) if (count * all > SHARED)
     for (int64_t r = 0; r < count; r++)
       for (int64_t g = 0; g < f->groups; g++)
         add_rms_norm((float *)taps + (from + r) * all + g * H, 0, 0, f->fuse_norm + g * H, f->eps,

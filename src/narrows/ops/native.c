@@ -110,7 +110,7 @@ static void turn_rows(const float *x, uint32_t *to, int64_t rows, int64_t left, 
  * `nr` weight rows that lie `step` apart from w -> those columns of y's first `rows` rows that
  * have a bit in `columns`. The 8 rows stand in both halves of a register, which is multiplied with
  * two weight rows at once, one in each half. What lies `ahead`, if anything, is asked of memory
- * meanwhile, into the second cache, since the first can wait for far fewer lines at a time. */
+ * meanwhile, into the second cache (see `fetch`). */
 #define LANE_TILE(name, full, half, nr)                                                         \
   static void name(const uint32_t *x, int64_t stride, const bf16 *w, int64_t step,              \
                    const float *bias, float *y, int64_t rows, int64_t N, int64_t K,             \
@@ -352,7 +352,7 @@ void linear_few(const float *x, const bf16 *w, const float *bias, float *y, int6
 /* h += delta (if given); out = h / rms(h) * weight. delta and out are float32 or bfloat16. */
 void add_rms_norm(float *h, const void *delta, int delta_bf16, const float *weight, float eps,
                   void *out, int out_bf16, int64_t M, int64_t N, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (M * N > 32768)
+#pragma omp parallel for schedule(static) num_threads(threads) if (M * N > SHARED)
   for (int64_t m = 0; m < M; m++) {
     float *row = h + m * N, squares = 0;
     if (delta && delta_bf16)
@@ -397,7 +397,7 @@ void row_maxima(const float *x, int64_t M, int64_t N, float *value, int64_t *at,
 void norm_rotate(float *x, int64_t stride, int64_t heads, int64_t dim, const float *weight,
                  float eps, const float *cosine, const float *sine, int64_t M, int threads) {
   int64_t half = dim / 2;
-#pragma omp parallel for schedule(static) num_threads(threads) if (M * heads * dim > 32768)
+#pragma omp parallel for schedule(static) num_threads(threads) if (M * heads * dim > SHARED)
   for (int64_t m = 0; m < M; m++) {
     const float *c = cosine + m * dim, *s = sine + m * dim;
     for (int64_t h = 0; h < heads; h++) {
@@ -422,7 +422,7 @@ void norm_rotate(float *x, int64_t stride, int64_t heads, int64_t dim, const flo
  * both bfloat16 */
 #define SILU(name, T, load, scalar, store, round)                                              \
   void name(const T *gate_up, T *out, int64_t M, int64_t N, int threads) {                     \
-    _Pragma("omp parallel for schedule(static) num_threads(threads) if (M * N > 32768)")       \
+    _Pragma("omp parallel for schedule(static) num_threads(threads) if (M * N > SHARED)")      \
     for (int64_t m = 0; m < M; m++) {                                                          \
       const T *gate = gate_up + 2 * m * N, *up = gate + N;                                     \
       T *to = out + m * N;                                                                     \

@@ -246,7 +246,8 @@ static inline void store_row(const float *x, int64_t n, void *cache, int64_t at,
 #define TOGETHER(rows) ((rows) % 3 ? HEADS : 3) /* no odd one where it can be helped */
 #define DENSE_AHEAD 32 /* keys that are asked of memory ahead of those scored */
 static inline void fetch(const void *from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i);
+  /* Into the second cache, since the first can wait for far fewer lines at a time. */
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
 }
 #define DENSE(name, T, load, scalar)                                                           \
   static inline __attribute__((always_inline)) void name##_scores(                             \
@@ -360,6 +361,8 @@ DENSE(dense_f32, float, load_f32, SAME)
 DENSE(dense_bf16, bf16, load_bf16, to_f32)
 
 /* ---- kernels of native.c that others build on ------------------------------------------------ */
+
+#define SHARED 4096 /* numbers from which on row-wise operators are faster on several threads */
 
 void linear_few(const float *x, const bf16 *w, const float *bias, float *y, int64_t M, int64_t N,
                 int64_t K, int threads);
