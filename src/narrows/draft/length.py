@@ -16,9 +16,8 @@ chance is what became of those it was as sure of.
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence, Set
+from collections.abc import Container, Sequence, Set
 from dataclasses import dataclass
 
 from narrows.contracts import Offer
@@ -40,8 +39,9 @@ of many choices is on average less good than it seems."""
 WORTH = 1.05
 """Tokens a second that the kind dearest to make must promise, of what the others alone would give:
 what it costs beyond what is timed, and being wrong about it, eat a smaller gain."""
-ROW_COST = 0.06
-"""What a row adds to a step, of a step of one row, until steps have shown it."""
+ROW_COST = 0.02
+"""What a row adds to a step, of a step of one row, until steps have shown it. Rather little, since
+where steps are all of a size only a guess that is risked shows more."""
 TRUST = 0.5
 """Spread of rows (their variance) at which steps taken count as much as ROW_COST."""
 NEGLIGIBLE = 0.005
@@ -209,10 +209,12 @@ class DraftLength:
         anyway: what they take makes no token worth more time than in a step without them."""
         offers = {offer.kind: offer for _, some in asked for offer in some if not offer.chances}
         kinds = set(offers)
-        best = self._plan(asked, kinds, rows, decoding)
-        dearest = max(kinds, key=lambda kind: self._seconds(kind, 1), default=None)
-        if dearest is not None and self._seconds(dearest, 1) > NEGLIGIBLE * self.steps(decoding):
-            without = self._plan(asked, kinds - {dearest}, rows, decoding)
+        least = NEGLIGIBLE * self.steps(decoding)
+        costs = {kind: cost for kind in kinds if (cost := self._seconds(kind, 1)) > least}
+        best = self._plan(asked, kinds, costs, rows, decoding)
+        if costs:
+            dearest = max(costs, key=costs.__getitem__)
+            without = self._plan(asked, kinds - {dearest}, costs, rows, decoding)
             if best.speed < WORTH * without.speed:
                 best = without
         used = {offer.kind for offer in best.taken if offer is not None}
@@ -228,50 +230,52 @@ class DraftLength:
         self,
         asked: Sequence[tuple[int, Sequence[Offer]]],
         kinds: Set[str],
+        costly: Container[str],
         rows: int,
         decoding: int,
     ) -> Plan:
-        """The best that can be made of offers of ``kinds``."""
+        """The best that can be made of offers of ``kinds``; making some of them is ``costly``."""
         offers = [
             self.likeliest(number, [one for one in some if one.chances or one.kind in kinds])
             for number, some in asked
         ]
-        lengths = [0] * len(asked)
-        made: Counter[str] = Counter()
-        spent: dict[str, float] = {}
-        heap: list[tuple[float, int]] = []
-
-        def push(i: int, offer: Offer | None, chance: float) -> None:
-            if offer is not None and lengths[i] < offer.k:
-                chance *= self.survival(asked[i][0], offer, lengths[i])
-                heapq.heappush(heap, (-chance, i))
-
-        for i, offer in enumerate(offers):
-            push(i, offer, 1.0)
         tokens, alone = float(decoding), self.steps(decoding)
         plain, least = self.steps(rows), CHEAP * CAUTION * self.steps.slope
-        making, total = 0.0, rows
         none = tokens / alone
-        best, chosen, expected = GAIN * none, list(lengths), tokens
-        while heap:
-            negative, i = heapq.heappop(heap)
+        best = GAIN * none
+        guesses: list[tuple[float, int, int]] = []
+        for i, ((number, _), offer) in enumerate(zip(asked, offers, strict=True)):
+            if offer is None:
+                continue
+            chance = 1.0
+            for place in range(offer.k):
+                chance *= self.survival(number, offer, place)
+                if chance < best * least:  # as are those behind it
+                    break
+                guesses.append((-chance, place, i))
+        guesses.sort()  # those of one draft stay in their order, as chances fall along it
+        made: Counter[str] = Counter()
+        spent: dict[str, float] = {}
+        making, taken, expected = 0.0, 0, tokens
+        for count, (negative, _, i) in enumerate(guesses, 1):
             if -negative < best * least:  # nor can any of the rest, likely as this or less
                 break
             offer = offers[i]
             assert offer is not None
-            lengths[i] += 1
-            if not offer.chances:
+            if offer.kind in costly and not offer.chances:
                 made[offer.kind] += 1
                 taking = self._seconds(offer.kind, made[offer.kind])
                 making += taking - spent.get(offer.kind, 0.0)
                 spent[offer.kind] = taking
-            total, tokens = total + 1, tokens - negative
-            speed = tokens / (alone + CAUTION * (self.steps(total) - plain + making))
+            tokens -= negative
+            speed = tokens / (alone + CAUTION * (self.steps(rows + count) - plain + making))
             if speed > best:
-                best, chosen, expected = speed, list(lengths), tokens
-            push(i, offer, -negative)
-        taken = [offer if k else None for offer, k in zip(offers, chosen, strict=True)]
-        return Plan(taken, chosen, expected, best if any(chosen) else none)
+                best, taken, expected = speed, count, tokens
+        lengths = [0] * len(asked)
+        for _, _, i in guesses[:taken]:
+            lengths[i] += 1
+        chosen = [offer if k else None for offer, k in zip(offers, lengths, strict=True)]
+        return Plan(chosen, lengths, expected, best if taken else none)
 
     def _seconds(self, kind: str, count: int) -> float:
         """What making ``count`` guesses of a kind takes; nothing before it was first done."""

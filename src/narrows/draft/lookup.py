@@ -6,6 +6,7 @@ match first, and the most recent of several matches.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
@@ -26,6 +27,8 @@ EXPECTED = {
 }
 """Chances of the first token and of later ones to begin with, where at least so many tokens match:
 a text that has gone like an earlier one for long goes on like it."""
+
+KNOWN = sorted(EXPECTED)
 
 
 class LookupOptions(Settings):
@@ -61,10 +64,12 @@ class Lookup(Drafter):
         ]
 
     def _offer(self, one: Asked, size: int, behind: int) -> Offer:
-        tokens, most = one.tokens, min(behind, max(EXPECTED))
-        while size < most and tokens[behind - size - 1] == tokens[-size - 1]:
-            size += 1
-        least = max(known for known in EXPECTED if known <= size)
+        tokens = one.tokens
+        if size == self.longest:  # else no more can match, or a longer one had been found
+            most = min(behind, max(EXPECTED))
+            while size < most and tokens[behind - size - 1] == tokens[-size - 1]:
+                size += 1
+        least = KNOWN[bisect_right(KNOWN, size) - 1]
         k = min(one.k, self.most, len(tokens) - behind)
         return Offer(f"{self.name}{least}", k, *EXPECTED[least])
 

@@ -119,6 +119,21 @@ def test_a_kind_that_fails_is_left_and_tried_again_later():
     assert 0 < sum(t > 0 for t in tries[50:]) < 60
 
 
+@pytest.mark.parametrize(("a_row", "pays"), [(0.6, True), (1.5, False)])
+def test_guesses_are_tried_where_all_steps_have_been_alike(a_row, pays):
+    """What a row costs shows only in steps of another size, so that one must be risked."""
+    length, tried = DraftLength(), []
+    offers = [(i, [Offer("x", 4, 0.9, 0.9)]) for i in range(12)]
+    for _ in range(400):
+        lengths = length.choose(offers, 64, 64).lengths
+        for (number, (offer,)), k in zip(offers, lengths, strict=True):
+            length.learn(number, offer, k, k)
+        length.steps.observe(64 + sum(lengths), 96.0 + a_row * sum(lengths))
+        tried.append(sum(lengths) > 0)
+    share = sum(tried[20:]) / len(tried[20:])
+    assert share > 0.9 if pays else 0 < share < 0.1
+
+
 def test_guesses_that_are_dear_to_make_are_left_where_they_do_not_pay():
     cheap, dear = Offer("cheap", 2), Offer("dear", 2)
     for made_in, wanted in ((0.05, "dear"), (0.6, "cheap")):
