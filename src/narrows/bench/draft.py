@@ -4,8 +4,9 @@ Every round is a queue of requests that are answered so many at a time, until a 
 or is as long as may be. Plain decoding writes the texts first, untimed; then it and the drafters
 are told them, since in bfloat16 steps of several tokens round differently, so that texts part, and
 some are guessed more easily. All write them abreast: the one that is furthest behind takes the next
-step. What slows the machine for a while so slows all of them in the same part of the same texts. A
-drafter keeps its engine, and so what it has learnt, from one round of a batch size to the next.
+step. What slows the machine for a while so slows all of them in the same part of the same texts.
+Peers follow, another one first in each round. A drafter keeps its engine, and so what it has
+learnt, from one round of a batch size to the next.
 
 A ``speed`` counts the steps in which the whole batch was decoding and nothing else happened;
 ``overall`` counts all, from the first prompt read to the last text alone. ``mean_speed_up`` is the
@@ -127,16 +128,16 @@ def run(
                     spec: _Writer(llm, spec, cache, fixed, batch, new_tokens)
                     for spec in (NONE, *drafters)
                 }
-                peers_here = theirs if batch == 1 else []
                 sides: dict[str, list[Round]] = defaultdict(list)
                 for number in range(-1, rounds):
                     count = batch * requests
                     first = number % (rounds + 1) * count
                     prompts = [texts[i % len(texts)] for i in range(first, first + count)]
-                    made = _abreast(writers, prompts)
-                    turn = number % max(len(peers_here), 1)
-                    for contestant in (*peers_here[turn:], *peers_here[:turn]):
-                        made[contestant.name] = _write_theirs(contestant, new_tokens, prompts)
+                    plain = _abreast({NONE: writers[NONE]}, prompts)[NONE]
+                    made = _abreast(writers, prompts, plain.texts)
+                    if batch == 1:
+                        for contestant in theirs[:: -1 if number % 2 else 1]:
+                            made[contestant.name] = _write_theirs(contestant, new_tokens, prompts)
                     if number >= 0:
                         for name, one in made.items():
                             sides[name].append(one)
@@ -218,7 +219,7 @@ class _Writer:
         self.batch = batch
         self.params = SamplingParams(max_tokens=new_tokens)
 
-    def begin(self, prompts: Sequence[list[int]], texts: Sequence[list[int]] | None = None) -> None:
+    def begin(self, prompts: Sequence[list[int]], texts: Sequence[list[int]] | None) -> None:
         """Queue ``prompts``; with ``texts``, those are the answers."""
         self._known = self._counts()
         self._requests = [self.engine.submit(p, self.params) for p in prompts]
@@ -280,13 +281,12 @@ class _Writer:
         return list(zip(speculation.kept, speculation.tried, strict=True)) if speculation else []
 
 
-def _abreast(writers: dict[str, _Writer], prompts: Sequence[list[int]]) -> dict[str, Round]:
-    """All of ``writers`` at once write what the one without a drafter answers to ``prompts``."""
-    plain = writers[NONE]
-    plain.begin(prompts)
-    while plain.busy:
-        plain.step()
-    texts = plain.made().texts
+def _abreast(
+    writers: dict[str, _Writer],
+    prompts: Sequence[list[int]],
+    texts: Sequence[list[int]] | None = None,
+) -> dict[str, Round]:
+    """What all of ``writers`` at once make of ``prompts``, answered by ``texts`` if given."""
     for writer in writers.values():
         writer.begin(prompts, texts)
     while busy := [writer for writer in writers.values() if writer.busy]:

@@ -28,7 +28,8 @@ EXPECTED = {
 """Chances of the first token and of later ones to begin with, where at least so many tokens match:
 a text that has gone like an earlier one for long goes on like it."""
 
-KNOWN = sorted(EXPECTED)
+SIZES = sorted(EXPECTED)
+"""Tokens that match, as far as they are told apart."""
 
 
 class LookupOptions(Settings):
@@ -66,10 +67,10 @@ class Lookup(Drafter):
     def _offer(self, one: Asked, size: int, behind: int) -> Offer:
         tokens = one.tokens
         if size == self.longest:  # else no more can match, or a longer one had been found
-            most = min(behind, max(EXPECTED))
+            most = min(behind, SIZES[-1])
             while size < most and tokens[behind - size - 1] == tokens[-size - 1]:
                 size += 1
-        least = KNOWN[bisect_right(KNOWN, size) - 1]
+        least = SIZES[bisect_right(SIZES, size) - 1]
         k = min(one.k, self.most, len(tokens) - behind)
         return Offer(f"{self.name}{least}", k, *EXPECTED[least])
 
