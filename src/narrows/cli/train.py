@@ -66,6 +66,9 @@ def specformer(
     distill: Annotated[
         float, typer.Option(help="Extension: share of the loss against the target's own scores.")
     ] = 0.0,
+    slot_decay: Annotated[
+        float, typer.Option(help="Extension: what a slot's loss counts against the one before.")
+    ] = 1.0,
     linear_start: Annotated[
         bool, typer.Option(help="Extension: begin as the best linear forecast.")
     ] = False,
@@ -124,6 +127,7 @@ def specformer(
             module=module,
             given=answers_from_file(prompts) if given and prompts else None,
             distill=distill,
+            slot_decay=slot_decay,
             linear_start=linear_start,
             max_tokens=answer_tokens,
             longest=longest,

@@ -16,8 +16,9 @@ from narrows.errors import InputError
 from narrows.llm import LLM
 from narrows.train.kept import Tensors, kept
 
-PART = 64
-"""Prompts answered in one batch and kept in one file."""
+PART = 256
+"""Prompts answered together and kept in one file: many, since the last answers of a part
+are written by few at a time."""
 SHORTEST = 4
 """Tokens of an answer below which nothing can be learnt from it."""
 

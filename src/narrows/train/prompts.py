@@ -39,6 +39,31 @@ def _passage(row: dict[str, Any]) -> str:
     return f"Summarize this text about {row['title']}:\n\n{row['text']}"
 
 
+def _writing(row: dict[str, Any]) -> str:
+    task = WRITING[len(row["text"]) % len(WRITING)]
+    return task.format(row["title"])
+
+
+def _choice(row: dict[str, Any]) -> str:
+    return "\n".join([row["question"], *(f"- {choice}" for choice in row["choices"])])
+
+
+def _code(row: dict[str, Any]) -> str:
+    return f"Complete this Python function and explain how it works:\n\n{row['prompt']}"
+
+
+WRITING = (
+    "Write a short story in which {} plays a part.",
+    "Compose an engaging blog post about {}.",
+    "Explain to a curious child what is worth knowing about {}.",
+    "Imagine you know {} well. Write a letter to a friend about it.",
+    "List five questions about {} and answer each of them.",
+    "Outline an essay about {}, point by point.",
+    "What are the advantages and disadvantages of {}?",
+)
+"""Tasks about a title: their answers are longer and freer than those to questions."""
+
+
 SOURCES: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("self_instruct/seed_tasks", _task),
     ("self_instruct/user_oriented", _task),
@@ -49,6 +74,10 @@ SOURCES: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("spoken_squad/questions", _question),
     ("xquad_en/xquad_en", _about),
     ("wiki_passages/passages", _passage),
+    ("wiki_passages/passages", _writing),
+    ("mmlu/test_subset", _choice),
+    ("truthfulqa/truthfulqa", _question),
+    ("humaneval/humaneval", _code),
 )
 """Parts of the benchmark data, and a prompt of a row."""
 BENCHMARK = "spec_bench/question"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, linear
+from torch.nn.functional import linear
 
 from narrows.cache.dense import DensePolicy
 from narrows.contracts import FlatBatch
 from narrows.draft.specformer import SpecFormer, SpecFormerConfig
 from narrows.draft.specformer_drafter import check_target
+from narrows.engine.memory import free_bytes
 from narrows.errors import ConfigError, InputError
 from narrows.figure import new_figure, save_figure
 from narrows.llm import LLM
@@ -26,8 +28,9 @@ from narrows.train.loop import CHECKPOINT, LoopOptions, chosen, processes, train
 
 ROWS = 512
 """Rows of logits held at once."""
-KEEP_BYTES = 4 << 30
-"""Hidden states kept from one epoch to the next."""
+KEEP_SHARE = 0.6
+"""Of free memory, for hidden states kept from one epoch to the next, so that the target, which
+takes longer than all else, runs once."""
 LINEAR_EXAMPLES = 800
 """Examples a linear start is fitted to."""
 HELD_OUT = 0.05
@@ -43,6 +46,7 @@ def run(
     module: SpecFormer | None = None,
     given: Sequence[str] | None = None,
     distill: float = 0.0,
+    slot_decay: float = 1.0,
     linear_start: bool = False,
     max_tokens: int = 256,
     longest: int = 1024,
@@ -63,7 +67,7 @@ def run(
         module: goes on from this one; None starts anew.
         given: answers to learn from instead, one a prompt, to see what the target's own are worth
             (5.5); it is still measured on those.
-        distill: see SpecFormerObjective.
+        distill, slot_decay: see SpecFormerObjective.
         linear_start: a new module begins as ``start_linear`` makes it.
         longest: tokens of a prompt with its answer.
         batch_tokens: of a step, about.
@@ -96,19 +100,24 @@ def run(
     fresh = module is None
     module = module or new_module(target, lessons, **changes)
     objective = SpecFormerObjective(
-        module, target, lessons, tokens=batch_tokens, seed=seed, distill=distill
+        *(module, target, lessons),
+        tokens=batch_tokens,
+        seed=seed,
+        distill=distill,
+        slot_decay=slot_decay,
+        keep_bytes=int(KEEP_SHARE * free_bytes(target.shape.device) / crew.num_processes),
     )
     if linear_start and module.spread is None:
         raise ConfigError("a linear start needs the positional layer")
     if fresh and linear_start and not (work / CHECKPOINT).exists():
         start_linear(module, target, objective.read(LINEAR_EXAMPLES))
-    told = digest([*prompts, *(given or [])])
+    told = f"{digest([*prompts, *(given or [])])} {max_tokens} {batch_tokens} {seed}"
     history = train(
         module,
         objective.gradients,
         work,
         options,
-        data=f"{target.fingerprint} {told} {max_tokens} {batch_tokens} {seed} {distill}",
+        data=f"{target.fingerprint} {told} {distill} {slot_decay}",
         check=lambda: objective.check(checks),
         on_step=on_step,
     )
@@ -148,7 +157,7 @@ def draw(history: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 class SpecFormerObjective:
-    """Cross-entropy of every slot, all slots alike, on the tokens of the answers.
+    """Cross-entropy of every slot on the tokens of the answers, all slots alike by default.
 
     Args:
         module: trained in place; float32.
@@ -158,8 +167,9 @@ class SpecFormerObjective:
         seed: of the order of examples.
         distill: share of the loss that is the divergence from the target's own distribution over
             the tokens guessed from, an extension; 0 is the paper's.
-        keep_bytes: hidden states of examples kept in memory, so that later epochs need not run the
-            target again.
+        slot_decay: what a slot's loss counts against that of the slot before it, an extension: a
+            guess is only of use behind right ones. 1 is the paper's.
+        keep_bytes: most memory for hidden states of examples, which are kept for later epochs.
     """
 
     def __init__(
@@ -171,10 +181,11 @@ class SpecFormerObjective:
         tokens: int = 4096,
         seed: int = 0,
         distill: float = 0.0,
-        keep_bytes: int = KEEP_BYTES,
+        slot_decay: float = 1.0,
+        keep_bytes: int = 1 << 30,
     ) -> None:
         self.module, self.target, self.examples = module, target, examples
-        self.tokens, self.seed, self.distill = tokens, seed, distill
+        self.tokens, self.seed, self.distill, self.slot_decay = tokens, seed, distill, slot_decay
         mean = sum(len(e.tokens) for e in examples) / len(examples)
         self.batch = max(1, min(len(examples), round(tokens / mean)))
         self.head = target.head
@@ -193,37 +204,58 @@ class SpecFormerObjective:
 
     def gradients(self, step: int) -> dict[str, float]:
         """Add the gradients of a step's examples. The slots' vectors are made once; the loss of
-        one slot after the other then goes back to them, and from there through the module, so
-        that one slot's logits are held at a time (5.3)."""
+        one slot of some rows after the other then goes back to them, and from there through the
+        module, so that few logits are held at a time (5.3)."""
         with torch.autocast(self.places.device.type, torch.bfloat16, enabled=self.narrow):
             drafts = self.drafts(self.chosen(step))
             slots = self.module.slots(drafts.states, self.target.embed(drafts.tokens[:, 0]))
-        leaf = slots.detach().float().requires_grad_(True)
-        count = int((drafts.labels >= 0).sum())
-        losses = []
-        for slot in range(drafts.labels.shape[1]):
-            known = (drafts.labels[:, slot] >= 0).nonzero()[:, 0]
-            total = 0.0
-            for rows in torch.split(known, ROWS):
-                scores = self.scores(leaf[rows, slot], drafts.tokens[rows, slot])
-                loss = self.loss(scores, drafts, rows, slot)
-                (loss / count).backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
-            losses.append(total / max(1, len(known)))
-        assert leaf.grad is not None
-        slots.backward(leaf.grad.to(slots.dtype))  # type: ignore[no-untyped-call]
-        told = {"loss": sum(losses) / len(losses), "first": losses[0]}
+        known = drafts.labels >= 0
+        counts = known.sum(0).tolist()
+        weights = [self.slot_decay**slot for slot in range(len(counts))]
+        whole = sum(map(operator.mul, weights, counts))
+        losses, slopes = [0.0] * len(counts), []
+        for rows in torch.split(torch.arange(len(known), device=known.device), ROWS):
+            leaf = slots.detach()[rows].float().requires_grad_(True)
+            taught = self.taught(drafts, rows)
+            for slot, weight in enumerate(weights):
+                used = known[rows, slot]
+                some = rows[used]
+                scores = self.scores(leaf[used, slot], drafts.tokens[some, slot])
+                wanted = None if taught is None else taught[slot : slot + len(rows)][used]
+                loss, slope = self.loss(scores.detach(), drafts.labels[some, slot], wanted)
+                scores.backward(slope * (weight / whole))  # type: ignore[no-untyped-call]
+                losses[slot] += loss
+            assert leaf.grad is not None
+            slopes.append(leaf.grad)
+        slots.backward(torch.cat(slopes).to(slots.dtype))  # type: ignore[no-untyped-call]
+        means = [loss / max(1, count) for loss, count in zip(losses, counts, strict=True)]
+        told = {"loss": sum(means) / len(means), "first": means[0]}
         return told | {"tokens": float(len(drafts.states))}
 
-    def loss(self, scores: Tensor, drafts: Drafts, rows: Tensor, slot: int) -> Tensor:
-        """Sum over ``rows`` of what the float32 ``scores`` ``[n, draft_vocab]`` of a slot lose."""
-        loss = cross_entropy(scores, drafts.labels[rows, slot], reduction="sum")
+    @torch.no_grad()
+    def taught(self, drafts: Drafts, rows: Tensor) -> Tensor | None:
+        """The target's distribution over the tokens guessed from, for the first slot of ``rows``
+        and on to the last slot of the last of them, ``[n + slots - 1, draft_vocab]``; None where
+        nothing is distilled."""
         if not self.distill:
-            return loss
-        with torch.no_grad():
-            taught = linear(drafts.coming[rows + slot], self.head).float().log_softmax(-1)
-        apart = kl_div(scores.log_softmax(-1), taught, reduction="sum", log_target=True)
-        return (1 - self.distill) * loss + self.distill * apart
+            return None
+        stop = int(rows[-1]) + drafts.labels.shape[1]
+        return linear(drafts.coming[int(rows[0]) : stop], self.head).float().softmax(-1)
+
+    @torch.no_grad()
+    def loss(self, scores: Tensor, labels: Tensor, taught: Tensor | None) -> tuple[float, Tensor]:
+        """Cross-entropy of the float32 ``scores`` ``[n, draft_vocab]`` against labels ``[n]``,
+        mixed with what was ``taught``, summed over rows, and its slope by the scores. Written out,
+        which takes fewer passes over them than autograd."""
+        hard, at = 1 - self.distill, labels[:, None]
+        total = scores.logsumexp(-1, keepdim=True)
+        loss = total.sum() - hard * scores.gather(1, at).sum()
+        slope = (scores - total).exp_()
+        slope.scatter_add_(1, at, torch.full_like(total, -hard))
+        if taught is not None:
+            loss -= self.distill * torch.vdot(taught.flatten(), scores.flatten())
+            slope.sub_(taught, alpha=self.distill)
+        return float(loss), slope
 
     @property
     def narrow(self) -> bool:

@@ -49,12 +49,13 @@ def objective(made: SpecFormer, **options: float) -> SpecFormerObjective:
 EXTENDED = {"anchor": True, "markov": 8, "draft_vocab": 40}
 
 
-@pytest.mark.parametrize("distill", [0.0, 0.5])
+@pytest.mark.parametrize(("distill", "decay"), [(0.0, 1.0), (0.5, 1.0), (0.5, 0.6)])
 @pytest.mark.parametrize("changes", [{}, EXTENDED])
-def test_gradients_are_those_of_the_summed_loss(changes, distill):
-    """Slot by slot gives what one graph of everything gives (T9)."""
+def test_gradients_are_those_of_the_summed_loss(changes, distill, decay, monkeypatch):
+    """Slot by slot, few rows at a time, gives what one graph of everything gives (T9)."""
+    monkeypatch.setattr("narrows.train.specformer.ROWS", 17)
     made = module(**changes)
-    goal = objective(made, tokens=120, distill=distill)
+    goal = objective(made, tokens=120, distill=distill, slot_decay=decay)
     told = goal.gradients(0)
     mine = {n: p.grad.clone() for n, p in made.named_parameters()}
     made.zero_grad()
@@ -64,9 +65,11 @@ def test_gradients_are_those_of_the_summed_loss(changes, distill):
     rows, places = (drafts.labels >= 0).nonzero(as_tuple=True)
     scores = goal.scores(slots[rows, places], drafts.tokens[rows, places])
     taught = (drafts.coming[rows + places] @ goal.head.T).softmax(-1)
-    loss = (1 - distill) * cross_entropy(scores, drafts.labels[rows, places])
-    loss = loss + distill * (taught * (taught.log() - scores.log_softmax(-1))).sum(-1).mean()
-    loss.backward()
+    labels = drafts.labels[rows, places]
+    loss = (1 - distill) * cross_entropy(scores, labels, reduction="none")
+    loss = loss + distill * cross_entropy(scores, taught, reduction="none")
+    weights = decay ** places.float()
+    (loss @ weights / weights.sum()).backward()
     for name, p in made.named_parameters():
         torch.testing.assert_close(mine[name], p.grad, rtol=1e-3, atol=1e-5)
     assert told["tokens"] == len(drafts.states)
@@ -283,16 +286,17 @@ def test_what_drafting_is_measured_on_is_not_learnt(tmp_path):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     row = {"instruction": "Sing.", "title": "Bonn", "text": "A city.", "context": "C"}
+    row |= {"choices": ["A", "B"], "prompt": "def f():"}
     for name in {name for name, _ in SOURCES}:
         write(name, {**row, "question": f"what is {name}", "gold_text": "G"})
     asked = {**row, "question": "who built the bridge", "gold_text": "Some did."}
     for name in ("gsm8k/train", "lost_in_the_middle/nq_open_oracle"):
         write(name, asked, {**asked, "question": f"what is {name}"})
     write(BENCHMARK, {"turns": ["Who built the bridge?", "Why?"]})
-    prompts = from_data(tmp_path, 9)
+    prompts = from_data(tmp_path, 13)
     assert not any("bridge" in prompt for prompt in prompts)
-    with pytest.raises(InputError, match="only 9 prompts"):
-        from_data(tmp_path, 10)
+    with pytest.raises(InputError, match="only 13 prompts"):
+        from_data(tmp_path, 14)
 
 
 def test_prompts(tmp_path):
