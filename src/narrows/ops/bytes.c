@@ -37,30 +37,53 @@ static float round_row(const float *x, int8_t *to, int64_t K, int64_t stride, fl
   return top / 127.0f;
 }
 
-/* Sums of up to LANES rows of x, `turned` [stride / QUAD, LANES] quads, with `count` rows of w:
- * sums [LANES, BLOCK]. What lies `ahead`, if anything, is asked of memory meanwhile. */
-static void sums_of(const int8_t *turned, const uint8_t *w, int64_t stride, int64_t K, int64_t count,
-                    const uint8_t *ahead, float *sums) {
+/* As many of LANES or half of them as hold some rows of x. */
+static inline int64_t lanes_for(int64_t rows) { return rows > LANES / 2 ? LANES : LANES / 2; }
+
 #ifdef __AVX512VNNI__
-  if (count == BLOCK) {
-    const uint8_t *at[4] = {w, w + 4 * K, w + 8 * K, w + 12 * K};
-    __m512i acc[BLOCK];
-    __m512 out[BLOCK];
-    for (int j = 0; j < BLOCK; j++) acc[j] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < stride; k += QUAD) { /* what is read behind a row counts nothing */
-      __m512i rows = _mm512_load_si512(turned + k * LANES);
-      if (ahead) __builtin_prefetch(ahead + k * BLOCK, 0, 2);
-      _Pragma("GCC unroll 16") for (int j = 0; j < BLOCK; j++) {
-        int32_t quad;
-        memcpy(&quad, at[j / 4] + j % 4 * K, sizeof quad);
-        /* Compilers copy sums to and fro around the intrinsic. */
+/* `sums_of` BLOCK rows of w, in half registers where half of the lanes do: these take half as long
+ * where a processor makes wide products in two halves. What is read behind a row counts nothing. */
+static inline __attribute__((always_inline)) void block_sums(const int8_t *turned, const uint8_t *w,
+                                                             int64_t stride, int64_t K,
+                                                             const int64_t lanes,
+                                                             const uint8_t *ahead, float *sums) {
+  const uint8_t *at[4] = {w, w + 4 * K, w + 8 * K, w + 12 * K};
+  __m512i acc[BLOCK];
+  __m512 out[BLOCK];
+  for (int j = 0; j < BLOCK; j++) acc[j] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < stride; k += QUAD) {
+    const void *from = turned + k * lanes;
+    __m512i rows = lanes == LANES ? _mm512_load_si512(from)
+                                  : _mm512_castsi256_si512(_mm256_load_si256(from));
+    if (ahead) __builtin_prefetch(ahead + k * BLOCK, 0, 2);
+    _Pragma("GCC unroll 16") for (int j = 0; j < BLOCK; j++) {
+      int32_t quad;
+      memcpy(&quad, at[j / 4] + j % 4 * K, sizeof quad);
+      /* Compilers copy sums to and fro around the intrinsic; %t names the lower half. */
+      if (lanes == LANES)
         asm("vpdpbusd %2, %1, %0" : "+v"(acc[j]) : "v"(_mm512_set1_epi32(quad)), "v"(rows));
-      }
-      for (int i = 0; i < 4; i++) at[i] += QUAD;
+      else
+        asm("vpdpbusd %t2, %t1, %t0" : "+v"(acc[j]) : "v"(_mm256_set1_epi32(quad)), "v"(rows));
     }
-    for (int j = 0; j < BLOCK; j++) out[j] = _mm512_cvtepi32_ps(acc[j]);
-    turn(out);
-    for (int m = 0; m < LANES; m++) _mm512_storeu_ps(sums + m * BLOCK, out[m]);
+    for (int i = 0; i < 4; i++) at[i] += QUAD;
+  }
+  for (int j = 0; j < BLOCK; j++) out[j] = _mm512_cvtepi32_ps(acc[j]);
+  turn(out);
+  for (int m = 0; m < lanes; m++) _mm512_storeu_ps(sums + m * BLOCK, out[m]);
+}
+#endif
+
+/* Sums of up to `lanes` rows of x, `turned` [stride / QUAD, lanes] quads, with `count` rows of w:
+ * sums [lanes, BLOCK]. What lies `ahead`, if anything, is asked of memory meanwhile. */
+static void sums_of(const int8_t *turned, const uint8_t *w, int64_t stride, int64_t K, int64_t count,
+                    int64_t lanes, const uint8_t *ahead, float *sums) {
+#ifdef __AVX512VNNI__
+  if (count == BLOCK && lanes == LANES) {
+    block_sums(turned, w, stride, K, LANES, ahead, sums);
+    return;
+  }
+  if (count == BLOCK) {
+    block_sums(turned, w, stride, K, LANES / 2, ahead, sums);
     return;
   }
 #endif
@@ -68,9 +91,9 @@ static void sums_of(const int8_t *turned, const uint8_t *w, int64_t stride, int6
   for (int64_t j = 0; j < count; j++) {
     int32_t total[LANES] = {0};
     for (int64_t k = 0; k < K; k++)
-      for (int64_t m = 0; m < LANES; m++)
-        total[m] += turned[(k / QUAD * LANES + m) * QUAD + k % QUAD] * (int32_t)w[j * K + k];
-    for (int64_t m = 0; m < LANES; m++) sums[m * BLOCK + j] = (float)total[m];
+      for (int64_t m = 0; m < lanes; m++)
+        total[m] += turned[(k / QUAD * lanes + m) * QUAD + k % QUAD] * (int32_t)w[j * K + k];
+    for (int64_t m = 0; m < lanes; m++) sums[m * BLOCK + j] = (float)total[m];
   }
 }
 
@@ -86,8 +109,9 @@ void linear_bytes(const float *x, const uint8_t *w, const float *bias, float *y,
     for (int64_t m = 0; m < M; m++) { /* lanes that have no row hold anything */
       int32_t row[stride / QUAD];
       unit[m] = round_row(x + m * K, (int8_t *)row, K, stride, offset + m);
-      int8_t *to = turned + m / LANES * LANES * stride + m % LANES * QUAD;
-      for (int64_t k = 0; k < stride / QUAD; k++) memcpy(to + k * LANES * QUAD, row + k, QUAD);
+      int64_t first = m / LANES * LANES, lanes = lanes_for(M - first);
+      int8_t *to = turned + first * stride + (m - first) * QUAD;
+      for (int64_t k = 0; k < stride / QUAD; k++) memcpy(to + k * lanes * QUAD, row + k, QUAD);
     }
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < N; n += BLOCK) {
@@ -97,8 +121,9 @@ void linear_bytes(const float *x, const uint8_t *w, const float *bias, float *y,
       memcpy(scale, scales + n * sizeof *scale, count * sizeof *scale);
       if (bias) memcpy(added, bias + n, count * sizeof *added);
       for (int64_t m = 0; m < M; m += LANES, ahead = 0) {
-        sums_of(turned + m * stride, w + n * K, stride, K, count, ahead, sums);
-        for (int64_t i = 0; i < LANES && m + i < M; i++) {
+        int64_t lanes = lanes_for(M - m);
+        sums_of(turned + m * stride, w + n * K, stride, K, count, lanes, ahead, sums);
+        for (int64_t i = 0; i < lanes && m + i < M; i++) {
           float *made = sums + i * BLOCK;
           for (int64_t c = 0; c < BLOCK; c++)
             made[c] = (made[c] - offset[m + i]) * unit[m + i] * scale[c] + added[c];

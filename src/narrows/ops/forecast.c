@@ -122,7 +122,7 @@ static int64_t likeliest(float *score, int64_t n, float *chance) {
   return best;
 }
 
-#define ROWS_AT_ONCE 16 /* cost little more than one */
+#define ROWS_AT_ONCE 8 /* cost little more than one */
 
 /* Context vectors [n, hidden], the tokens that followed them [n] and what those enter the model as
  * [n, hidden] -> the likeliest `most` tokens behind each, found [n, most], and how likely each is,
@@ -150,6 +150,7 @@ void forecast(const forecaster *f, int64_t n, const float *contexts, const int64
       drafts[i] = y[i / (f->slots * H) * H + i % H] + f->slot_bias[i % (f->slots * H)];
   add_rms_norm(drafts, 0, 0, f->slot_norm, f->eps, normed, 0, rows, H, threads);
   linear_bytes(normed, f->qkv, 0, qkv, rows, row, H, threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (n > 1)
   for (int64_t s = 0; s < n; s++)
     attend_slots(f, qkv + s * f->slots * row, mixed + s * f->slots * f->heads * f->dim);
   linear_bytes(mixed, f->out, 0, delta, rows, H, f->heads * f->dim, threads);
