@@ -182,17 +182,28 @@ class Draft:
     chances: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Sort:
+    """Guesses that are as good as each other: what became of them is counted together. Until some
+    have been tried, one is taken to be right, where those before it are, with chance
+    ``expected``."""
+
+    expected: float
+
+
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """``k`` guesses could be made. ``kind`` names how good such guesses are: what became of them
-    is counted by kind. Until some have been tried, the first is taken to be right with chance
-    ``first``, and a later one, where those before it are, with ``later``. If it ``tells``, the
-    draft will come with chances; ``chances`` are those of one that has been made."""
+    """``k`` guesses could be made. ``kind`` names what makes them, whose cost is learnt by kind;
+    ``sorts`` tells them apart by how good they are. Without it they are by their place: until some
+    have been tried, the first is taken to be right with chance ``first``, and a later one, where
+    those before it are, with ``later``. If it ``tells``, the draft will come with chances;
+    ``chances`` are those of one that has been made."""
 
     kind: str
     k: int
     first: float = 0.5
     later: float = 0.6
+    sorts: tuple[Sort, ...] = ()
     tells: bool = False
     chances: tuple[float, ...] = ()
 

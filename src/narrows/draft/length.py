@@ -6,31 +6,31 @@ Guesses are taken in order of their chances, over all sequences, as long as toke
 and once more without the kind that is dearest to make, which must be worth it. None at all is a
 choice, so speculation turns itself off where it does not pay.
 
-The chances come from what became of earlier guesses of the same kind and place. So a choice
-depends on the past and never on the guesses it drops, which would bend the distribution of text
-that drawn guesses are part of (sheet 6.5). Chosen guesses bend nothing, as each stays only if it is
-what would have been written without it; a drafter that chooses may therefore tell how sure it is
-of each guess. Its drafts are then made first, where earlier ones were worth it, and a guess's
-chance is what became of those it was as sure of.
+The chances come from what became of earlier guesses of the same sort, be it their kind and place.
+So a choice depends on the past and never on the guesses it drops, which would bend the distribution
+of text that drawn guesses are part of (sheet 6.5). Chosen guesses bend nothing, as each stays only
+if it is what would have been written without it; a drafter that chooses may therefore tell guesses
+apart by what they are, or how sure it is of each. Drafts of the latter are made first, where
+earlier ones were worth it, and a guess's chance is what became of those it was as sure of.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Container, Sequence, Set
+from collections.abc import Container, Hashable, Sequence, Set
 from dataclasses import dataclass
 
 from narrows.contracts import Offer
 
 PRIOR_TRIALS = 10.0
-"""Trials that a kind of guess is credited with before any, with what its offer expects of them."""
+"""Trials that a sort of guess is credited with before any, with what is expected of them."""
 OWN_TRIALS = 4.0
-"""Trials of a sequence's own after which its record weighs as much as that of its kind."""
+"""Trials of a sequence's own after which its record weighs as much as that of all."""
 MEMORY = 0.98
 """Weight of the past at each new trial, and at each new step."""
 FADING = 0.999
-"""Weight of the past at each step that leaves a kind untried: of its misses and of what making it
-cost, so that it is tried again."""
+"""Weight of the past at each step that leaves a sort or a kind untried: of its misses and of what
+making it cost, so that it is tried again."""
 CAUTION = 1.1
 """What drafting is taken to cost, of what it seems to, so that doubtful gains are left."""
 GAIN = 1.03
@@ -171,8 +171,8 @@ class DraftLength:
     def __init__(self) -> None:
         self.steps = Times()
         self.making: dict[str, Times] = defaultdict(Times)
-        self._kinds: dict[tuple[str, int], _Record] = {}
-        self._own: dict[int, dict[tuple[str, int], _Record]] = defaultdict(dict)
+        self._sorts: dict[Hashable, _Record] = {}
+        self._own: dict[int, dict[Hashable, _Record]] = defaultdict(dict)
         self._sure: dict[tuple[str, int], _Record] = {}
         self._drafts: dict[str, deque[list[float]]] = defaultdict(lambda: deque(maxlen=DRAFTS))
         """Of kinds that tell, the chances of the latest drafts' guesses."""
@@ -184,7 +184,7 @@ class DraftLength:
         if offer.chances:
             record = self._surely(offer, place)
             return record.hits / record.trials
-        common, own = self._common(offer, place), self._own[number].get((offer.kind, place))
+        common, own = self._common(offer, place), self._own[number].get(_sort(offer, place))
         rate = common.hits / common.trials
         return (own.hits + OWN_TRIALS * rate) / (own.trials + OWN_TRIALS) if own else rate
 
@@ -207,8 +207,8 @@ class DraftLength:
         """What to verify of the offers for each sequence, given with its number. Without any, the
         step has ``rows`` rows, and ``decoding`` sequences get a token each. The other rows are read
         anyway: what they take makes no token worth more time than in a step without them."""
-        offers = {offer.kind: offer for _, some in asked for offer in some if not offer.chances}
-        kinds = set(offers)
+        open_ = [(number, one) for number, some in asked for one in some if not one.chances]
+        kinds = {offer.kind for _, offer in open_}
         least = NEGLIGIBLE * self.steps(decoding)
         costs = {kind: cost for kind in kinds if (cost := self._seconds(kind, 1)) > least}
         best = self._plan(asked, kinds, costs, rows, decoding)
@@ -217,13 +217,18 @@ class DraftLength:
             without = self._plan(asked, kinds - {dearest}, costs, rows, decoding)
             if best.speed < WORTH * without.speed:
                 best = without
-        used = {offer.kind for offer in best.taken if offer is not None}
-        for kind in kinds - used:
-            self._common(offers[kind], 0).fade(offers[kind].first * PRIOR_TRIALS, PRIOR_TRIALS)
-            for number, _ in asked:
-                if (own := self._own[number].get((kind, 0))) is not None:
-                    own.fade(0.0, 0.0)
+        taken = [offer for offer in best.taken if offer is not None and not offer.chances]
+        for kind in kinds.difference(offer.kind for offer in taken):
             self.making[kind].fade()
+        tried = {_sort(offer, 0) for offer in taken}
+        faded = set(tried)
+        for number, offer in open_:
+            sort = _sort(offer, 0)
+            if sort not in faded:
+                faded.add(sort)
+                self._common(offer, 0).fade(_expected(offer, 0) * PRIOR_TRIALS, PRIOR_TRIALS)
+            if sort not in tried and (own := self._own[number].get(sort)) is not None:
+                own.fade(0.0, 0.0)
         return best
 
     def _plan(
@@ -345,14 +350,14 @@ class DraftLength:
         own = self._own[number]
         for place in range(min(kept + 1, tried)):
             self._common(offer, place).add(place < kept)
-            own.setdefault((offer.kind, place), _Record(0.0, 0.0)).add(place < kept)
+            own.setdefault(_sort(offer, place), _Record(0.0, 0.0)).add(place < kept)
 
     def _common(self, offer: Offer, place: int) -> _Record:
-        found = self._kinds.get((offer.kind, place))
+        sort = _sort(offer, place)
+        found = self._sorts.get(sort)
         if found is None:
-            expected = offer.later if place else offer.first
-            found = _Record(expected * PRIOR_TRIALS, PRIOR_TRIALS)
-            self._kinds[offer.kind, place] = found
+            hits = _expected(offer, place) * PRIOR_TRIALS
+            found = self._sorts[sort] = _Record(hits, PRIOR_TRIALS)
         return found
 
     def _surely(self, offer: Offer, place: int) -> _Record:
@@ -368,6 +373,18 @@ class DraftLength:
         """Drop a sequence's own record."""
         self._own.pop(number, None)
         self._met.discard(number)
+
+
+def _sort(offer: Offer, place: int) -> Hashable:
+    """What the guess at a place is counted with."""
+    return offer.sorts[place] if offer.sorts else (offer.kind, place)
+
+
+def _expected(offer: Offer, place: int) -> float:
+    """Its chance before any of them was tried."""
+    if offer.sorts:
+        return offer.sorts[place].expected
+    return offer.later if place else offer.first
 
 
 def _worth(chances: Sequence[float], price: float) -> float:

@@ -6,30 +6,42 @@ match first, and the most recent of several matches.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from narrows.config import Settings
-from narrows.contracts import Asked, Draft, Drafter, Offer
+from narrows.contracts import Asked, Draft, Drafter, Offer, Sort
+
+ONCE, ALIKE, APART = range(3)
+"""What is known of how a text went on behind a run of tokens: it was there once, or went on alike
+the last two times, or not."""
 
 EXPECTED = {
-    1: (0.3, 0.5),
-    2: (0.5, 0.75),
-    3: (0.6, 0.8),
-    4: (0.7, 0.8),
-    5: (0.8, 0.85),
-    8: (0.85, 0.9),
-    16: (0.95, 0.95),
-    32: (0.98, 0.98),
+    1: (0.3, 0.5, 0.15),
+    2: (0.5, 0.75, 0.25),
+    3: (0.65, 0.8, 0.3),
+    4: (0.7, 0.85, 0.3),
+    5: (0.75, 0.9, 0.4),
+    8: (0.85, 0.97, 0.5),
+    16: (0.93, 0.98, 0.7),
+    32: (0.95, 0.99, 0.75),
 }
-"""Chances of the first token and of later ones to begin with, where at least so many tokens match:
-a text that has gone like an earlier one for long goes on like it."""
+"""Chances of a token to begin with, ONCE, ALIKE and APART, where it and those guessed before it
+would go on at least so many tokens that match: a text that has long gone like an earlier one goes
+on like it."""
 
-SIZES = sorted(EXPECTED)
-"""Tokens that match, as far as they are told apart."""
+
+def _sorts() -> list[tuple[Sort, ...]]:
+    """By the number of tokens that match, as far as they are told apart; none match at 0."""
+    found: list[tuple[Sort, ...]] = [()]
+    for size in range(1, max(EXPECTED) + 1):
+        found.append(tuple(map(Sort, EXPECTED[size])) if size in EXPECTED else found[-1])
+    return found
+
+
+SORTS = _sorts()
 
 
 class LookupOptions(Settings):
@@ -65,14 +77,18 @@ class Lookup(Drafter):
         ]
 
     def _offer(self, one: Asked, size: int, behind: int) -> Offer:
-        tokens = one.tokens
+        tokens, went = one.tokens, self._indexes[one.number].went
+        k = min(one.k, self.most, len(tokens) - behind)
+        runs = [min(size + i, self.longest) - self.shortest for i in range(k)]
         if size == self.longest:  # else no more can match, or a longer one had been found
-            most = min(behind, SIZES[-1])
+            most = min(behind, len(SORTS) - 1)
             while size < most and tokens[behind - size - 1] == tokens[-size - 1]:
                 size += 1
-        least = SIZES[bisect_right(SIZES, size) - 1]
-        k = min(one.k, self.most, len(tokens) - behind)
-        return Offer(f"{self.name}{least}", k, *EXPECTED[least])
+        sorts = tuple(
+            SORTS[min(size + i, len(SORTS) - 1)][went[run][behind + i]]
+            for i, run in enumerate(runs)
+        )
+        return Offer(self.name, k, sorts=sorts)
 
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See Drafter."""
@@ -86,8 +102,8 @@ class Lookup(Drafter):
         """Tokens matched, 0 if none, and the place behind the match."""
         index, tokens = self._indexes.get(one.number), one.tokens
         if index is None:
-            index = self._indexes[one.number] = _Index()
-        index.read(tokens, self.longest, self.shortest)
+            index = self._indexes[one.number] = _Index(self.longest, self.shortest)
+        index.read(tokens)
         last = tuple(tokens[-self.longest :])
         for size in range(len(last), self.shortest - 1, -1):
             behind = index.places.get(last[-size:])
@@ -106,16 +122,25 @@ def lookup(target: object, **options: Any) -> Lookup:
 
 
 class _Index:
-    """Where the text went on after each run of tokens, as last seen before its end."""
+    """Where the text went on after each run of ``shortest`` to ``longest`` tokens, as last seen
+    before its end. ``went[n][i]`` tells how token ``i`` followed the run of ``shortest + n`` before
+    it, as far as that had been there: ONCE, ALIKE or APART."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest: int, shortest: int) -> None:
+        self.longest, self.shortest = longest, shortest
         self.places: dict[tuple[int, ...], int] = {}
-        self.read_to = 0
+        self.went = [bytearray(shortest) for _ in range(shortest, longest + 1)]
 
-    def read(self, tokens: Sequence[int], longest: int, shortest: int) -> None:
+    def read(self, tokens: Sequence[int]) -> None:
         """Take in what ``tokens`` has gained; the end itself is what is looked up, so it waits."""
-        for stop in range(max(self.read_to, shortest), len(tokens)):
-            last = tuple(tokens[max(0, stop - longest) : stop])
-            for size in range(shortest, len(last) + 1):
-                self.places[last[-size:]] = stop
-        self.read_to = max(self.read_to, len(tokens))
+        for stop in range(len(self.went[0]), len(tokens)):
+            last = tuple(tokens[max(0, stop - self.longest) : stop])
+            for size, went in enumerate(self.went, self.shortest):
+                how = ONCE
+                if size <= stop:
+                    run = last[-size:]
+                    before = self.places.get(run)
+                    if before is not None:
+                        how = ALIKE if tokens[before] == tokens[stop] else APART
+                    self.places[run] = stop
+                went.append(how)

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrows.contracts import Asked, Offer
+from narrows.contracts import Asked, Offer, Sort
 from narrows.draft.length import CAUTION, GAIN, WORTH, DraftLength, Times
+from narrows.draft.lookup import ALIKE, APART, EXPECTED, ONCE
 from narrows.draft.specs import make_drafter
 from narrows.errors import ConfigError
 
@@ -47,6 +48,49 @@ def test_lookup_is_a_search(tokens, more, k, lengths):
     assert guesses(drafter, 2, [1], 3) == []
     drafter.forget(1)
     assert guesses(drafter, 1, tokens, k) == search(tokens, k, longest, shortest)
+
+
+@given(
+    tokens=st.lists(st.integers(0, 2), min_size=1, max_size=60),
+    more=st.lists(st.integers(0, 2), max_size=20),
+    lengths=st.sampled_from([(1, 1), (3, 1), (4, 2)]),
+)
+def test_guesses_are_told_apart_by_how_the_text_went_on_before(tokens, more, lengths):
+    longest, shortest = lengths
+    drafter = make_drafter(f"lookup:longest={longest},shortest={shortest}", None)
+    drafter.offer([Asked(1, tokens, 5)])
+    tokens = tokens + more
+    (offers,) = drafter.offer([Asked(1, tokens, 5)])
+
+    def places(end, run):
+        """Where the text went on behind what it went through in its ``run`` tokens before end."""
+        return [i for i in range(run, end) if tokens[i - run : i] == tokens[end - run : end]]
+
+    n = len(tokens)
+    size = next((s for s in range(longest, shortest - 1, -1) if s <= n and places(n, s)), 0)
+    assert bool(size) == bool(offers)
+    if not size:
+        return
+    behind, run = places(n, size)[-1], size
+    while run < min(behind, 32) and size == longest and behind in places(n, run + 1):
+        run += 1
+    for i, sort in enumerate(offers[0].sorts):
+        before = places(behind + i, min(size + i, longest))
+        how = ONCE
+        if before:
+            how = ALIKE if tokens[before[-1]] == tokens[behind + i] else APART
+        assert sort.expected == EXPECTED[max(s for s in EXPECTED if s <= run + i)][how]
+
+
+def test_guesses_of_a_sort_are_learnt_together_wherever_they_stand():
+    good, bad, length = Sort(0.5), Sort(0.5), DraftLength()
+    for _ in range(50):
+        length.learn(1, Offer("x", 2, sorts=(good, bad)), 2, 1)
+    for number, most in ((1, 0.05), (2, 0.12)):  # a sequence's own record weighs more
+        offer = Offer("x", 3, sorts=(bad, good, good))
+        chances = [length.survival(number, offer, place) for place in range(3)]
+        assert chances[0] < most
+        assert chances[1] == chances[2] > 1 - most
 
 
 @pytest.mark.parametrize(
