@@ -207,8 +207,8 @@ class DraftLength:
         """What to verify of the offers for each sequence, given with its number. Without any, the
         step has ``rows`` rows, and ``decoding`` sequences get a token each. The other rows are read
         anyway: what they take makes no token worth more time than in a step without them."""
-        open_ = [(number, one) for number, some in asked for one in some if not one.chances]
-        kinds = {offer.kind for _, offer in open_}
+        untold = [(number, one) for number, some in asked for one in some if not one.chances]
+        kinds = {offer.kind for _, offer in untold}
         least = NEGLIGIBLE * self.steps(decoding)
         costs = {kind: cost for kind in kinds if (cost := self._seconds(kind, 1)) > least}
         best = self._plan(asked, kinds, costs, rows, decoding)
@@ -221,13 +221,11 @@ class DraftLength:
         for kind in kinds.difference(offer.kind for offer in taken):
             self.making[kind].fade()
         tried = {_sort(offer, 0) for offer in taken}
-        faded = set(tried)
-        for number, offer in open_:
-            sort = _sort(offer, 0)
-            if sort not in faded:
-                faded.add(sort)
-                self._common(offer, 0).fade(_expected(offer, 0) * PRIOR_TRIALS, PRIOR_TRIALS)
-            if sort not in tried and (own := self._own[number].get(sort)) is not None:
+        left = [(number, offer) for number, offer in untold if _sort(offer, 0) not in tried]
+        for offer in {_sort(offer, 0): offer for _, offer in left}.values():
+            self._common(offer, 0).fade(_expected(offer, 0) * PRIOR_TRIALS, PRIOR_TRIALS)
+        for number, offer in left:
+            if (own := self._own[number].get(_sort(offer, 0))) is not None:
                 own.fade(0.0, 0.0)
         return best
 

@@ -165,8 +165,8 @@ class SpecFormerObjective:
         examples: what it learns from.
         tokens: of examples a step reads, about.
         seed: of the order of examples.
-        distill: share of the loss that is the divergence from the target's own distribution over
-            the tokens guessed from, an extension; 0 is the paper's.
+        distill: share of the loss that is against the target's own distribution over the tokens
+            guessed from, in place of the token it chose, an extension; 0 is the paper's.
         slot_decay: what a slot's loss counts against that of the slot before it, an extension: a
             guess is only of use behind right ones. 1 is the paper's.
         keep_bytes: most memory for hidden states of examples, which are kept for later epochs.
