@@ -10,12 +10,15 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from narrows.errors import InputError
+
+if TYPE_CHECKING:
+    from narrows.ops.ragged import Place
 
 Span = tuple[int, int]
 """Half-open character (or token) range ``[start, end)`` in the original text."""
@@ -77,6 +80,9 @@ class LayerCache(ABC):
     length: int
     """Tokens the model believes are stored (appended and not rolled back)."""
 
+    PLACED: ClassVar[int] = 0
+    """New tokens up to which there is a ``place`` for them."""
+
     @abstractmethod
     def append(self, k: Tensor, v: Tensor) -> None:
         """Store ``k`` ``[n, kv_heads, key_dim]``, after RoPE, and ``v`` ``[n, kv_heads,
@@ -102,6 +108,11 @@ class LayerCache(ABC):
 
     def seal(self) -> None:  # noqa: B027 - most layers have nothing to do
         """Told once, when the prompt has been read; a compressing layer may compress now."""
+
+    def place(self, first_row: int, rows: int) -> Place:
+        """Where a kernel is to write so many new tokens, that stand in a batch from ``first_row``
+        on: they count as held from now on. At most PLACED."""
+        raise NotImplementedError
 
     @classmethod
     def step(
@@ -132,6 +143,18 @@ class FlatBatch:
 
     spans: list[Span]
     caches: list[list[LayerCache]]
+
+    def places(self) -> list[list[Place]] | None:
+        """By layer, where a kernel is to write each sequence's rows, which count as held from now
+        on; None if any cache has no place for them, or there are no sequences."""
+        most = max((b - a for a, b in self.spans), default=0)
+        if not 0 < most <= min(cache.PLACED for caches in self.caches for cache in caches):
+            return None
+        rows = [(a, b - a) for a, b in self.spans]
+        return [
+            [cache.place(*one) for cache, one in zip(column, rows, strict=True)]
+            for column in zip(*self.caches, strict=True)
+        ]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Append each sequence's rows to its own cache of ``layer``, then attend. Token-major."""

@@ -13,9 +13,9 @@ ROOT = Path(narrows.__file__).parent
 ORDER = [
     {"errors"},
     {"registry", "files"},
+    {"ops"},
     {"contracts"},
     {"config", "data", "figure"},
-    {"ops"},
     {"model"},
     {"retrieve"},
     {"listen"},

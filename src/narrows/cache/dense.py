@@ -38,6 +38,8 @@ class DenseLayer(LayerCache):
     A sliding-window layer frees tokens that no later query can see.
     """
 
+    PLACED: ClassVar[int] = FEW
+
     _place: ragged.Place | None = None
     """Of the buffers there are."""
 
@@ -127,8 +129,7 @@ class DenseLayer(LayerCache):
         return ragged.append_attend(places, q, k, v, scale, window)
 
     def place(self, first_row: int, rows: int) -> ragged.Place:
-        """Where a kernel is to write so many new tokens, that stand in a batch from
-        ``first_row`` on: they count as held from now on."""
+        """See LayerCache. Grows the buffers when they are full."""
         place = self._place
         if place is None or self.length - self.dropped + rows > place.capacity:
             self.reserve(rows)

@@ -9,14 +9,14 @@ views into them, so nothing is held twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from narrows.contracts import FlatBatch, LayerShape, ModelShape
-from narrows.ops.decoder import Layer, after_attention, before_attention
+from narrows.ops.decoder import Decoder, Layer, after_attention, before_attention
 from narrows.ops.native import add_rms_norm, linear
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
@@ -37,6 +37,7 @@ class FastDecoder:
             _layer(x, shape, facts, self.eps)
             for x, facts in zip(base.layers, shape.layers, strict=True)
         ]
+        self.at_once = Decoder(self.layers)
 
     @classmethod
     def of(cls, model: Any, shape: ModelShape) -> FastDecoder | None:
@@ -56,18 +57,29 @@ class FastDecoder:
         ids: Tensor,
         positions: Tensor,
         batch: FlatBatch,
-        tap: Callable[[int, Tensor], None] = lambda number, states: None,
+        taps: Mapping[int, Tensor] | None = None,
     ) -> Tensor:
-        """As ``FlatModel.hidden``; float32 whatever the weights are. ``tap`` is shown the states
-        that enter each layer, which later ones overwrite."""
-        count = ids.shape[0]
-        h = self.embed[ids].float()
+        """As ``FlatModel.hidden``; float32 whatever the weights are. What enters layer ``i`` is
+        written to ``taps[i]``, float32 ``[T, hidden_size]``."""
+        h, taps = self.embed[ids].float(), taps or {}
         # float32 input makes the rotary module give float32 tables.
         cosine, sine = (t[0].contiguous() for t in self.rotary(h[None], positions[None]))
-        delta = None
+        places = batch.places() if self.at_once.takes(len(h)) else None
+        if places is None:
+            delta = self._one_by_one(h, cosine, sine, batch, taps)
+        else:
+            delta = self.at_once(h, cosine, sine, places, taps)
+        return add_rms_norm(h, delta, self.norm, self.eps)
+
+    def _one_by_one(
+        self, h: Tensor, cosine: Tensor, sine: Tensor, batch: FlatBatch, taps: Mapping[int, Tensor]
+    ) -> Tensor | None:
+        """As ``at_once``, for all caches."""
+        count, delta = len(h), None
         for number, layer in enumerate(self.layers):
             qkv = before_attention(layer, h, delta, cosine, sine)
-            tap(number, h)
+            if number in taps:
+                taps[number].copy_(h)
             q, k, v = qkv.tensor_split(layer.ends, 1)
             mixed = batch.attend(
                 number,
@@ -77,7 +89,7 @@ class FastDecoder:
                 layer.scale,
             )
             delta = after_attention(layer, h, mixed.reshape(count, -1))
-        return add_rms_norm(h, delta, self.norm, self.eps)
+        return delta
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As ``FlatModel.logits``."""
@@ -109,6 +121,7 @@ def _layer(module: Any, shape: ModelShape, facts: LayerShape, eps: float) -> Lay
         wide=mlp.down_proj.in_features,
         eps=eps,
         scale=float(attention.scaling),
+        window=facts.window,
     )
 
 

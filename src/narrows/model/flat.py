@@ -103,24 +103,18 @@ class FlatModel:
         """``hidden``, and with it other hidden states, ``[T, len(taps), hidden_size]``: number
         ``i`` enters decoder layer ``i``, 0 is the embedding, and one past the last layer are the
         states after the final norm, which ``hidden`` gives. All in the dtype of ``hidden``."""
-        places = {number: place for place, number in enumerate(taps)}
-        seen: Tensor | None = None
-
-        def tap(number: int, states: Tensor) -> None:
-            nonlocal seen
-            place = places.get(number)
-            if place is not None:
-                if seen is None:
-                    seen = states.new_empty((len(states), len(taps), states.shape[1]))
-                seen[:, place] = states
-
+        dtype = self.shape.dtype if self._fast is None else torch.float32
+        sizes = (len(ids), len(taps), self.shape.hidden_size)
+        seen = torch.empty(sizes, dtype=dtype, device=self.shape.device)
+        last, wanted = len(self.shape.layers), {n: seen[:, i] for i, n in enumerate(taps)}
         if self._fast is not None:
-            hidden = self._fast.hidden(ids, positions, batch, tap)
+            inner = {number: place for number, place in wanted.items() if number < last}
+            hidden = self._fast.hidden(ids, positions, batch, inner)
         else:
-            with tapped(self.model.base_model, tap):
+            with tapped(self.model.base_model, wanted):
                 hidden = self.reference_hidden(ids, positions, batch)
-        tap(len(self.shape.layers), hidden)
-        assert seen is not None
+        if last in wanted:
+            wanted[last].copy_(hidden)
         return hidden, seen
 
     @torch.inference_mode()

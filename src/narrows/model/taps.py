@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,18 +10,19 @@ from torch import Tensor
 
 
 @contextmanager
-def tapped(decoder: Any, tap: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While open, ``tap`` is shown the number of each layer of ``decoder``, a base model of one
-    flat sequence, and the states ``[T, hidden_size]`` that enter it."""
+def tapped(decoder: Any, taps: Mapping[int, Tensor]) -> Iterator[None]:
+    """While open, the states ``[T, hidden_size]`` that enter layer ``i`` of ``decoder``, a base
+    model of one flat sequence, are written to ``taps[i]``."""
     layers = decoder.h if hasattr(decoder, "h") else decoder.layers
     with ExitStack() as hooks:
         for number, layer in enumerate(layers):
+            if number not in taps:
+                continue
 
             def look(
-                _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], n: int = number
+                _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], to: Tensor = taps[number]
             ) -> None:
-                states = args[0] if args else kwargs["hidden_states"]
-                tap(n, states[0])
+                to.copy_((args[0] if args else kwargs["hidden_states"])[0])
 
             handle = layer.register_forward_pre_hook(look, with_kwargs=True)
             hooks.callback(handle.remove)

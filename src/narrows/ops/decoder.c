@@ -1,13 +1,14 @@
-/* The two halves of a decoder layer around its attention, for few rows: one call each, since the
- * operations of a step of few rows take longer to call than to do. Defined by ops/decoder.py. */
+/* A decoder's layers for few rows: in one call where kernels write all its caches, else one for each
+ * half of a layer around its attention, since the operations of a step of few rows take longer to
+ * call than to do. Defined by ops/decoder.py. */
 #include "vector.h"
 
 typedef struct {
   const bf16 *qkv, *out, *gate_up, *down;
   const float *first_norm, *second_norm;
   const float *qkv_bias, *out_bias, *q_norm, *k_norm; /* or null */
-  int64_t hidden, heads, kv_heads, key_dim, value_dim, wide;
-  float eps;
+  int64_t hidden, heads, kv_heads, key_dim, value_dim, wide, window;
+  float eps, scale;
 } layer;
 
 /* h [M, hidden] gains delta, if there is one; qkv [M, (heads + kv_heads) key_dim + kv_heads
@@ -37,4 +38,42 @@ void after_attention(const layer *l, float *h, const float *mixed, float *delta,
   linear_few(x, l->gate_up, 0, y, M, 2 * l->wide, l->hidden, threads);
   silu_mul(y, gated, M, l->wide, threads);
   linear_few(gated, l->down, 0, delta, M, l->hidden, l->wide, threads);
+}
+
+/* Floats of room that `decode` needs for M rows. */
+int64_t decode_room(const layer *const *layers, int64_t count, int64_t M) {
+  int64_t most = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const layer *l = layers[i];
+    int64_t row = (l->heads + l->kv_heads) * l->key_dim + l->kv_heads * l->value_dim;
+    int64_t a_row = l->hidden + row + l->heads * l->value_dim + 3 * l->wide;
+    if (a_row > most) most = a_row;
+  }
+  return M * most;
+}
+
+/* `count` layers one after the other: h [M, hidden] becomes what enters the last one's second half,
+ * and delta [M, hidden] what is still to be added to it. Of places there are `sequences` for each
+ * layer in turn; `tasks`, `parts` and `space` are append_attend's. What enters layer i goes to
+ * taps[i], if that is one, rows `tap_stride` floats apart. Returns -1 if there was no space. */
+int64_t decode(const layer *const *layers, int64_t count, float *h, float *delta,
+               const float *cosine, const float *sine, const place *const *places,
+               int64_t sequences, int is_bf16, float *const *taps, int64_t tap_stride, float *room,
+               int64_t *tasks, float *parts, int64_t space, int64_t M, int threads) {
+  for (int64_t i = 0; i < count; i++) {
+    const layer *l = layers[i];
+    int64_t queries = l->heads * l->key_dim, keys = l->kv_heads * l->key_dim;
+    int64_t row = queries + keys + l->kv_heads * l->value_dim;
+    float *x = room, *qkv = x + M * l->hidden, *mixed = qkv + M * row;
+    float *y = mixed + M * l->heads * l->value_dim;
+    before_attention(l, h, i ? delta : 0, cosine, sine, x, qkv, M, threads);
+    for (int64_t m = 0; taps[i] && m < M; m++)
+      memcpy(taps[i] + m * tap_stride, h + m * l->hidden, l->hidden * sizeof *h);
+    if (append_attend(places + i * sequences, sequences, qkv, row, qkv + queries, row,
+                      qkv + queries + keys, row, mixed, l->heads, l->kv_heads, l->key_dim,
+                      l->value_dim, l->scale, l->window, is_bf16, tasks, parts, space, threads) < 0)
+      return -1;
+    after_attention(l, h, mixed, delta, x, y, M, threads);
+  }
+  return 0;
 }

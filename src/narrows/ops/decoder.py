@@ -1,10 +1,12 @@
 """The two halves of a decoder layer around its attention: norm, query, key and value, rotation; and
-output, norm, gated MLP. Few rows take one kernel call each, see ``decoder.c``."""
+output, norm, gated MLP. Few rows take one kernel call each, or one for all layers where kernels
+write all their caches, see ``decoder.c``."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,7 @@ from narrows.ops.native import (
     norm_rotate_,
     silu_mul,
 )
+from narrows.ops.ragged import MAX_GROUP, Place, room_of, tell, workspace
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Layer:
     wide: int
     eps: float
     scale: float
+    window: int | None = None
 
     @functools.cached_property
     def ends(self) -> tuple[int, int]:
@@ -54,6 +58,7 @@ class Layer:
     def told(self) -> ctypes.Structure:
         """As decoder.c reads it."""
         held = {field[0]: getattr(self, field[0]) for field in _Layer._fields_}
+        held["window"] = self.window or 0
         return _Layer(**{k: x.data_ptr() if isinstance(x, Tensor) else x for k, x in held.items()})
 
     @functools.cached_property
@@ -70,8 +75,8 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("first_norm", "second_norm")),
         *((name, ctypes.c_void_p) for name in ("qkv_bias", "out_bias", "q_norm", "k_norm")),
         *((name, ctypes.c_int64) for name in ("hidden", "heads", "kv_heads")),
-        *((name, ctypes.c_int64) for name in ("key_dim", "value_dim", "wide")),
-        ("eps", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("key_dim", "value_dim", "wide", "window")),
+        *((name, ctypes.c_float) for name in ("eps", "scale")),
     ]
 
 
@@ -121,3 +126,50 @@ def after_attention(layer: Layer, h: Tensor, mixed: Tensor) -> Tensor:
     delta = linear(mixed.to(flow), layer.out, layer.out_bias)
     x = add_rms_norm(h, delta, layer.second_norm, layer.eps, flow)
     return linear(silu_mul(linear(x, layer.gate_up)), layer.down)
+
+
+class Decoder:
+    """All layers, run in one call."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = layers
+        self._told = (ctypes.c_void_p * len(layers))(*(layer.address for layer in layers))
+        self._group = max(layer.heads // layer.kv_heads for layer in layers)
+
+    def takes(self, rows: int) -> bool:
+        """Whether so many rows can be run in one call."""
+        return self._group <= MAX_GROUP and few_rows(rows, self.layers[0].qkv)
+
+    def __call__(
+        self,
+        h: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        places: Sequence[Sequence[Place]],
+        taps: Mapping[int, Tensor],
+    ) -> Tensor:
+        """Run ``h`` float32 ``[m, hidden]`` through all layers, in place but for what is still to
+        be added to it, which is given back: as ``before_attention``, ``ragged.append_attend`` at
+        the layer's ``places`` and ``after_attention`` of one layer after the other, which define
+        it. What enters layer ``i`` goes to ``taps[i]`` ``[m, hidden]``, alike in stride."""
+        native, layers = library(), self.layers
+        assert native is not None
+        rows, delta = len(h), torch.empty_like(h)
+        told = [address for column in places for address in tell(column)]
+        space = max(room_of(p, layer.kv_heads) for p, layer in zip(places, layers, strict=True))
+        wide = max(layer.heads // layer.kv_heads * (layer.value_dim + 2) for layer in layers)
+        tasks, parts = workspace(space, wide)
+        room = h.new_empty(native.decode_room(self._told, len(layers), rows))
+        wanted = (ctypes.c_void_p * len(layers))()
+        for number, tap in taps.items():
+            wanted[number] = tap.data_ptr()
+        stride = next((tap.stride(0) for tap in taps.values()), 0)
+        done = native.decode(
+            *(self._told, len(layers), h.data_ptr(), delta.data_ptr()),
+            *(cosine.data_ptr(), sine.data_ptr()),
+            *((ctypes.c_void_p * len(told))(*told), len(places[0])),
+            *(int(places[0][0].k.dtype == torch.bfloat16), wanted, stride, room.data_ptr()),
+            *(tasks.data_ptr(), parts.data_ptr(), space, rows, torch.get_num_threads()),
+        )
+        assert done >= 0, "scratch was too small"
+        return delta

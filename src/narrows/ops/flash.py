@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from narrows.contracts import Span
 from narrows.ops.native import flash_is_slow, library
 
 FEWEST = 16
@@ -29,7 +28,7 @@ def flash_attention(
     scale: float,
     window: int | None = None,
     mass: Tensor | None = None,
-    paid: Span | None = None,
+    paid: tuple[int, int] | None = None,
     most: bool = False,
 ) -> Tensor:
     """As ``causal_attention``, which defines it, in bfloat16 products; float32 in and out. A

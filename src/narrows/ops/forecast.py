@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from narrows.ops.native import library
-from narrows.ops.ragged import Place, tell
+from narrows.ops.ragged import Place, room_of, table_of, workspace
 
 CODED = (
     *("fuse", "context_qkv", "context_out"),
@@ -95,7 +95,8 @@ class Forecaster:
         native, told, n = library(), self._told, len(places)
         assert native is not None
         places = [p.at(p.stored, i, 1) for i, p in enumerate(places)]
-        table, tasks, parts, space = tell(places, told.heads, told.kv_heads, told.dim)
+        table, space = table_of(places), room_of(places, told.kv_heads)
+        tasks, parts = workspace(space, told.heads // told.kv_heads * (told.dim + 2))
         contexts = torch.empty((n, told.hidden))
         room = torch.empty(native.absorb_room(ctypes.addressof(told), n))
         native.absorb(

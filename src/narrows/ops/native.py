@@ -47,6 +47,8 @@ SIGNATURES = {
     "forecast": (None, (P, L, P, P, P, L, F, P, P, P, N)),
     "before_attention": (None, (P, P, P, P, P, P, P, L, N)),
     "after_attention": (None, (P, P, P, P, P, P, L, N)),
+    "decode_room": (L, (P, L, L)),
+    "decode": (L, (P, L, P, P, P, P, P, L, N, P, L, P, P, P, L, L, N)),
     "add_rms_norm": (None, (P, P, N, P, F, P, N, L, L, N)),
     "row_maxima": (None, (P, L, L, P, P, N)),
     "norm_rotate": (None, (P, L, L, L, P, F, P, P, L, N)),

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from narrows.contracts import Span
 from narrows.ops import quant, ragged
 from narrows.ops.native import library
 
@@ -271,7 +270,7 @@ def implementation(layer: PackedLayer, q: Tensor) -> str:
 def attend(
     layers: Sequence[PackedLayer],
     q: Tensor,
-    spans: Sequence[Span],
+    spans: Sequence[tuple[int, int]],
     scale: float,
     new: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -287,7 +286,7 @@ def attend(
     sequence must then be attended to in steps.
     """
     out = q.new_empty((*q.shape[:2], layers[0].v_tail.shape[2]))
-    native: dict[str, list[tuple[PackedLayer, Span]]] = {"int8": [], "floats": []}
+    native: dict[str, list[tuple[PackedLayer, tuple[int, int]]]] = {"int8": [], "floats": []}
     for layer, (a, b) in zip(layers, spans, strict=True):
         stored = layer.sink + max(layer.key_tokens, layer.value_tokens)
         if stored > layer.length - (b - a) + 1:

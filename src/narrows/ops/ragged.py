@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -101,7 +102,8 @@ def append_attend(
     heads, dim = q.shape[1:]
     kv_heads, value_dim = v.shape[1:]
     q, k, v = rows(q), rows(k), rows(v)
-    table, tasks, parts, room = tell(places, heads, kv_heads, value_dim)
+    table, room = table_of(places), room_of(places, kv_heads)
+    tasks, parts = workspace(room, heads // kv_heads * (value_dim + 2))
     out = q.new_empty((q.shape[0], heads, value_dim))
     used = native.append_attend(
         *(table, len(places), q.data_ptr(), q.stride(0)),
@@ -114,23 +116,32 @@ def append_attend(
     return out
 
 
-def tell(
-    places: list[Place], heads: int, kv_heads: int, value_dim: int
-) -> tuple[ctypes.Array[ctypes.c_void_p], Tensor, Tensor, int]:
-    """What ragged.c reads of places, and the tasks and parts it works in, with room for so many."""
-    tables = []
-    room = 0
+def tell(places: Sequence[Place]) -> list[int]:
+    """Where ragged.c reads of each place, which is brought up to date."""
+    addresses = []
     for p in places:
         told = p.told
         if told is None:
             told = p.told = _tell(p)
             p.address = ctypes.addressof(told)
         told[STORED], told[FIRST_ROW], told[COUNT] = p.stored, p.first_row, p.rows
-        tables.append(p.address)
-        room += p.rows * kv_heads * (p.stored // CHUNK + 1)
-    tasks = torch.empty(4 * room, dtype=torch.int64)
-    parts = torch.empty(room * (heads // kv_heads) * (value_dim + 2))
-    return (ctypes.c_void_p * len(places))(*tables), tasks, parts, room
+        addresses.append(p.address)
+    return addresses
+
+
+def table_of(places: Sequence[Place]) -> ctypes.Array[ctypes.c_void_p]:
+    """``tell`` as an argument."""
+    return (ctypes.c_void_p * len(places))(*tell(places))
+
+
+def room_of(places: Sequence[Place], kv_heads: int) -> int:
+    """Parts that the kernel makes of places, at most."""
+    return kv_heads * sum(p.rows * (p.stored // CHUNK + 1) for p in places)
+
+
+def workspace(room: int, numbers: int) -> tuple[Tensor, Tensor]:
+    """The tasks and the parts, of so many numbers each, that ragged.c works in."""
+    return torch.empty(4 * room, dtype=torch.int64), torch.empty(room * numbers)
 
 
 STORED, FIRST_ROW, COUNT = 3, 4, 5

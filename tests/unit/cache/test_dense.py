@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrows.cache.dense import BLOCK, ROLLBACK, DenseLayer, DensePolicy
+from narrows.cache.dense import BLOCK, FEW, ROLLBACK, DenseLayer, DensePolicy
 from narrows.cache.stack import parse_cache
-from narrows.contracts import LayerShape, ModelShape
+from narrows.contracts import FlatBatch, LayerShape, ModelShape
 from narrows.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -86,3 +86,23 @@ def test_specs_round_trip_and_bad_ones_are_refused() -> None:
     for spec, hint in (("dnse", "dense"), ("dense:x=1", "no option"), ("dense:x", "option=value")):
         with pytest.raises(ConfigError, match=hint):
             parse_cache(spec)
+
+
+def test_a_batch_of_few_tokens_each_says_where_kernels_write_them() -> None:
+    caches = [[layer(), layer(17)] for _ in range(2)]
+    for one in (cache for some in caches for cache in some):
+        one.append(*tokens(20))
+    for count in (1, FEW):
+        before = caches[0][0].length
+        places = FlatBatch([(0, 1), (1, 1 + count)], caches).places()
+        assert places is not None
+        assert [[p.rows for p in column] for column in places] == [[1, count]] * 2
+        assert [p.first_row for p in places[1]] == [0, 1]
+        assert places[1][1].stored == caches[1][1].held
+        assert caches[0][0].length == before + 1
+    held = [cache.length for some in caches for cache in some]
+    assert FlatBatch([(0, 1), (1, 2 + FEW)], caches).places() is None
+    other = type("Other", (DenseLayer,), {"PLACED": 0})(caches[0][0].shape, torch.float32, CPU)
+    assert FlatBatch([(0, 1)], [[caches[0][0], other]]).places() is None
+    assert FlatBatch([], []).places() is None
+    assert held == [cache.length for some in caches for cache in some], "nothing was taken in"

@@ -1,4 +1,5 @@
-"""The two kernels of a decoder layer are the operators they are made of, to the bit."""
+"""The kernels of a decoder layer, and that of all of them, are the operators they are made of, to
+the bit."""
 
 from __future__ import annotations
 
@@ -6,13 +7,14 @@ import pytest
 import torch
 
 from narrows.ops import decoder
-from narrows.ops.decoder import Layer, after_attention, before_attention
+from narrows.ops.decoder import Decoder, Layer, after_attention, before_attention
 from narrows.ops.native import library
+from narrows.ops.ragged import Place, append_attend
 
 HIDDEN, HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, WIDE = 96, 6, 2, 32, 16, 160
 
 
-def layer(dtype: torch.dtype, biased: bool, normed: bool) -> Layer:
+def layer(dtype: torch.dtype, biased: bool, normed: bool, window: int | None = None) -> Layer:
     def weight(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape) / 10).to(dtype)
 
@@ -36,6 +38,7 @@ def layer(dtype: torch.dtype, biased: bool, normed: bool) -> Layer:
         wide=WIDE,
         eps=1e-5,
         scale=KEY_DIM**-0.5,
+        window=window,
     )
 
 
@@ -70,3 +73,60 @@ def test_float32_weights_need_no_kernel():
     right = x @ made.qkv.T + made.qkv_bias
     found = before_attention(made, h.clone(), None, cosine, sine)
     torch.testing.assert_close(found[:, made.ends[1] :], right[:, made.ends[1] :])
+
+
+@pytest.mark.skipif(library() is None, reason="no compiler here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_all_layers_in_one_call_are_one_after_the_other(dtype):
+    """With caches of ``dtype``, a window in one layer, and sequences of one row and of several."""
+    torch.manual_seed(0)
+    layers = [layer(torch.bfloat16, n == 1, n == 2, 40 if n == 1 else None) for n in range(3)]
+    counts, stored = [1, 3, 1, 16], [5, 300, 257, 40]
+    firsts = [sum(counts[:i]) for i in range(len(counts))]
+    buffers = [
+        [
+            (torch.randn(KV_HEADS, 320, KEY_DIM), torch.randn(KV_HEADS, 320, VALUE_DIM))
+            for _ in counts
+        ]
+        for _ in layers
+    ]
+    h = torch.randn(sum(counts), HIDDEN)
+    cosine, sine = torch.randn(2, sum(counts), KEY_DIM)
+    found = []
+    for at_once in (True, False):
+        places = [
+            [
+                Place(k.to(dtype), v.to(dtype), held + new, first, new)
+                for (k, v), held, first, new in zip(column, stored, firsts, counts, strict=True)
+            ]
+            for column in buffers
+        ]
+        states, seen = h.clone(), torch.zeros(len(h), 2, HIDDEN)
+        taps = {0: seen[:, 0], 2: seen[:, 1]}
+        if at_once:
+            delta = Decoder(layers)(states, cosine, sine, places, taps)
+        else:
+            delta = None
+            for number, (one, column) in enumerate(zip(layers, places, strict=True)):
+                qkv = before_attention(one, states, delta, cosine, sine)
+                if number in taps:
+                    taps[number].copy_(states)
+                q, k, v = qkv.tensor_split(one.ends, 1)
+                parts = (
+                    x.unflatten(1, (n, -1)) for x, n in ((q, HEADS), (k, KV_HEADS), (v, KV_HEADS))
+                )
+                mixed = append_attend(column, *parts, one.scale, one.window)
+                delta = after_attention(one, states, mixed.flatten(1))
+        caches = [x for column in places for p in column for x in (p.k, p.v)]
+        found.append([states, delta, seen, *caches])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert seen.abs().sum(2).all()
+
+
+def test_layers_are_run_in_one_call_where_kernels_take_them(monkeypatch):
+    made = Decoder([layer(torch.bfloat16, False, False)])
+    assert made.takes(8) == (library() is not None)
+    assert not made.takes(100_000)
+    assert not Decoder([layer(torch.float32, False, False)]).takes(1)
+    monkeypatch.setattr(decoder, "MAX_GROUP", HEADS // KV_HEADS - 1)
+    assert not made.takes(8)
