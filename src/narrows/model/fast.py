@@ -9,7 +9,7 @@ views into them, so nothing is held twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from narrows.contracts import FlatBatch, LayerShape, ModelShape
 from narrows.ops.decoder import Decoder, Layer, after_attention, before_attention
 from narrows.ops.native import add_rms_norm, linear
+from narrows.ops.pages import gathered
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 
@@ -28,14 +29,15 @@ class FastDecoder:
     def __init__(self, model: Any, shape: ModelShape) -> None:
         base = model.base_model
         self.shape = shape
-        self.embed: Tensor = base.embed_tokens.weight
         self.rotary: nn.Module = base.rotary_emb
         self.eps: float = model.config.rms_norm_eps
         self.norm: Tensor = base.norm.weight.float()
-        self.head: Tensor = model.get_output_embeddings().weight
+        products = [p for layer in base.layers for p in _products(layer)]
+        *weights, self.head = _gather([*products, [model.get_output_embeddings()]])
+        self.embed: Tensor = base.embed_tokens.weight  # which may be the head
         self.layers = [
-            _layer(x, shape, facts, self.eps)
-            for x, facts in zip(base.layers, shape.layers, strict=True)
+            _layer(x, shape, facts, self.eps, weights[4 * number : 4 * number + 4])
+            for number, (x, facts) in enumerate(zip(base.layers, shape.layers, strict=True))
         ]
         self.at_once = Decoder(self.layers)
 
@@ -96,17 +98,38 @@ class FastDecoder:
         return linear(hidden, self.head)
 
 
-def _layer(module: Any, shape: ModelShape, facts: LayerShape, eps: float) -> Layer:
+def _products(layer: Any) -> list[list[nn.Module]]:
+    """What a layer multiplies with, in four products."""
+    attention, mlp = layer.self_attn, layer.mlp
+    into = [attention.q_proj, attention.k_proj, attention.v_proj]
+    return [into, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+
+
+def _gather(products: Sequence[Sequence[Any]]) -> list[Tensor]:
+    """One weight for each product; those of its modules become views into it."""
+    made = gathered([[module.weight.data for module in modules] for modules in products])
+    for whole, modules in zip(made, products, strict=True):
+        start = 0
+        for module in modules:
+            rows = len(module.weight)
+            module.weight.data = whole[start : start + rows]
+            start += rows
+    return made
+
+
+def _layer(
+    module: Any, shape: ModelShape, facts: LayerShape, eps: float, weights: Sequence[Tensor]
+) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     q_norm = getattr(attention, "q_norm", None)
     k_norm = getattr(attention, "k_norm", None)
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    biases = [p.bias for p in projections]
+    biases = [p.bias for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    qkv, out, gate_up, down = weights
     return Layer(
-        qkv=_fuse(projections),
-        out=attention.o_proj.weight.contiguous(),
-        gate_up=_fuse((mlp.gate_proj, mlp.up_proj)),
-        down=mlp.down_proj.weight.contiguous(),
+        qkv=qkv,
+        out=out,
+        gate_up=gate_up,
+        down=down,
         first_norm=module.input_layernorm.weight.float(),
         second_norm=module.post_attention_layernorm.weight.float(),
         qkv_bias=None if biases[0] is None else torch.cat(biases).float(),
@@ -123,14 +146,3 @@ def _layer(module: Any, shape: ModelShape, facts: LayerShape, eps: float) -> Lay
         scale=float(attention.scaling),
         window=facts.window,
     )
-
-
-def _fuse(projections: tuple[Any, ...]) -> Tensor:
-    """One weight of all rows; the projections' own weights become views into it."""
-    whole = torch.cat([p.weight for p in projections])
-    start = 0
-    for p in projections:
-        rows = p.weight.shape[0]
-        p.weight.data = whole[start : start + rows]
-        start += rows
-    return whole

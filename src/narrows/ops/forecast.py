@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from narrows.ops.native import library
+from narrows.ops.pages import gathered
 from narrows.ops.ragged import Place, room_of, table_of, workspace
 
 CODED = (
@@ -82,8 +83,9 @@ class Forecaster:
     """
 
     def __init__(self, weights: dict[str, Tensor | None], sizes: dict[str, Any]) -> None:
-        given = {name: x.contiguous() for name, x in weights.items() if x is not None}
-        self._kept = {name: in_bytes(x) if name in CODED else x for name, x in given.items()}
+        given = {name: x for name, x in weights.items() if x is not None}
+        told = [in_bytes(x) if name in CODED else x for name, x in given.items()]
+        self._kept = dict(zip(given, gathered([[x] for x in told]), strict=True))
         pointers = {name: x.data_ptr() for name, x in self._kept.items()}
         self._told = _Forecaster(**pointers, **sizes)
 
