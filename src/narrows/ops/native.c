@@ -87,7 +87,7 @@ static bf16 *scratch(int64_t size) {
 
 #ifdef __AVX512BF16__
 
-#define LANES 16   /* rows of x in a register of full width; one of half width holds 8 */
+#define LANES 16   /* rows of x in a register of full width; a half holds 8, a quarter 4 */
 #define BLOCK_N 16 /* weight rows that are read together, the next block asked of memory meanwhile */
 #define FEWER 12   /* of them as far as sums with 32 rows fit in registers */
 
@@ -106,61 +106,139 @@ static void turn_rows(const float *x, uint32_t *to, int64_t rows, int64_t left, 
   for (int i = 0; i < 16; i++) _mm512_store_ps(to + i * LANES, pairs[i]);
 }
 
-/* Rows of x in `full` registers and, if `half`, 8 more, in groups `stride` words apart, times the
- * `nr` weight rows that lie `step` apart from w -> those columns of y's first `rows` rows that
- * have a bit in `columns`. The 8 rows stand in both halves of a register, which is multiplied with
- * two weight rows at once, one in each half. What lies `ahead`, if anything, is asked of memory
- * meanwhile, into the second cache (see `fetch`). */
-#define LANE_TILE(name, full, half, nr)                                                         \
+/* A weight row's sums with rows of x, the lanes of sums[j] -> column j of `rows` rows of y. */
+static inline void put_rows(__m512 *sums, float *y, int64_t rows, int64_t N, __mmask16 columns,
+                            __m512 bias) {
+  turn(sums);
+  for (int64_t m = 0; m < rows; m++)
+    _mm512_mask_storeu_ps(y + m * N, columns, _mm512_add_ps(sums[m], bias));
+}
+
+static inline int32_t pair_at(const bf16 *from) {
+  int32_t pair;
+  memcpy(&pair, from, sizeof pair);
+  return pair;
+}
+
+#define EACH(j, n) _Pragma("GCC unroll 16") for (int j = 0; j < (n); j++)
+
+/* Up to 8 rows of x, in groups as turn_rows makes them, and, if `four`, 4 more times 16 weight rows
+ * that lie `step` apart from w -> those columns of y's first `rows` rows that have a bit in
+ * `columns`. In registers of half the width, of which processors that halve wide products multiply
+ * twice as many, and spread twice as many numbers over all lanes. The 4 rows stand in both halves of
+ * one, which is multiplied with two weight rows at once. What lies `ahead`, if anything, is asked of
+ * memory meanwhile, into the second cache (see `fetch`). */
+#define HALF_TILE(name, four)                                                                   \
   static void name(const uint32_t *x, int64_t stride, const bf16 *w, int64_t step,              \
                    const float *bias, float *y, int64_t rows, int64_t N, int64_t K,             \
                    __mmask16 columns, const bf16 *ahead) {                                      \
     const bf16 *at[4] = {w, w + 4 * step, w + 8 * step, w + 12 * step};                         \
-    __m512 acc[2][nr], rest[nr / 2], wide[2], twice, more = _mm512_setzero_ps();                \
-    for (int j = 0; j < nr; j++) {                                                              \
+    __m256 acc[BLOCK_N], rest[BLOCK_N / 2], twice = _mm256_setzero_ps();                        \
+    EACH(j, BLOCK_N) acc[j] = rest[j / 2] = twice;                                              \
+    for (int64_t k = 0; k < K; k += 2, x += LANES) {                                            \
+      if (ahead) __builtin_prefetch(ahead, 0, 2), ahead += 32;                                  \
+      __m256 eight = _mm256_load_ps((const float *)x);                                          \
+      if (four) twice = _mm256_broadcast_ps((const __m128 *)(x + 8));                           \
+      __m256i all[2];                                                                           \
+      EACH(j, BLOCK_N) {                                                                        \
+        all[j % 2] = _mm256_set1_epi32(pair_at(at[j / 4] + j % 4 * step));                      \
+        acc[j] = _mm256_dpbf16_ps(acc[j], (__m256bh)eight, (__m256bh)all[j % 2]);               \
+        if (four && j % 2)                                                                      \
+          rest[j / 2] =                                                                         \
+              _mm256_dpbf16_ps(rest[j / 2], (__m256bh)twice,                                    \
+                               (__m256bh)_mm256_mask_blend_epi32(0xf0, all[0], all[1]));        \
+      }                                                                                         \
+      for (int i = 0; i < 4; i++) at[i] += 2;                                                   \
+    }                                                                                           \
+    __m512 out[BLOCK_N], more = _mm512_setzero_ps();                                            \
+    if (bias) more = _mm512_maskz_loadu_ps(columns, bias);                                      \
+    EACH(j, BLOCK_N) {                                                                          \
+      __m256 high = rest[j / 2];                                                                \
+      if (j % 2) high = _mm256_permute2f128_ps(high, high, 1);                                  \
+      out[j] = _mm512_insertf32x8(_mm512_castps256_ps512(acc[j]), high, 1);                     \
+    }                                                                                           \
+    put_rows(out, y, rows, N, columns, more);                                                   \
+  }
+HALF_TILE(tile_8, 0)
+HALF_TILE(tile_12, 1)
+#undef HALF_TILE
+
+/* The same with `nr` weight rows, and rows of x in `full` registers, if `half`, 8 more, and, if
+ * `quarter`, 4 more, in groups `stride` words apart. The 8 stand in both halves of a register, the 4
+ * in all four quarters, which are multiplied with two or four weight rows at once. */
+#define LANE_TILE(name, full, half, quarter, nr)                                                \
+  static void name(const uint32_t *x, int64_t stride, const bf16 *w, int64_t step,              \
+                   const float *bias, float *y, int64_t rows, int64_t N, int64_t K,             \
+                   __mmask16 columns, const bf16 *ahead) {                                      \
+    const bf16 *at[4] = {w, w + 4 * step, w + 8 * step, w + 12 * step};                         \
+    __m512 acc[2][nr], eights[nr / 2], fours[nr / 4], wide[2], more = _mm512_setzero_ps();      \
+    __m512 twice = more, often = more;                                                          \
+    EACH(j, nr) {                                                                               \
       for (int v = 0; v < full; v++) acc[v][j] = more;                                          \
-      rest[j / 2] = more;                                                                       \
+      eights[j / 2] = fours[j / 4] = more;                                                      \
     }                                                                                           \
     for (int64_t k = 0; k < K; k += 2, x += LANES) {                                            \
       if (ahead) __builtin_prefetch(ahead, 0, 2), ahead += 32;                                  \
       for (int v = 0; v < full; v++) wide[v] = _mm512_load_ps(x + v * stride);                  \
-      if (half)                                                                                 \
-        twice = _mm512_broadcast_f32x8(_mm256_load_ps((const float *)(x + full * stride)));     \
-      __m512i all[2];                                                                           \
-      _Pragma("GCC unroll 16") for (int j = 0; j < nr; j++) {                                   \
-        int32_t pair;                                                                           \
-        memcpy(&pair, at[j / 4] + j % 4 * step, sizeof pair);                                   \
-        all[j % 2] = _mm512_set1_epi32(pair);                                                   \
+      const float *others = (const float *)(x + full * stride);                                 \
+      if (half) twice = _mm512_broadcast_f32x8(_mm256_load_ps(others));                         \
+      if (quarter) often = _mm512_broadcast_f32x4(_mm_load_ps(others + 8 * half));              \
+      __m512i all[4], two[2];                                                                   \
+      EACH(j, nr) {                                                                             \
+        all[j % 4] = _mm512_set1_epi32(pair_at(at[j / 4] + j % 4 * step));                      \
         for (int v = 0; v < full; v++)                                                          \
-          acc[v][j] = _mm512_dpbf16_ps(acc[v][j], (__m512bh)wide[v], (__m512bh)all[j % 2]);     \
-        if (half && j % 2)                                                                      \
-          rest[j / 2] =                                                                         \
-              _mm512_dpbf16_ps(rest[j / 2], (__m512bh)twice,                                    \
-                               (__m512bh)_mm512_mask_blend_epi32(0xff00, all[0], all[1]));      \
+          acc[v][j] = _mm512_dpbf16_ps(acc[v][j], (__m512bh)wide[v], (__m512bh)all[j % 4]);     \
+        if (j % 2 == 0) continue;                                                               \
+        two[j % 4 / 2] = _mm512_mask_blend_epi32(0xff00, all[j % 4 - 1], all[j % 4]);           \
+        if (half)                                                                               \
+          eights[j / 2] = _mm512_dpbf16_ps(eights[j / 2], (__m512bh)twice,                      \
+                                           (__m512bh)two[j % 4 / 2]);                           \
+        if (quarter && j % 4 == 3)                                                              \
+          fours[j / 4] =                                                                        \
+              _mm512_dpbf16_ps(fours[j / 4], (__m512bh)often,                                   \
+                               (__m512bh)_mm512_shuffle_i32x4(two[0], two[1], 0x88));           \
       }                                                                                         \
       for (int i = 0; i < 4; i++) at[i] += 2;                                                   \
     }                                                                                           \
     if (bias) more = _mm512_maskz_loadu_ps(columns, bias);                                      \
-    for (int v = 0; v < full + half; v++) {                                                     \
-      __m512 out[16];                                                                           \
-      for (int j = 0; j < 16; j++)                                                              \
-        out[j] = j >= nr ? _mm512_setzero_ps()                                                  \
-                 : v < full ? acc[v][j]                                                         \
-                 : j % 2 ? _mm512_shuffle_f32x4(rest[j / 2], rest[j / 2], 0xee)                 \
-                         : rest[j / 2];                                                         \
-      turn(out);                                                                                \
-      int64_t kept = rows - v * LANES, most = v < full ? LANES : LANES / 2;                     \
-      for (int64_t m = 0; m < (kept < most ? kept : most); m++)                                 \
-        _mm512_mask_storeu_ps(y + (v * LANES + m) * N, columns, _mm512_add_ps(out[m], more));   \
+    __m512 out[16];                                                                             \
+    EACH(j, 16) out[j] = _mm512_setzero_ps();                                                   \
+    for (int v = 0; v < full; v++, y += LANES * N, rows -= LANES) {                             \
+      EACH(j, nr) out[j] = acc[v][j];                                                           \
+      put_rows(out, y, rows < LANES ? rows : LANES, N, columns, more);                          \
+    }                                                                                           \
+    if (half) {                                                                                 \
+      EACH(j, nr)                                                                               \
+        out[j] = j % 2 ? _mm512_shuffle_f32x4(eights[j / 2], eights[j / 2], 0xee) : eights[j / 2]; \
+      put_rows(out, y, rows < 8 ? rows : 8, N, columns, more);                                  \
+      y += 8 * N, rows -= 8;                                                                    \
+    }                                                                                           \
+    if (quarter) {                                                                              \
+      EACH(j, nr) out[j] = _mm512_shuffle_f32x4(fours[j / 4], fours[j / 4], j % 4);             \
+      put_rows(out, y, rows, N, columns, more);                                                 \
     }                                                                                           \
   }
-LANE_TILE(tile_8, 0, 1, BLOCK_N)
-LANE_TILE(tile_16, 1, 0, BLOCK_N)
-LANE_TILE(tile_24, 1, 1, BLOCK_N)
-LANE_TILE(narrow_16, 1, 0, FEWER)
-LANE_TILE(narrow_24, 1, 1, FEWER)
-LANE_TILE(narrow_32, 2, 0, FEWER)
+LANE_TILE(tile_16, 1, 0, 0, BLOCK_N)
+LANE_TILE(tile_20, 1, 0, 1, BLOCK_N)
+LANE_TILE(tile_24, 1, 1, 0, BLOCK_N)
+LANE_TILE(narrow_16, 1, 0, 0, FEWER)
+LANE_TILE(narrow_20, 1, 0, 1, FEWER)
+LANE_TILE(narrow_24, 1, 1, 0, FEWER)
+LANE_TILE(narrow_28, 1, 1, 1, FEWER)
+LANE_TILE(narrow_32, 2, 0, 0, FEWER)
 #undef LANE_TILE
+#undef EACH
+
+typedef void lane_tile(const uint32_t *, int64_t, const bf16 *, int64_t, const float *, float *,
+                       int64_t, int64_t, int64_t, __mmask16, const bf16 *);
+
+/* For so many rows of x, by fours, and blocks of BLOCK_N or of FEWER weight rows. */
+static lane_tile *tile_for(int64_t rows, int64_t block) {
+  static lane_tile *const usual[] = {tile_8, tile_8, tile_12, tile_16, tile_20, tile_24};
+  static lane_tile *const narrow[] = {narrow_16, narrow_16, narrow_16, narrow_16,
+                                      narrow_20, narrow_24, narrow_28, narrow_32};
+  return (block == BLOCK_N ? usual : narrow)[(rows - 1) / 4];
+}
 
 /* As linear_bf16, for K a multiple of 2, after bf16_dots() said yes. */
 void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y, int64_t M,
@@ -182,12 +260,7 @@ void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y,
       for (int64_t m = 0, rows; m < M; m += rows, ahead = 0) {
         rows = M - m; /* 16 and up to 24 take less than 32 and up to 8 */
         if (rows > 2 * LANES) rows = (rows - 1) % (2 * LANES) < 8 ? LANES : 2 * LANES;
-        void (*tile)(const uint32_t *, int64_t, const bf16 *, int64_t, const float *, float *,
-                     int64_t, int64_t, int64_t, __mmask16, const bf16 *);
-        if (block == BLOCK_N)
-          tile = rows <= 8 ? tile_8 : rows <= 16 ? tile_16 : tile_24;
-        else
-          tile = rows <= 16 ? narrow_16 : rows <= 24 ? narrow_24 : narrow_32;
+        lane_tile *tile = tile_for(rows, block);
         for (int64_t j = 0; j < (step ? 1 : left); j++)
           tile(turned + m / LANES * stride, stride, weight + j * K, step, bias ? bias + n + j : 0,
                y + m * N + n + j, rows, N, K, step ? (1u << block) - 1 : 1, ahead);

@@ -365,8 +365,7 @@ int64_t append_attend(const place *const *places, int64_t sequences, const float
         at -= from, n -= from, to -= from, from = 0;
       }
       queue next = {0};
-      /* A single row computes so little that it only waits for memory, best for what it needs. */
-      if (is_bf16 && p->rows > 1 && t + 1 < count)
+      if (is_bf16 && t + 1 < count)
         next = to_read(task + 4, places[task[4]], D, Dv, p->rows * group);
       for (int64_t r = 0; r < p->rows; r += fit) {
         int64_t rows = p->rows - r < fit ? p->rows - r : fit;

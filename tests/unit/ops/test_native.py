@@ -23,7 +23,7 @@ def rounds(out: int, inner: int) -> bool:
     return bool(native.library().bf16_dots()) and inner % 2 == 0 and not tiles
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 17, 25, 33, 60])
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 10, 13, 17, 23, 25, 31, 33, 60])
 @pytest.mark.parametrize(
     ("out", "inner"), [(1, 1), (1, 2), (3, 17), (64, 48), (101, 63), (101, 62), (40, 576)]
 )
@@ -47,7 +47,7 @@ def test_rows_do_not_depend_on_those_beside_them(inner: int) -> None:
         pytest.skip("this processor takes another kernel")
     x, weight = torch.randn(60, inner), torch.randn(101, inner).bfloat16()
     whole = native.linear(x, weight)
-    for rows in (1, 2, 3, 4, 7, 8, 9, 16, 17, 24, 25, 32, 33, 41):
+    for rows in (1, 2, 3, 4, 7, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29, 32, 33, 41):
         assert torch.equal(native.linear(x[:rows], weight), whole[:rows])
 
 
@@ -57,7 +57,7 @@ def test_what_lies_behind_a_weight_is_not_read() -> None:
         around = torch.full((out * inner + 200,), torch.nan, dtype=torch.bfloat16)
         weight = around[100 : 100 + out * inner].view(out, inner)
         weight.copy_(torch.randn(out, inner))
-        for rows in (1, 9, 20, 32):
+        for rows in (1, 9, 16, 20, 24, 28, 32):
             assert native.linear(torch.randn(rows, inner), weight).isfinite().all()
 
 
