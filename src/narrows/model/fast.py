@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from narrows.contracts import FlatBatch, LayerShape, ModelShape
 from narrows.ops.decoder import Decoder, Layer, after_attention, before_attention
 from narrows.ops.native import add_rms_norm, linear
-from narrows.ops.pages import gathered
+from narrows.ops.pages import reserve
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 
@@ -106,14 +106,19 @@ def _products(layer: Any) -> list[list[nn.Module]]:
 
 
 def _gather(products: Sequence[Sequence[Any]]) -> list[Tensor]:
-    """One weight for each product; those of its modules become views into it."""
-    made = gathered([[module.weight.data for module in modules] for modules in products])
+    """One weight for each product; those of its modules become views into it, and what they were
+    is let go before the next is read."""
+    wanted = []
+    for modules in products:
+        first = modules[0].weight
+        wanted.append(((sum(len(m.weight) for m in modules), first.shape[1]), first.dtype))
+    made = reserve(wanted)
     for whole, modules in zip(made, products, strict=True):
         start = 0
         for module in modules:
-            rows = len(module.weight)
-            module.weight.data = whole[start : start + rows]
-            start += rows
+            part = whole[start : start + len(module.weight)]
+            module.weight.data = part.copy_(module.weight.data)
+            start += len(part)
     return made
 
 

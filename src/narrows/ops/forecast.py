@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from narrows.ops.native import library
-from narrows.ops.pages import gathered
+from narrows.ops.pages import reserve
 from narrows.ops.ragged import Place, room_of, table_of, workspace
 
 CODED = (
@@ -85,7 +85,8 @@ class Forecaster:
     def __init__(self, weights: dict[str, Tensor | None], sizes: dict[str, Any]) -> None:
         given = {name: x for name, x in weights.items() if x is not None}
         told = [in_bytes(x) if name in CODED else x for name, x in given.items()]
-        self._kept = dict(zip(given, gathered([[x] for x in told]), strict=True))
+        kept = reserve([(x.shape, x.dtype) for x in told])
+        self._kept = {n: to.copy_(x) for n, to, x in zip(given, kept, told, strict=True)}
         pointers = {name: x.data_ptr() for name, x in self._kept.items()}
         self._told = _Forecaster(**pointers, **sizes)
 

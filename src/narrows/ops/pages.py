@@ -4,6 +4,7 @@ they lie, which takes a tenth of the time of reading them."""
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 from collections.abc import Sequence
 
@@ -14,23 +15,18 @@ LINE = 64
 """Bytes, at a multiple of which each tensor begins."""
 
 
-def gathered(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """For each of ``groups``, a new tensor of its tensors one below the other, which are of one
-    dtype, and alike but for their first size. All lie in one stretch of memory, in huge pages
-    where the system has them."""
-    sizes = [sum(x.nbytes for x in group) for group in groups]
+def reserve(wanted: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
+    """New tensors of these shapes and dtypes, whose numbers are yet to be written: a page takes no
+    memory before. All lie in one stretch, in huge pages where the system has them."""
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in wanted]
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + -(-size // LINE) * LINE)
     memory = _memory(starts[-1])
-    made = []
-    for group, start, size in zip(groups, starts, sizes, strict=False):
-        first = group[0]
-        rows = sum(len(x) for x in group)
-        whole = memory[start : start + size].view(first.dtype).view(rows, *first.shape[1:])
-        torch.cat(list(group), out=whole)
-        made.append(whole)
-    return made
+    return [
+        memory[start : start + size].view(dtype).view(*shape)
+        for (shape, dtype), start, size in zip(wanted, starts, sizes, strict=False)
+    ]
 
 
 def _memory(size: int) -> Tensor:

@@ -1,29 +1,30 @@
-"""Tensors gathered in huge pages."""
+"""Tensors in huge pages."""
 
 from __future__ import annotations
 
 import mmap
 
-import pytest
 import torch
 
-from narrows.ops.pages import LINE, gathered
+from narrows.ops.pages import LINE, reserve
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8])
-def test_gathered_tensors_are_the_given_ones_below_each_other(dtype):
-    torch.manual_seed(0)
-    sizes = [[(3, 7), (5, 7)], [(1, 1)], [(1000, 300)], [(13,)]]
-    groups = [[(9 * torch.rand(size)).to(dtype) for size in group] for group in sizes]
-    made = gathered(groups)
-    assert all(torch.equal(a, torch.cat(b)) for a, b in zip(made, groups, strict=True))
-    assert all(x.is_contiguous() and x.data_ptr() % LINE == 0 for x in made)
+def test_reserved_tensors_are_apart_in_one_stretch():
+    dtypes = [torch.bfloat16, torch.float32, torch.uint8, torch.int64, torch.bfloat16]
+    shapes = [(8, 7), (1, 1), (1000, 300), (13,), (0, 4)]
+    made = reserve(list(zip(shapes, dtypes, strict=True)))
+    for number, one in enumerate(made):
+        one.fill_(number)
+    for number, (one, shape, dtype) in enumerate(zip(made, shapes, dtypes, strict=True)):
+        assert (one.shape, one.dtype) == (shape, dtype)
+        assert one.is_contiguous()
+        assert (one == number).all(), "they do not overlap"
+        assert one.data_ptr() % LINE == 0
     assert len({x.untyped_storage().data_ptr() for x in made}) == 1
-    made[0].fill_(1)
-    assert torch.equal(made[1], groups[1][0]), "they do not overlap"
 
 
 def test_without_huge_pages_there_are_usual_ones(monkeypatch):
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    assert torch.equal(gathered([[torch.arange(9)]])[0], torch.arange(9))
-    assert gathered([]) == []
+    (one,) = reserve([((30, 40), torch.float64)])
+    assert one.zero_().shape == (30, 40)
+    assert reserve([]) == []
