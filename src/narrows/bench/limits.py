@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from narrows.ops.native import linear
+from narrows.ops.pages import reserve
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -27,18 +28,23 @@ def weight_bytes(model: nn.Module) -> int:
 def read_bandwidth(device: torch.device, *, size: int = 1 << 30, repeats: int = 5) -> float:
     """Bytes per second that a matrix-vector product reads from memory: the better of torch's in
     float32 and ours in bfloat16, each the median of ``repeats``. ``size`` bytes of float32 should
-    exceed every cache several times."""
-    rows = max(1, size // (4 * 4096))
-    matrix = torch.ones(rows, 4096, device=device)
+    exceed every cache several times. On the CPU the matrix lies in huge pages, as weights do."""
+    shape = max(1, size // (4 * 4096)), 4096
+    wanted = [(shape, torch.float32), (shape, torch.bfloat16)]
+    if device.type == "cpu":
+        matrices = reserve(wanted)
+    else:
+        matrices = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in wanted]
     vector = torch.ones(1, 4096, device=device)
     best = 0.0
-    for read in (matrix, matrix.bfloat16()):
+    for read in matrices:
+        read.fill_(1)
         speeds = []
         for number in range(repeats + 1):
             started = time.perf_counter()
             product = linear(vector, read)
             float(product[0, 0])  # waits for an accelerator
-            if number:  # the first one also maps the pages
+            if number:  # the first one also loads the kernel
                 speeds.append(read.nbytes / (time.perf_counter() - started))
         best = max(best, median(speeds))
     return best
