@@ -3,8 +3,8 @@
 transformers' model code stays the reference. For the families whose layers are "norm, grouped
 attention with rotary keys, norm, gated MLP" this module runs the same arithmetic with query,
 key and value (and gate and up) in one product each, activations in float32, and the kernels of
-``narrows.ops.native``. The fused weights replace the model's own storage: its parameters become
-views into them, so nothing is held twice.
+``narrows.ops.native``. Weights move to huge pages, and the model's parameters become views into
+them, so nothing is held twice.
 """
 
 from __future__ import annotations

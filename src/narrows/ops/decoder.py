@@ -135,6 +135,8 @@ class Decoder:
         self.layers = layers
         self._told = (ctypes.c_void_p * len(layers))(*(layer.address for layer in layers))
         self._group = max(layer.heads // layer.kv_heads for layer in layers)
+        self._part = self._group * (max(layer.value_dim for layer in layers) + 2)
+        """Numbers of a part of the attention, at most."""
 
     def takes(self, rows: int) -> bool:
         """Whether so many rows can be run in one call."""
@@ -155,10 +157,9 @@ class Decoder:
         native, layers = library(), self.layers
         assert native is not None
         rows, delta = len(h), torch.empty_like(h)
-        told = [address for column in places for address in tell(column)]
+        table = tell([place for column in places for place in column])
         space = max(room_of(p, layer.kv_heads) for p, layer in zip(places, layers, strict=True))
-        wide = max(layer.heads // layer.kv_heads * (layer.value_dim + 2) for layer in layers)
-        tasks, parts = workspace(space, wide)
+        tasks, parts = workspace(space, self._part)
         room = h.new_empty(native.decode_room(self._told, len(layers), rows))
         wanted = (ctypes.c_void_p * len(layers))()
         for number, tap in taps.items():
@@ -166,8 +167,7 @@ class Decoder:
         stride = next((tap.stride(0) for tap in taps.values()), 0)
         done = native.decode(
             *(self._told, len(layers), h.data_ptr(), delta.data_ptr()),
-            *(cosine.data_ptr(), sine.data_ptr()),
-            *((ctypes.c_void_p * len(told))(*told), len(places[0])),
+            *(cosine.data_ptr(), sine.data_ptr(), table, len(places[0])),
             *(int(places[0][0].k.dtype == torch.bfloat16), wanted, stride, room.data_ptr()),
             *(tasks.data_ptr(), parts.data_ptr(), space, rows, torch.get_num_threads()),
         )

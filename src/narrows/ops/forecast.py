@@ -11,7 +11,7 @@ from torch import Tensor
 
 from narrows.ops.native import library
 from narrows.ops.pages import reserve
-from narrows.ops.ragged import Place, room_of, table_of, workspace
+from narrows.ops.ragged import Place, room_of, tell, workspace
 
 CODED = (
     *("fuse", "context_qkv", "context_out"),
@@ -98,7 +98,7 @@ class Forecaster:
         native, told, n = library(), self._told, len(places)
         assert native is not None
         places = [p.at(p.stored, i, 1) for i, p in enumerate(places)]
-        table, space = table_of(places), room_of(places, told.kv_heads)
+        table, space = tell(places), room_of(places, told.kv_heads)
         tasks, parts = workspace(space, told.heads // told.kv_heads * (told.dim + 2))
         contexts = torch.empty((n, told.hidden))
         room = torch.empty(native.absorb_room(ctypes.addressof(told), n))

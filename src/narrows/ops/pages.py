@@ -1,5 +1,5 @@
 """Weights in huge pages: those of usual size are so many that the processor keeps looking up where
-they lie, which takes a tenth of the time of reading them."""
+they lie, which makes reading them slower."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def append_attend(
     heads, dim = q.shape[1:]
     kv_heads, value_dim = v.shape[1:]
     q, k, v = rows(q), rows(k), rows(v)
-    table, room = table_of(places), room_of(places, kv_heads)
+    table, room = tell(places), room_of(places, kv_heads)
     tasks, parts = workspace(room, heads // kv_heads * (value_dim + 2))
     out = q.new_empty((q.shape[0], heads, value_dim))
     used = native.append_attend(
@@ -116,8 +116,8 @@ def append_attend(
     return out
 
 
-def tell(places: Sequence[Place]) -> list[int]:
-    """Where ragged.c reads of each place, which is brought up to date."""
+def tell(places: Sequence[Place]) -> ctypes.Array[ctypes.c_void_p]:
+    """What ragged.c reads of places, which are brought up to date."""
     addresses = []
     for p in places:
         told = p.told
@@ -126,12 +126,7 @@ def tell(places: Sequence[Place]) -> list[int]:
             p.address = ctypes.addressof(told)
         told[STORED], told[FIRST_ROW], told[COUNT] = p.stored, p.first_row, p.rows
         addresses.append(p.address)
-    return addresses
-
-
-def table_of(places: Sequence[Place]) -> ctypes.Array[ctypes.c_void_p]:
-    """``tell`` as an argument."""
-    return (ctypes.c_void_p * len(places))(*tell(places))
+    return (ctypes.c_void_p * len(places))(*addresses)
 
 
 def room_of(places: Sequence[Place], kv_heads: int) -> int:
