@@ -11,7 +11,7 @@ from narrows.cache.evict_layer import EvictLayer
 from narrows.cache.rehearse import rehearse
 from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
-from narrows.contracts import LayerCache
+from narrows.contracts import FlatBatch, LayerCache
 from narrows.draft.specs import make_drafter
 from narrows.engine.engine import Engine
 from narrows.model.flat import FlatModel
@@ -30,6 +30,11 @@ def read(
         start = caches[0].length
         outs.append(flat.read(ids[start : start + n], caches))
     return outs
+
+
+def advance(cache: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What a cache of one sequence makes of new tokens in a step."""
+    return FlatBatch([(0, len(q))], [[cache]]).attend(0, q, k, v, 0.2)
 
 
 def sealed(spec: str, family: str = "llama", prompt: int = 60, chunks=(60,)):

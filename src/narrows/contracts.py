@@ -10,15 +10,15 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from narrows.errors import InputError
-
-if TYPE_CHECKING:
-    from narrows.ops.ragged import Place
+from narrows.ops import packed, ragged
+from narrows.ops.packed import PackedLayer
+from narrows.ops.ragged import Place
 
 Span = tuple[int, int]
 """Half-open character (or token) range ``[start, end)`` in the original text."""
@@ -80,9 +80,6 @@ class LayerCache(ABC):
     length: int
     """Tokens the model believes are stored (appended and not rolled back)."""
 
-    PLACED: ClassVar[int] = 0
-    """New tokens up to which there is a ``place`` for them."""
-
     @abstractmethod
     def append(self, k: Tensor, v: Tensor) -> None:
         """Store ``k`` ``[n, kv_heads, key_dim]``, after RoPE, and ``v`` ``[n, kv_heads,
@@ -109,29 +106,23 @@ class LayerCache(ABC):
     def seal(self) -> None:  # noqa: B027 - most layers have nothing to do
         """Told once, when the prompt has been read; a compressing layer may compress now."""
 
-    def place(self, first_row: int, rows: int) -> Place:
-        """Where a kernel is to write so many new tokens, that stand in a batch from ``first_row``
-        on: they count as held from now on. At most PLACED."""
+    def advance(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """``append``, then ``attend``: such that to take tokens at once is to take them one by
+        one, also where that is more than one of each."""
+        self.append(k, v)
+        return self.attend(q, scale)
+
+    def ready(self, n: int) -> bool:
+        """Get ready for ``n`` new tokens; whether kernels can take them at once, at ``places``."""
+        return False
+
+    def places(self, first_row: int, rows: int) -> Sequence[Place | PackedLayer]:
+        """Where kernels are to write so many new tokens, that stand in a batch from ``first_row``
+        on: they count as held from now on. Asked when it is ``ready`` for so many."""
         raise NotImplementedError
 
-    @classmethod
-    def step(
-        cls,
-        caches: Sequence[LayerCache],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        spans: Sequence[Span],
-        scale: float,
-    ) -> Tensor:
-        """``append`` then ``attend`` for sequences laid end to end: rows ``spans[i]`` of ``q``
-        ``[T, heads, key_dim]``, ``k`` and ``v`` belong to ``caches[i]``. Override where one call
-        for all is faster."""
-        outs = []
-        for cache, (a, b) in zip(caches, spans, strict=True):
-            cache.append(k[a:b], v[a:b])
-            outs.append(cache.attend(q[a:b], scale))
-        return torch.cat(outs)
+    def settle(self) -> None:  # noqa: B027 - most layers have nothing to do
+        """Told when tokens written at ``places`` have been attended to."""
 
 
 @dataclass(slots=True)
@@ -144,24 +135,52 @@ class FlatBatch:
     spans: list[Span]
     caches: list[list[LayerCache]]
 
-    def places(self) -> list[list[Place]] | None:
-        """By layer, where a kernel is to write each sequence's rows, which count as held from now
-        on; None if any cache has no place for them, or there are no sequences."""
-        most = max((b - a for a, b in self.spans), default=0)
-        if not 0 < most <= min(cache.PLACED for caches in self.caches for cache in caches):
-            return None
+    def places(self) -> list[list[Place | PackedLayer]] | None:
+        """By layer, where kernels are to write the rows, which count as held from now on; None if
+        any cache is not ready for its own, or there are no sequences. ``settle`` comes next."""
         rows = [(a, b - a) for a, b in self.spans]
+        for (_, n), caches in zip(rows, self.caches, strict=True):
+            if not all(cache.ready(n) for cache in caches):
+                return None
+        if not rows:
+            return None
         return [
-            [cache.place(*one) for cache, one in zip(column, rows, strict=True)]
+            [place for cache, one in zip(column, rows, strict=True) for place in cache.places(*one)]
             for column in zip(*self.caches, strict=True)
         ]
 
+    def settle(self) -> None:
+        """What was written at ``places`` has been attended to."""
+        for caches in self.caches:
+            for cache in caches:
+                cache.settle()
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Append each sequence's rows to its own cache of ``layer``, then attend. Token-major."""
-        column = [c[layer] for c in self.caches]
-        kinds = {type(c) for c in column}
-        kind = kinds.pop() if len(kinds) == 1 else LayerCache
-        return kind.step(column, q, k, v, self.spans, scale)
+        """Append each sequence's rows to its own cache of ``layer``, then attend. Token-major.
+        Those that are ready for kernels go in one call of each."""
+        column = [caches[layer] for caches in self.caches]
+        supported = ragged.supported(q, k.shape[1])
+        ready = [supported and c.ready(b - a) for c, (a, b) in zip(column, self.spans, strict=True)]
+        if not any(ready) and len(column) == 1:
+            ((a, b),) = self.spans
+            return column[0].advance(q[a:b], k[a:b], v[a:b], scale)
+        out = q.new_empty((*q.shape[:2], v.shape[2]))
+        places: list[Place | PackedLayer] = []
+        for cache, quick, (a, b) in zip(column, ready, self.spans, strict=True):
+            if quick:
+                places += cache.places(a, b - a)
+            else:
+                out[a:b] = cache.advance(q[a:b], k[a:b], v[a:b], scale)
+        dense = [place for place in places if isinstance(place, Place)]
+        coded = [place for place in places if isinstance(place, PackedLayer)]
+        if dense:
+            ragged.append_attend(dense, q, k, v, scale, out)
+        if coded:
+            packed.append_attend(coded, q, (k, v), scale, out)
+        for cache, quick in zip(column, ready, strict=True):
+            if quick:
+                cache.settle()
+        return out
 
 
 class CachePolicy(Protocol):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from narrows.contracts import LayerCache, LayerShape, ModelShape, Span
+from narrows.contracts import LayerCache, LayerShape, ModelShape
 from narrows.errors import ConfigError
 from narrows.ops import ragged
 from narrows.ops.attention import causal_attention
@@ -37,8 +37,6 @@ class DenseLayer(LayerCache):
 
     A sliding-window layer frees tokens that no later query can see.
     """
-
-    PLACED: ClassVar[int] = FEW
 
     _place: ragged.Place | None = None
     """Of the buffers there are."""
@@ -91,49 +89,20 @@ class DenseLayer(LayerCache):
         dtype = attention_dtype(q, k.dtype)
         return causal_attention(q, k, v, scale, self.shape.window, dtype)
 
-    @classmethod
-    def step(
-        cls,
-        caches: Sequence[LayerCache],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        spans: Sequence[Span],
-        scale: float,
-    ) -> Tensor:
-        """See LayerCache. On the CPU all sequences with few new tokens go in one kernel call."""
-        few = [(c, s) for c, s in zip(caches, spans, strict=True) if s[1] - s[0] <= FEW]
-        if not few or not ragged.supported(q, caches[0].k):  # type: ignore[attr-defined]
-            return super().step(caches, q, k, v, spans, scale)
-        if len(few) == len(caches):
-            return cls._step_few(few, q, k, v, scale)
-        out = q.new_empty((*q.shape[:2], v.shape[2]))
-        done = cls._step_few(few, q, k, v, scale)
-        for _, (a, b) in few:
-            out[a:b] = done[a:b]
-        for cache, (a, b) in zip(caches, spans, strict=True):
-            if b - a > FEW:
-                cache.append(k[a:b], v[a:b])
-                out[a:b] = cache.attend(q[a:b], scale)
-        return out
+    def ready(self, n: int) -> bool:
+        """See LayerCache."""
+        return n <= FEW
 
-    @staticmethod
-    def _step_few(
-        few: list[tuple[LayerCache, Span]], q: Tensor, k: Tensor, v: Tensor, scale: float
-    ) -> Tensor:
-        places = []
-        for cache, (a, b) in few:
-            assert isinstance(cache, DenseLayer)
-            places.append(cache.place(a, b - a))
-        window = few[0][0].shape.window  # type: ignore[attr-defined]
-        return ragged.append_attend(places, q, k, v, scale, window)
+    def places(self, first_row: int, rows: int) -> Sequence[ragged.Place]:
+        """See LayerCache."""
+        return (self.place(first_row, rows),)
 
     def place(self, first_row: int, rows: int) -> ragged.Place:
-        """See LayerCache. Grows the buffers when they are full."""
+        """The only one of ``places``. Grows the buffers when they are full."""
         place = self._place
-        if place is None or self.length - self.dropped + rows > place.capacity:
+        if place is None or self.length - self.dropped + rows > self.k.shape[1]:
             self.reserve(rows)
-            place = self._place = ragged.Place(self.k, self.v)
+            place = self._place = ragged.Place(self.k, self.v, window=self.shape.window)
         self.length += rows
         return place.at(self.length - self.dropped, first_row, rows)
 

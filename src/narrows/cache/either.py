@@ -19,7 +19,9 @@ from narrows.cache.plan import layer_bytes
 from narrows.cache.quantized import QuantLayer
 from narrows.cache.scores import Scorer
 from narrows.cache.spindle import SpindleLayer
-from narrows.contracts import LayerCache, Span
+from narrows.contracts import LayerCache
+from narrows.ops.packed import PackedLayer
+from narrows.ops.ragged import Place
 
 SURE, MOST = 0.5, 4.0
 """Thresholds are 1 minus a multiple of the codes' error. At half of it no vector can err more than
@@ -77,31 +79,21 @@ class EitherLayer(LayerCache):
         """See LayerCache."""
         return self.now.attend(q, scale)
 
-    @classmethod
-    def step(
-        cls,
-        caches: Sequence[LayerCache],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        spans: Sequence[Span],
-        scale: float,
-    ) -> Tensor:
-        """See LayerCache. Sequences whose layer is of one kind go in one call."""
-        kinds: dict[type[LayerCache], list[tuple[LayerCache, Span]]] = {}
-        for cache, span in zip(caches, spans, strict=True):
-            assert isinstance(cache, EitherLayer)
-            kinds.setdefault(type(cache.now), []).append((cache.now, span))
-        parts = []
-        for kind, part in kinds.items():
-            own = [span for _, span in part]
-            mixed = kind.step([cache for cache, _ in part], q, k, v, own, scale)
-            parts.append((own, mixed))
-        (_, out), *rest = parts
-        for own, mixed in rest:
-            for a, b in own:
-                out[a:b] = mixed[a:b]
-        return out
+    def advance(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """See LayerCache."""
+        return self.now.advance(q, k, v, scale)
+
+    def ready(self, n: int) -> bool:
+        """See LayerCache."""
+        return self.now.ready(n)
+
+    def places(self, first_row: int, rows: int) -> Sequence[Place | PackedLayer]:
+        """See LayerCache."""
+        return self.now.places(first_row, rows)
+
+    def settle(self) -> None:
+        """See LayerCache."""
+        self.now.settle()
 
     def rollback(self, n: int) -> None:
         """See LayerCache."""

@@ -187,7 +187,7 @@ class EvictLayer(LayerCache):
         return self.scorer.attend(q, self.prompt, scale)
 
     def advance(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """``append`` and ``attend`` such that to take tokens at once is to take them one by one."""
+        """See LayerCache."""
         outs = []
         for a, b in self._runs(len(k)):
             self._add(k[a:b], v[a:b])
@@ -195,36 +195,18 @@ class EvictLayer(LayerCache):
         return torch.cat(outs)
 
     def ready(self, n: int) -> bool:
-        """Get ready for ``n`` new tokens; whether the kernel for few can take them at once."""
+        """See LayerCache: not before it is sealed."""
         if self.prompt is not None:
             return False
         self._settle()
         return n <= min(FEW, self._room())
 
-    @classmethod
-    def step(
-        cls,
-        caches: Sequence[LayerCache],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        spans: Sequence[Span],
-        scale: float,
-    ) -> Tensor:
-        """See LayerCache. On the CPU all sealed sequences with few new tokens go in one kernel
-        call, which takes each of their KV heads for a sequence of its own."""
-        few: list[tuple[EvictLayer, Span]] = []
-        rest: list[tuple[EvictLayer, Span]] = []
-        group = q.shape[1] // k.shape[1]
-        for cache, (a, b) in zip(caches, spans, strict=True):
-            assert isinstance(cache, EvictLayer)
-            quick = cache.ready(b - a) and ragged.supported(q, cache.kept.k[0], group)
-            (few if quick else rest).append((cache, (a, b)))
-        empty = q.new_empty((*q.shape[:2], v.shape[2]))
-        out = _step_few(few, q, k, v, scale) if few else empty
-        for cache, (a, b) in rest:
-            out[a:b] = cache.advance(q[a:b], k[a:b], v[a:b], scale)
-        return out
+    def places(self, first_row: int, rows: int) -> Sequence[ragged.Place]:
+        """See LayerCache. One for each KV head."""
+        kept = self.kept
+        kept.grow(rows)
+        self._length += rows
+        return kept.places(first_row, rows)
 
     def rollback(self, n: int) -> None:
         """See LayerCache. What came before ``seal`` cannot be taken back after it, nor more than
@@ -295,26 +277,3 @@ def _fit(layers: Sequence[EvictLayer], target: int) -> None:
         guess = keep * (1 + CLOSE) / 2 * target / taken
         keep = guess if low < guess < high else (low + high) / 2
         taken = size(keep)
-
-
-def _step_few(
-    few: list[tuple[EvictLayer, Span]], q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> Tensor:
-    rows, kv_heads = k.shape[:2]
-    places: list[ragged.Place] = []
-    for cache, (a, b) in few:
-        kept = cache.kept
-        kept.grow(b - a)
-        cache._length += b - a
-        places += [kept.place(head, head * rows + a, b - a) for head in range(kv_heads)]
-
-    def by_head(x: Tensor) -> Tensor:
-        if rows == 1:
-            return x.reshape(kv_heads, -1, x.shape[2])
-        split = x.reshape(rows, kv_heads, -1, x.shape[2]).transpose(0, 1)
-        return split.reshape(kv_heads * rows, -1, x.shape[2])
-
-    mixed = ragged.append_attend(places, by_head(q), by_head(k), by_head(v), scale, None)
-    if rows == 1:
-        return mixed.view(1, -1, v.shape[2])
-    return mixed.view(kv_heads, rows, -1, v.shape[2]).transpose(0, 1).flatten(1, 2).contiguous()

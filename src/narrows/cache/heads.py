@@ -129,11 +129,13 @@ class HeadStore:
             mixed = mixed + values.mix(weights[..., :coded])
         return mixed.transpose(0, 1).to(q.dtype)
 
-    def place(self, head: int, first_row: int, rows: int) -> ragged.Place:
-        """What the kernel for few new tokens reads of a head; ``rows`` have been counted."""
+    def places(self, first_row: int, rows: int) -> list[ragged.Place]:
+        """What the kernel for few new tokens reads of each head; ``rows`` have been counted."""
         if self._fixed is None:
             self._fixed = [self._place(head) for head in range(len(self.held))]
-        return self._fixed[head].at(self.held[head], first_row, rows)
+        for place, held in zip(self._fixed, self.held, strict=True):
+            place.at(held, first_row, rows)
+        return self._fixed
 
     def _place(self, head: int) -> ragged.Place:
         """What is the same in every step until a buffer or a book changes."""
@@ -144,6 +146,7 @@ class HeadStore:
             k_codes=None if keys is None else keys.codes(),
             v_codes=None if values is None else values.codes(),
             seen=None if self.seen is None else self.seen[head],
+            head=head,
         )
 
     def whole(self, side: int, head: int) -> Tensor:

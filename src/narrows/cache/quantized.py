@@ -117,12 +117,12 @@ class QuantLayer(LayerCache):
         """See LayerCache."""
         if self.dense is not None:
             return self.dense.attend(q, scale)
-        out = packed.attend([self.record()], q, [(0, q.shape[0])], scale)
+        out = packed.attend(self.record(), q, scale)
         self.settle()
         return out
 
     def settle(self) -> None:
-        """Quantise what has left the residual, an owner's first."""
+        """See LayerCache. Quantises what has left the residual, an owner's first."""
         for owner in self.owners:
             if owner is not None:
                 owner.settle()
@@ -191,46 +191,31 @@ class QuantLayer(LayerCache):
             yield start, stop
             start = stop
 
-    @classmethod
-    def step(
-        cls,
-        caches: Sequence[LayerCache],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        spans: Sequence[Span],
-        scale: float,
-    ) -> Tensor:
-        """See LayerCache. Sealed sequences with one run of new tokens attend in one call."""
-        ready: list[tuple[QuantLayer, Span]] = []
-        other: list[tuple[Span, Tensor]] = []
-        for cache, (a, b) in zip(caches, spans, strict=True):
-            assert isinstance(cache, QuantLayer)
-            if cache.dense is not None:
-                cache.append(k[a:b], v[a:b])
-                other.append(((a, b), cache.attend(q[a:b], scale)))
-                continue
-            pieces = [(0, 1)] if b - a == 1 else list(cache._pieces(b - a))
-            if len(pieces) == 1 and not cache._sealed[0].sink_room:
-                for side in cache._sealed:
-                    side.fold()
-                    side.grow(b - a)
-                ready.append((cache, (a, b)))
-                continue
-            for first, stop in pieces:
-                rows = slice(a + first, a + stop)
-                cache.append(k[rows], v[rows])
-                other.append(((a + first, a + stop), cache.attend(q[rows], scale)))
-        if not ready:
-            out = q.new_empty((*q.shape[:2], v.shape[2]))
-        else:
-            records = [cache.record() for cache, _ in ready]
-            out = packed.attend(records, q, [span for _, span in ready], scale, (k, v))
-        for cache, _ in ready:
-            cache.settle()
-        for (a, b), mixed in other:
-            out[a:b] = mixed
-        return out
+    def advance(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """See LayerCache."""
+        if self.dense is not None:
+            return super().advance(q, k, v, scale)
+        outs = []
+        for a, b in self._pieces(len(k)):
+            self.append(k[a:b], v[a:b])
+            outs.append(self.attend(q[a:b], scale))
+        return torch.cat(outs)
+
+    def ready(self, n: int) -> bool:
+        """See LayerCache: not before it is sealed."""
+        if self.dense is not None or self._sealed[0].sink_room:
+            return False
+        if n > 1 and next(self._pieces(n)) != (0, n):
+            return False
+        for side in self._sealed:
+            side.fold()
+        return packed.takes(self.record(), n)
+
+    def places(self, first_row: int, rows: int) -> Sequence[PackedLayer]:
+        """See LayerCache."""
+        for side in self._sealed:
+            side.grow(rows)
+        return (self.record().at(first_row, rows),)
 
     def rollback(self, n: int) -> None:
         """See LayerCache. After ``seal`` at most ``hold`` tokens can be given back once they have

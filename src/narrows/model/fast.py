@@ -71,6 +71,7 @@ class FastDecoder:
             delta = self._one_by_one(h, cosine, sine, batch, taps)
         else:
             delta = self.at_once(h, cosine, sine, places, taps)
+            batch.settle()
         return add_rms_norm(h, delta, self.norm, self.eps)
 
     def _one_by_one(
@@ -149,5 +150,4 @@ def _layer(
         wide=mlp.down_proj.in_features,
         eps=eps,
         scale=float(attention.scaling),
-        window=facts.window,
     )

@@ -7,7 +7,7 @@ typedef struct {
   const bf16 *qkv, *out, *gate_up, *down;
   const float *first_norm, *second_norm;
   const float *qkv_bias, *out_bias, *q_norm, *k_norm; /* or null */
-  int64_t hidden, heads, kv_heads, key_dim, value_dim, wide, window;
+  int64_t hidden, heads, kv_heads, key_dim, value_dim, wide;
   float eps, scale;
 } layer;
 
@@ -53,13 +53,13 @@ int64_t decode_room(const layer *const *layers, int64_t count, int64_t M) {
 }
 
 /* `count` layers one after the other: h [M, hidden] becomes what enters the last one's second half,
- * and delta [M, hidden] what is still to be added to it. Of places there are `sequences` for each
- * layer in turn; `tasks`, `parts` and `space` are append_attend's. What enters layer i goes to
- * taps[i], if that is one, rows `tap_stride` floats apart. Returns -1 if there was no space. */
-int64_t decode(const layer *const *layers, int64_t count, float *h, float *delta,
-               const float *cosine, const float *sine, const place *const *places,
-               int64_t sequences, int is_bf16, float *const *taps, int64_t tap_stride, float *room,
-               int64_t *tasks, float *parts, int64_t space, int64_t M, int threads) {
+ * and delta [M, hidden] what is still to be added to it. Layer i has dense[i] of the places, and
+ * coded[i] of the packed ones, in turn. What enters it goes to taps[i], if that is one, rows
+ * `tap_stride` floats apart. Returns 0, or -1 if there was no memory. */
+int decode(const layer *const *layers, int64_t count, float *h, float *delta, const float *cosine,
+           const float *sine, const place *const *places, const int64_t *dense,
+           const packed_place *const *packed, const int64_t *coded, int is_bf16,
+           float *const *taps, int64_t tap_stride, float *room, int64_t M, int threads) {
   for (int64_t i = 0; i < count; i++) {
     const layer *l = layers[i];
     int64_t queries = l->heads * l->key_dim, keys = l->kv_heads * l->key_dim;
@@ -69,10 +69,15 @@ int64_t decode(const layer *const *layers, int64_t count, float *h, float *delta
     before_attention(l, h, i ? delta : 0, cosine, sine, x, qkv, M, threads);
     for (int64_t m = 0; taps[i] && m < M; m++)
       memcpy(taps[i] + m * tap_stride, h + m * l->hidden, l->hidden * sizeof *h);
-    if (append_attend(places + i * sequences, sequences, qkv, row, qkv + queries, row,
-                      qkv + queries + keys, row, mixed, l->heads, l->kv_heads, l->key_dim,
-                      l->value_dim, l->scale, l->window, is_bf16, tasks, parts, space, threads) < 0)
+    const float *k = qkv + queries, *v = k + keys;
+    if (dense[i] && append_attend(places, dense[i], qkv, row, k, row, v, row, mixed, l->heads,
+                                  l->kv_heads, l->key_dim, l->value_dim, l->scale, is_bf16, threads))
       return -1;
+    if (coded[i] && attend_packed(packed, coded[i], qkv, row, k, row, v, row, mixed, l->heads,
+                                  l->kv_heads, l->key_dim, l->value_dim, l->scale, is_bf16, !is_bf16,
+                                  threads))
+      return -1;
+    places += dense[i], packed += coded[i];
     after_attention(l, h, mixed, delta, x, y, M, threads);
   }
   return 0;

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from narrows.ops import packed, ragged
 from narrows.ops.native import (
     add_rms_norm,
     few_rows,
@@ -21,7 +22,8 @@ from narrows.ops.native import (
     norm_rotate_,
     silu_mul,
 )
-from narrows.ops.ragged import MAX_GROUP, Place, room_of, tell, workspace
+from narrows.ops.packed import PackedLayer
+from narrows.ops.ragged import MAX_GROUP, NO_ROOM, Place
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,6 @@ class Layer:
     wide: int
     eps: float
     scale: float
-    window: int | None = None
 
     @functools.cached_property
     def ends(self) -> tuple[int, int]:
@@ -58,7 +59,6 @@ class Layer:
     def told(self) -> ctypes.Structure:
         """As decoder.c reads it."""
         held = {field[0]: getattr(self, field[0]) for field in _Layer._fields_}
-        held["window"] = self.window or 0
         return _Layer(**{k: x.data_ptr() if isinstance(x, Tensor) else x for k, x in held.items()})
 
     @functools.cached_property
@@ -75,7 +75,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("first_norm", "second_norm")),
         *((name, ctypes.c_void_p) for name in ("qkv_bias", "out_bias", "q_norm", "k_norm")),
         *((name, ctypes.c_int64) for name in ("hidden", "heads", "kv_heads")),
-        *((name, ctypes.c_int64) for name in ("key_dim", "value_dim", "wide", "window")),
+        *((name, ctypes.c_int64) for name in ("key_dim", "value_dim", "wide")),
         *((name, ctypes.c_float) for name in ("eps", "scale")),
     ]
 
@@ -135,8 +135,6 @@ class Decoder:
         self.layers = layers
         self._told = (ctypes.c_void_p * len(layers))(*(layer.address for layer in layers))
         self._group = max(layer.heads // layer.kv_heads for layer in layers)
-        self._part = self._group * (max(layer.value_dim for layer in layers) + 2)
-        """Numbers of a part of the attention, at most."""
 
     def takes(self, rows: int) -> bool:
         """Whether so many rows can be run in one call."""
@@ -147,29 +145,39 @@ class Decoder:
         h: Tensor,
         cosine: Tensor,
         sine: Tensor,
-        places: Sequence[Sequence[Place]],
+        places: Sequence[Sequence[Place | PackedLayer]],
         taps: Mapping[int, Tensor],
     ) -> Tensor:
         """Run ``h`` float32 ``[m, hidden]`` through all layers, in place but for what is still to
-        be added to it, which is given back: as ``before_attention``, ``ragged.append_attend`` at
-        the layer's ``places`` and ``after_attention`` of one layer after the other, which define
-        it. What enters layer ``i`` goes to ``taps[i]`` ``[m, hidden]``, alike in stride."""
+        be added to it, which is given back: as ``before_attention``, ``append_attend`` of
+        ``ragged`` and of ``packed`` at the layer's ``places``, and ``after_attention`` of one layer
+        after the other, which define it. What enters layer ``i`` goes to ``taps[i]`` ``[m,
+        hidden]``, alike in stride. Raises MemoryError."""
         native, layers = library(), self.layers
         assert native is not None
         rows, delta = len(h), torch.empty_like(h)
-        table = tell([place for column in places for place in column])
-        space = max(room_of(p, layer.kv_heads) for p, layer in zip(places, layers, strict=True))
-        tasks, parts = workspace(space, self._part)
+        dense = [[p for p in column if isinstance(p, Place)] for column in places]
+        coded = [[p for p in column if isinstance(p, PackedLayer)] for column in places]
         room = h.new_empty(native.decode_room(self._told, len(layers), rows))
         wanted = (ctypes.c_void_p * len(layers))()
         for number, tap in taps.items():
             wanted[number] = tap.data_ptr()
         stride = next((tap.stride(0) for tap in taps.values()), 0)
-        done = native.decode(
-            *(self._told, len(layers), h.data_ptr(), delta.data_ptr()),
-            *(cosine.data_ptr(), sine.data_ptr(), table, len(places[0])),
-            *(int(places[0][0].k.dtype == torch.bfloat16), wanted, stride, room.data_ptr()),
-            *(tasks.data_ptr(), parts.data_ptr(), space, rows, torch.get_num_threads()),
+        buffer = next(
+            p.k if isinstance(p, Place) else p.k_tail for column in places for p in column
         )
-        assert done >= 0, "scratch was too small"
+        failed = native.decode(
+            *(self._told, len(layers), h.data_ptr(), delta.data_ptr()),
+            *(cosine.data_ptr(), sine.data_ptr()),
+            *(ragged.tell([p for column in dense for p in column]), _counts(dense)),
+            *(packed.tell([p for column in coded for p in column]), _counts(coded)),
+            *(int(buffer.dtype is torch.bfloat16), wanted, stride, room.data_ptr()),
+            *(rows, torch.get_num_threads()),
+        )
+        if failed:
+            raise MemoryError(NO_ROOM)
         return delta
+
+
+def _counts(columns: Sequence[Sequence[object]]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(columns))(*map(len, columns))

@@ -36,11 +36,10 @@ int64_t absorb_room(const forecaster *f, int64_t n) {
 /* What the target made of the newest tokens of n sequences, taps [rows, groups, hidden], goes into
  * their caches, and behind the last of each comes out its context [n, hidden]. The rows of sequence
  * s end before row ends[s], and places[s] is where its last one goes, as row s of n; those before
- * it are only held, since nothing looks at what they attend to. `tasks`, `parts` and `space` are
- * append_attend's. */
-void absorb(const forecaster *f, int64_t n, const place *const *places, const int64_t *ends,
-            const float *taps, int is_bf16, float *contexts, float *room, int64_t *tasks,
-            float *parts, int64_t space, int threads) {
+ * it are only held, since nothing looks at what they attend to. Returns 0, or -1 if there was no
+ * memory. */
+int absorb(const forecaster *f, int64_t n, const place *const *places, const int64_t *ends,
+           const float *taps, int is_bf16, float *contexts, float *room, int threads) {
   int64_t H = f->hidden, D = f->dim, heads = f->heads, turned = heads + f->kv_heads;
   int64_t row = (turned + f->kv_heads) * D, all = f->groups * H, rows = ends[n - 1];
   int64_t owner[TAKEN];
@@ -80,11 +79,12 @@ void absorb(const forecaster *f, int64_t n, const place *const *places, const in
       }
     }
   }
-  append_attend(places, n, newest, row, newest + heads * D, row, newest + turned * D, row, mixed,
-                heads, f->kv_heads, D, D, 1.0f / sqrtf((float)D), 0, is_bf16, tasks, parts, space,
-                threads);
+  if (append_attend(places, n, newest, row, newest + heads * D, row, newest + turned * D, row, mixed,
+                    heads, f->kv_heads, D, D, 1.0f / sqrtf((float)D), is_bf16, threads))
+    return -1;
   linear_bytes(mixed, f->context_out, 0, delta, n, H, heads * D, threads);
   for (int64_t i = 0; i < n * H; i++) contexts[i] += delta[i];
+  return 0;
 }
 
 /* Each slot of one sequence attends to all, or to those before it: qkv [slots, heads + 2 kv_heads,

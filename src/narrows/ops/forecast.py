@@ -11,7 +11,7 @@ from torch import Tensor
 
 from narrows.ops.native import library
 from narrows.ops.pages import reserve
-from narrows.ops.ragged import Place, room_of, tell, workspace
+from narrows.ops.ragged import NO_ROOM, Place, tell
 
 CODED = (
     *("fuse", "context_qkv", "context_out"),
@@ -94,20 +94,20 @@ class Forecaster:
         """Context vectors float32 ``[n, hidden]`` behind the newest tokens of sequences, given what
         the target made of all their new tokens, ``taps`` float32 ``[rows, groups, hidden]``, of
         which those of each sequence stop at one of ``ends``. ``places`` are where the newest of
-        each goes in its cache, which must have room for those before it, too."""
+        each goes in its cache, which must have room for those before it, too. Raises
+        MemoryError."""
         native, told, n = library(), self._told, len(places)
         assert native is not None
         places = [p.at(p.stored, i, 1) for i, p in enumerate(places)]
-        table, space = tell(places), room_of(places, told.kv_heads)
-        tasks, parts = workspace(space, told.heads // told.kv_heads * (told.dim + 2))
         contexts = torch.empty((n, told.hidden))
         room = torch.empty(native.absorb_room(ctypes.addressof(told), n))
-        native.absorb(
-            *(ctypes.addressof(told), n, table, (ctypes.c_int64 * n)(*ends)),
+        failed = native.absorb(
+            *(ctypes.addressof(told), n, tell(places), (ctypes.c_int64 * n)(*ends)),
             *(taps.contiguous().data_ptr(), int(places[0].k.dtype == torch.bfloat16)),
-            *(contexts.data_ptr(), room.data_ptr()),
-            *(tasks.data_ptr(), parts.data_ptr(), space, torch.get_num_threads()),
+            *(contexts.data_ptr(), room.data_ptr(), torch.get_num_threads()),
         )
+        if failed:
+            raise MemoryError(NO_ROOM)
         return contexts
 
     def forecast(

@@ -42,13 +42,13 @@ SIGNATURES = {
     "linear_few": (None, (P, P, P, P, L, L, L, N)),
     "linear_bytes": (None, (P, P, P, P, L, L, L, N)),
     "absorb_room": (L, (P, L)),
-    "absorb": (None, (P, L, P, P, P, N, P, P, P, P, L, N)),
+    "absorb": (N, (P, L, P, P, P, N, P, P, N)),
     "forecast_room": (L, (P, L)),
     "forecast": (None, (P, L, P, P, P, L, F, P, P, P, N)),
     "before_attention": (None, (P, P, P, P, P, P, P, L, N)),
     "after_attention": (None, (P, P, P, P, P, P, L, N)),
     "decode_room": (L, (P, L, L)),
-    "decode": (L, (P, L, P, P, P, P, P, L, N, P, L, P, P, P, L, L, N)),
+    "decode": (N, (P, L, P, P, P, P, P, P, P, P, N, P, L, P, L, N)),
     "add_rms_norm": (None, (P, P, N, P, F, P, N, L, L, N)),
     "row_maxima": (None, (P, L, L, P, P, N)),
     "norm_rotate": (None, (P, L, L, L, P, F, P, P, L, N)),
@@ -66,7 +66,7 @@ SIGNATURES = {
     "likeness": (None, (P, L, L, F, P, P, N)),
     "nearest": (None, (P, L, P, L, L, P, P, P, N)),
     "greedy_cover": (L, (P, L, P, N, P, P, P, N)),
-    "append_attend": (L, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, L, N, P, P, L, N)),
+    "append_attend": (N, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, N, N)),
 }
 
 

@@ -374,10 +374,10 @@ typedef struct {
   void *tail;
   int64_t sink_head, tail_head; /* elements */
 } side;
-typedef struct {
+struct packed_place {
   side key, value;
   int64_t sink, length, first_row, rows;
-} packed_place;
+};
 
 typedef struct {
   float query[ROWS * DIM], coef[ROWS][DIM], score[ROWS][CHUNK], sum[ROWS][DIM];

@@ -79,8 +79,9 @@ class PackedLayer:
     ``key_scale``, ``key_zero`` are ``[kv_heads, tokens / group, D]``, ``value_scale``,
     ``value_zero`` ``[kv_heads, tokens, Dv / value_group]``. Codes and scale None: zero points only.
 
-    The counts ``key_tokens``, ``value_tokens`` and ``length`` may be changed; other tensors need
-    another record.
+    The newest ``rows`` tokens are those of a flat batch from ``first_row`` on, for
+    ``append_attend``. These two, ``key_tokens``, ``value_tokens`` and ``length`` may be changed;
+    other tensors need another record.
     """
 
     key_codes: Tensor | None
@@ -100,13 +101,21 @@ class PackedLayer:
     k_sink: Tensor
     v_sink: Tensor
     length: int
+    first_row: int = 0
+    rows: int = 0
     told: ctypes.Array[ctypes.c_int64] | None = field(default=None, init=False, repr=False)
     """What packed.c reads of it, once it has."""
+    address: int = field(default=0, init=False, repr=False)
 
     @property
     def sink(self) -> int:
         """Dense tokens at the start."""
         return self.k_sink.shape[1]
+
+    def at(self, first_row: int, rows: int) -> PackedLayer:
+        """This record, for other rows."""
+        self.first_row, self.rows = first_row, rows
+        return self
 
 
 # ------------------------------------------------------------------------------ the definition
@@ -245,120 +254,107 @@ def _triton() -> Callable[[PackedLayer, Tensor, float], Tensor] | None:
     return kernel
 
 
-def implementation(layer: PackedLayer, q: Tensor) -> str:
-    """What ``attend`` runs for ``q`` ``[n, heads, D]``, the rows of one sequence: "int8" (products
-    of 16 bit coefficients, made by the processor's int8 units), "floats" (where it has none, and
-    for float32 caches, whose precision int8 would lose), "triton", or "torch" (the definition)."""
-    n, heads, dim = q.shape
-    kv_heads, _, value_dim = layer.v_tail.shape
-    fits = (
+def takes(layer: PackedLayer, n: int) -> bool:
+    """Whether the compiled kernel takes ``n`` new tokens of a layer at once, see
+    ``append_attend``."""
+    return _fits(layer, n) and library() is not None and sys.byteorder == "little"
+
+
+def _fits(layer: PackedLayer, n: int) -> bool:
+    return (
         n <= FEW
-        and max(dim, value_dim) <= MAX_DIM
-        and heads // kv_heads <= MAX_GROUP
+        and max(layer.k_tail.shape[2], layer.v_tail.shape[2]) <= MAX_DIM
         and layer.group % quant.LANES == 0
         and layer.value_group % quant.LANES == 0
     )
-    compiled = library()
-    if fits and q.device.type == "cpu" and compiled is not None and sys.byteorder == "little":
+
+
+def implementation(layer: PackedLayer, q: Tensor) -> str:
+    """What ``attend`` runs for ``q`` ``[n, heads, D]``: "int8" (products of 16 bit coefficients,
+    made by the processor's int8 units), "floats" (where it has none, and for float32 caches, whose
+    precision int8 would lose), "triton", or "torch" (the definition)."""
+    n, group = len(q), q.shape[1] // layer.v_tail.shape[0]
+    if group <= MAX_GROUP and q.device.type == "cpu" and takes(layer, n):
+        compiled = library()
+        assert compiled is not None
         exact = layer.k_tail.dtype is torch.float32 or not compiled.packed_int8()
         return "floats" if exact else "int8"
-    if fits and q.device.type == "cuda" and n * heads // kv_heads <= TRITON_ROWS and _triton():
+    if q.device.type == "cuda" and _fits(layer, n) and n * group <= TRITON_ROWS and _triton():
         return "triton"
     return "torch"
 
 
-def attend(
+def attend(layer: PackedLayer, q: Tensor, scale: float) -> Tensor:
+    """Causal attention of ``q`` ``[n, heads, D]``, the newest n tokens -> ``[n, heads, Dv]`` in q's
+    dtype. Raises ValueError as ``append_attend`` does."""
+    kind = implementation(layer, q)
+    if kind in ("int8", "floats"):
+        out = torch.empty((*q.shape[:2], layer.v_tail.shape[2]))
+        append_attend([layer.at(0, len(q))], q.float(), None, scale, out)
+        return out.to(q.dtype)
+    _check(layer, len(q))
+    if kind == "triton":
+        kernel = _triton()
+        assert kernel is not None
+        return kernel(layer, q, scale)
+    return attend_torch(layer, q, scale)
+
+
+def append_attend(
     layers: Sequence[PackedLayer],
     q: Tensor,
-    spans: Sequence[tuple[int, int]],
+    new: tuple[Tensor, Tensor] | None,
     scale: float,
-    new: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Causal attention for sequences laid end to end: rows ``spans[i]`` of ``q`` ``[T, heads, D]``
-    are the newest tokens of ``layers[i]`` -> ``[T, heads, Dv]`` in q's dtype. Rows of no span are
-    left unwritten. The layers are of one model layer. On the CPU all sequences with few rows go in
-    one kernel call.
-
-    ``new``, if given, are keys ``[T, kv_heads, D]`` and values of these tokens, which are counted
-    in ``length`` already and are written to the tails before anything is read.
+    out: Tensor,
+) -> None:
+    """Causal attention of the rows of ``q`` float32 ``[T, heads, D]`` that are the newest tokens of
+    ``layers``, each of another sequence -> those of ``out`` float32 ``[T, heads, Dv]``, contiguous.
+    ``new``, if given, are keys float32 ``[T, kv_heads, D]`` and values of these tokens, which are
+    counted in ``length`` already and are written to the tails before anything is read. Needs
+    ``takes`` of each; the definition is ``attend_torch``.
 
     Raises ValueError if a token that only some of the rows may see is in the sink or quantised: the
-    sequence must then be attended to in steps.
+    sequence must then be attended to in steps. Raises MemoryError.
     """
-    out = q.new_empty((*q.shape[:2], layers[0].v_tail.shape[2]))
-    native: dict[str, list[tuple[PackedLayer, tuple[int, int]]]] = {"int8": [], "floats": []}
-    for layer, (a, b) in zip(layers, spans, strict=True):
-        stored = layer.sink + max(layer.key_tokens, layer.value_tokens)
-        if stored > layer.length - (b - a) + 1:
-            raise ValueError(
-                f"{b - a} rows at once, but {stored} of {layer.length} tokens are no longer in the"
-                " dense tail; attend in smaller steps"
-            )
-        kind = implementation(layer, q[a:b])
-        if kind in native:
-            native[kind].append((layer, (a, b)))
-            continue
-        if new is not None:
-            _write(layer, new[0][a:b], new[1][a:b])
-        if kind == "triton":
-            kernel = _triton()
-            assert kernel is not None
-            out[a:b] = kernel(layer, q[a:b], scale)
-        else:
-            out[a:b] = attend_torch(layer, q[a:b], scale)
-    for kind, few in native.items():
-        if few:
-            wide = out if q.dtype is torch.float32 else torch.empty(out.shape)
-            _attend_native(few, q.float(), new, wide, scale, exact=kind == "floats")
-            if wide is not out:
-                for _, (a, b) in few:
-                    out[a:b] = wide[a:b]
-    return out
-
-
-def _write(layer: PackedLayer, k: Tensor, v: Tensor) -> None:
-    """Put keys and values ``[n, kv_heads, D]`` of the newest tokens where the tails have them."""
-    stop = layer.length - layer.sink
-    for tail, stored, x in (
-        (layer.k_tail, layer.key_tokens, k),
-        (layer.v_tail, layer.value_tokens, v),
-    ):
-        tail[:, stop - stored - len(x) : stop - stored] = x.transpose(0, 1)
-
-
-def _attend_native(
-    few: list[tuple[PackedLayer, tuple[int, int]]],
-    q: Tensor,
-    new: tuple[Tensor, Tensor] | None,
-    out: Tensor,
-    scale: float,
-    exact: bool,
-) -> None:
-    """One call of packed.c for all sequences."""
     native = library()
     assert native is not None
-    q = ragged.rows(q)
+    for layer in layers:
+        _check(layer, layer.rows)
+    q, tail = ragged.rows(q), layers[0].v_tail
     written = (0, 0, 0, 0)
     if new is not None:
-        k, v = (ragged.rows(x.float()) for x in new)
+        k, v = (ragged.rows(x) for x in new)
         written = (k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0))
-    tables = []
-    for layer, (a, b) in few:
-        if layer.told is None:
-            layer.told = _tell(layer)
-        told = layer.told
-        told[KEY_TOKENS], told[VALUE_TOKENS] = layer.key_tokens, layer.value_tokens
-        told[LENGTH], told[FIRST_ROW], told[COUNT] = layer.length, a, b - a
-        tables.append(ctypes.addressof(told))
-    tail = few[0][0].v_tail
     failed = native.attend_packed(
-        (ctypes.c_void_p * len(few))(*tables),
-        *(len(few), q.data_ptr(), q.stride(0), *written),
+        *(tell(layers), len(layers), q.data_ptr(), q.stride(0), *written),
         *(out.data_ptr(), q.shape[1], tail.shape[0], q.shape[2], tail.shape[2], scale),
-        *(tail.dtype is torch.bfloat16, exact, torch.get_num_threads()),
+        *(tail.dtype is torch.bfloat16, tail.dtype is torch.float32, torch.get_num_threads()),
     )
     if failed:
-        raise MemoryError("attention on packed codes found no memory for its partial sums")
+        raise MemoryError(ragged.NO_ROOM)
+
+
+def _check(layer: PackedLayer, rows: int) -> None:
+    stored = layer.sink + max(layer.key_tokens, layer.value_tokens)
+    if stored > layer.length - rows + 1:
+        raise ValueError(
+            f"{rows} rows at once, but {stored} of {layer.length} tokens are no longer in the"
+            " dense tail; attend in smaller steps"
+        )
+
+
+def tell(layers: Sequence[PackedLayer]) -> ctypes.Array[ctypes.c_void_p]:
+    """Layers as packed.c takes them."""
+    addresses = []
+    for layer in layers:
+        told = layer.told
+        if told is None:
+            told = layer.told = _tell(layer)
+            layer.address = ctypes.addressof(told)
+        told[KEY_TOKENS], told[VALUE_TOKENS] = layer.key_tokens, layer.value_tokens
+        told[LENGTH], told[FIRST_ROW], told[COUNT] = layer.length, layer.first_row, layer.rows
+        addresses.append(layer.address)
+    return (ctypes.c_void_p * len(layers))(*addresses)
 
 
 SIDE = 23

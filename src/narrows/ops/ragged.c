@@ -3,6 +3,7 @@
 #include "vector.h"
 
 #include <omp.h>
+#include <stdlib.h>
 
 #define AT_ONCE 32  /* query rows that one stretch of keys is read for, MAX_GROUP at least */
 #define TILE 6      /* of them, whose sums are held in registers */
@@ -284,133 +285,156 @@ static int64_t run(const codes *c, int64_t t, int64_t stop, int64_t size) {
 REBUILD(rebuild_f32, float, load_f32, SAME, store_f32, SAME)
 REBUILD(rebuild_bf16, bf16, load_bf16, to_f32, store_bf16, to_bf16)
 
+/* A stretch of CHUNK keys of one head of a place, for all its rows, so that keys and values are read
+ * from memory once. Each of the rows has a part: a maximum, a sum and weighted values for each query
+ * head. Stretches begin at multiples of CHUNK, so a row is summed alike whatever the rows beside it. */
+typedef struct {
+  const place *p;
+  int64_t h, from;
+  float *part;
+} task;
+
 /* What a task reads of bfloat16 numbers, to be asked for while `rows` rows attend to something else.
  * Codes are not asked for. */
-static queue to_read(const int64_t *task, const place *p, int64_t D, int64_t Dv, int64_t rows) {
-  int64_t h = task[1], from = task[2], n = p->stored - from < CHUNK ? p->stored - from : CHUNK;
-  int64_t tiles = (rows + TILE - 1) / TILE;
-  if (from < p->k_codes.n || from < p->v_codes.n) return (queue){0};
-  const bf16 *k = (const bf16 *)p->k + (h * p->capacity + from - p->k_codes.n) * D;
-  const bf16 *v = (const bf16 *)p->v + (h * p->capacity + from - p->v_codes.n) * Dv;
+static queue to_read(const task *t, int64_t D, int64_t Dv, int64_t rows) {
+  const place *p = t->p;
+  int64_t n = p->stored - t->from < CHUNK ? p->stored - t->from : CHUNK;
+  int64_t tiles = (rows + TILE - 1) / TILE, first = t->h * p->capacity + t->from;
+  if (t->from < p->k_codes.n || t->from < p->v_codes.n) return (queue){0};
+  const bf16 *k = (const bf16 *)p->k + (first - p->k_codes.n) * D;
+  const bf16 *v = (const bf16 *)p->v + (first - p->v_codes.n) * Dv;
   return (queue){(const char *)k, (const char *)(k + n * D), (const char *)v,
                  (const char *)(v + n * Dv), (3 + tiles - 1) / tiles};
 }
 
-/* Writes this step's keys and values of every sequence into its cache, then attends.
- * Rows of q, k_new and v_new are `q_stride`, `k_stride` and `v_stride` floats apart;
- * out is [T, heads, Dv]. `window` 0 means full attention. `tasks` holds 4 int64 a task and `parts`
- * heads/kv_heads * (Dv + 2) floats a part; both have room for `room`. Returns the parts used, or
- * -1 if there was no room.
- *
- * A task is one stretch of CHUNK keys of one key head, for all rows of a sequence, so that keys
- * and values are read from memory once; each of its rows is a part. Stretches begin at multiples of
- * CHUNK, so a row is summed alike whatever the rows beside it. */
-int64_t append_attend(const place *const *places, int64_t sequences, const float *q,
-                      int64_t q_stride, const float *k_new, int64_t k_stride, const float *v_new,
-                      int64_t v_stride, float *out, int64_t heads, int64_t kv_heads, int64_t D,
-                      int64_t Dv, float scale, int64_t window, int is_bf16, int64_t *tasks,
-                      float *parts, int64_t room, int threads) {
-  int64_t group = heads / kv_heads, stride = Dv + 2, size = group * stride, count = 0, used = 0;
-  /* Sequences of several rows come last: threads take long runs of tasks first, then short ones, so
-   * that work of different weight is shared out in the end. */
-  for (int64_t n = 0; n < 2 * sequences; n++) {
-    const place *p = places[n % sequences];
-    if ((p->rows > 1) != (n >= sequences)) continue;
-    int64_t held = p->stored - p->rows, start = window && held >= window ? held + 1 - window : 0;
-    for (int64_t h = 0; h < kv_heads; h++) {
+static void attend_task(const task *t, const float *q, int64_t q_stride, int64_t group, int64_t D,
+                        int64_t Dv, float scale, int is_bf16, queue *next) {
+  const place *p = t->p;
+  int64_t from = t->from, to = from + CHUNK < p->stored ? from + CHUNK : p->stored;
+  int64_t at = p->stored - p->rows, n = p->seen_n, fit = AT_ONCE / group;
+  int coded = from < p->k_codes.n || from < p->v_codes.n;
+  float scratch[coded ? CHUNK * (D + Dv) : 1]; /* this stretch, written out */
+  float queries[p->rows > 1 ? AT_ONCE * D : 1];
+  /* A stretch behind all codes is read where it lies. */
+  const char *keys = p->k, *values = p->v;
+  int64_t wide = is_bf16 ? sizeof(bf16) : sizeof(float);
+  keys += (t->h * p->capacity - p->k_codes.n) * D * wide;
+  values += (t->h * p->capacity - p->v_codes.n) * Dv * wide;
+  const uint16_t *seen = p->seen;
+  if (coded) {
+    keys = (char *)scratch, values = (char *)(scratch + CHUNK * D);
+    if (is_bf16) {
+      rebuild_bf16(&p->k_codes, p->k, D, from, to, (bf16 *)keys);
+      rebuild_bf16(&p->v_codes, p->v, Dv, from, to, (bf16 *)values);
+    } else {
+      rebuild_f32(&p->k_codes, p->k, D, from, to, (float *)keys);
+      rebuild_f32(&p->v_codes, p->v, Dv, from, to, (float *)values);
+    }
+    seen = seen ? seen + from : NULL;
+    at -= from, n -= from, to -= from, from = 0;
+  }
+  for (int64_t r = 0; r < p->rows; r += fit) {
+    int64_t rows = p->rows - r < fit ? p->rows - r : fit;
+    const float *query = q + (p->first_row + r) * q_stride + (p->head + t->h) * group * D;
+    float *part = t->part + r * group * (Dv + 2);
+    if (rows > 1) {
+      for (int64_t i = 0; i < rows; i++)
+        memcpy(queries + i * group * D, query + i * q_stride, group * D * sizeof *query);
+      query = queries;
+    }
+    if (is_bf16)
+      attend_bf16(query, rows, group, D, Dv, (const bf16 *)keys, (const bf16 *)values, from, to,
+                  at + r, p->window, scale, seen, n, next, part);
+    else
+      attend_f32(query, rows, group, D, Dv, (const float *)keys, (const float *)values, from, to,
+                 at + r, p->window, scale, seen, n, next, part);
+  }
+}
+
+/* Joins the parts of `count` stretches of one head. */
+static void join(const task *t, int64_t count, float *out, int64_t heads, int64_t group,
+                 int64_t Dv) {
+  const place *p = t->p;
+  int64_t stride = Dv + 2, size = p->rows * group * stride;
+  for (int64_t n = 0; n < p->rows * group; n++) {
+    const float *first = t->part + n * stride;
+    float top = -INFINITY, total = 0;
+    float *to = out + ((p->first_row + n / group) * heads + (p->head + t->h) * group + n % group) * Dv;
+    for (int64_t c = 0; c < count; c++) top = first[c * size] > top ? first[c * size] : top;
+    for (int64_t i = 0; i < Dv; i++) to[i] = 0;
+    for (int64_t c = 0; c < count; c++) {
+      const float *part = first + c * size;
+      float weight = expf(part[0] - top);
+      total += weight * part[1];
+      for (int64_t i = 0; i < Dv; i++) to[i] += weight * part[2 + i];
+    }
+    for (int64_t i = 0; i < Dv; i++) to[i] /= total;
+  }
+}
+
+/* Where the first key lies that any of a place's rows sees, at a multiple of CHUNK. */
+static inline int64_t first_of(const place *p) {
+  int64_t start = p->window ? p->stored - p->rows + 1 - p->window : 0;
+  return start > 0 ? start - start % CHUNK : 0;
+}
+
+/* Writes this step's keys and values of every place, then attends. Rows of q, k_new and v_new are
+ * `q_stride`, `k_stride` and `v_stride` floats apart; out is [T, heads, Dv]. Returns 0, or -1 if
+ * there was no memory. */
+int append_attend(const place *const *places, int64_t count, const float *q, int64_t q_stride,
+                  const float *k_new, int64_t k_stride, const float *v_new, int64_t v_stride,
+                  float *out, int64_t heads, int64_t kv_heads, int64_t D, int64_t Dv, float scale,
+                  int is_bf16, int threads) {
+  int64_t group = heads / kv_heads, size = group * (Dv + 2), many = 0, used = 0;
+  for (int64_t n = 0; n < count; n++) {
+    const place *p = places[n];
+    int64_t stretches = p->kv_heads * ((p->stored - first_of(p) + CHUNK - 1) / CHUNK);
+    many += stretches, used += stretches * p->rows;
+  }
+  task *tasks = malloc(many * sizeof *tasks), *t = tasks;
+  float *parts = malloc(used * size * sizeof *parts), *part = parts;
+  if (!tasks || !parts) {
+    free(tasks);
+    free(parts);
+    return -1;
+  }
+  /* Those of several rows come last: threads take long runs of tasks first, then short ones, so that
+   * work of different weight is shared out in the end. */
+  for (int64_t n = 0; n < 2 * count; n++) {
+    const place *p = places[n % count];
+    if ((p->rows > 1) != (n >= count)) continue;
+    for (int64_t h = 0; h < p->kv_heads; h++) {
       for (int64_t r = 0; r < p->rows; r++) {
-        int64_t row = p->first_row + r, at = held + r;
-        const float *kn = k_new + row * k_stride + h * D, *vn = v_new + row * v_stride + h * Dv;
-        int64_t ko = (h * p->capacity + at - p->k_codes.n) * D;
-        int64_t vo = (h * p->capacity + at - p->v_codes.n) * Dv;
-        store_row(kn, D, p->k, ko, is_bf16);
-        store_row(vn, Dv, p->v, vo, is_bf16);
+        int64_t row = p->first_row + r, at = h * p->capacity + p->stored - p->rows + r;
+        store_row(k_new + row * k_stride + (p->head + h) * D, D, p->k, (at - p->k_codes.n) * D,
+                  is_bf16);
+        store_row(v_new + row * v_stride + (p->head + h) * Dv, Dv, p->v, (at - p->v_codes.n) * Dv,
+                  is_bf16);
       }
-      for (int64_t a = start - start % CHUNK; a < p->stored; a += CHUNK) {
-        if (used + p->rows > room) return -1;
-        int64_t *task = tasks + 4 * count++;
-        task[0] = n % sequences, task[1] = h, task[2] = a, task[3] = used;
-        used += p->rows;
-      }
+      for (int64_t a = first_of(p); a < p->stored; a += CHUNK, part += p->rows * size)
+        *t++ = (task){p, h, a, part};
     }
   }
-  int64_t fit = AT_ONCE / group;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(guided)
-    for (int64_t t = 0; t < count; t++) {
-      const int64_t *task = tasks + 4 * t;
-      const place *p = places[task[0]];
-      int64_t h = task[1], from = task[2], to = from + CHUNK < p->stored ? from + CHUNK : p->stored;
-      int64_t at = p->stored - p->rows, n = p->seen_n;
-      int coded = from < p->k_codes.n || from < p->v_codes.n;
-      float scratch[coded ? CHUNK * (D + Dv) : 1]; /* this stretch, written out */
-      float queries[p->rows > 1 ? AT_ONCE * D : 1];
-      /* A stretch behind all codes is read where it lies. */
-      const char *keys = p->k, *values = p->v;
-      int64_t wide = is_bf16 ? sizeof(bf16) : sizeof(float);
-      keys += (h * p->capacity - p->k_codes.n) * D * wide;
-      values += (h * p->capacity - p->v_codes.n) * Dv * wide;
-      const uint16_t *seen = p->seen;
-      if (coded) {
-        keys = (char *)scratch, values = (char *)(scratch + CHUNK * D);
-        if (is_bf16) {
-          rebuild_bf16(&p->k_codes, p->k, D, from, to, (bf16 *)keys);
-          rebuild_bf16(&p->v_codes, p->v, Dv, from, to, (bf16 *)values);
-        } else {
-          rebuild_f32(&p->k_codes, p->k, D, from, to, (float *)keys);
-          rebuild_f32(&p->v_codes, p->v, Dv, from, to, (float *)values);
-        }
-        seen = seen ? seen + from : NULL;
-        at -= from, n -= from, to -= from, from = 0;
-      }
+    for (int64_t i = 0; i < many; i++) {
       queue next = {0};
-      if (is_bf16 && t + 1 < count)
-        next = to_read(task + 4, places[task[4]], D, Dv, p->rows * group);
-      for (int64_t r = 0; r < p->rows; r += fit) {
-        int64_t rows = p->rows - r < fit ? p->rows - r : fit;
-        const float *query = q + (p->first_row + r) * q_stride + h * group * D;
-        float *part = parts + (task[3] + r) * size;
-        if (rows > 1) {
-          for (int64_t i = 0; i < rows; i++)
-            memcpy(queries + i * group * D, query + i * q_stride, group * D * sizeof *query);
-          query = queries;
-        }
-        if (is_bf16)
-          attend_bf16(query, rows, group, D, Dv, (const bf16 *)keys, (const bf16 *)values, from, to,
-                      at + r, window, scale, seen, n, &next, part);
-        else
-          attend_f32(query, rows, group, D, Dv, (const float *)keys, (const float *)values, from, to,
-                     at + r, window, scale, seen, n, &next, part);
-      }
+      if (is_bf16 && i + 1 < many)
+        next = to_read(tasks + i + 1, D, Dv, tasks[i].p->rows * group);
+      attend_task(tasks + i, q, q_stride, group, D, Dv, scale, is_bf16, &next);
     }
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < count; t++) { /* join the stretches of each row and key head */
-      const int64_t *task = tasks + 4 * t;
-      if (t && task[-4] == task[0] && task[-3] == task[1]) continue;
-      const place *p = places[task[0]];
-      int64_t chunks = 1;
-      while (t + chunks < count && task[4 * chunks] == task[0] && task[4 * chunks + 1] == task[1])
-        chunks++;
-      for (int64_t n = 0; n < p->rows * group; n++) {
-        int64_t r = n / group, g = n % group;
-        const float *first = parts + (task[3] + r) * size + g * stride;
-        float top = -INFINITY, total = 0;
-        float *to = out + ((p->first_row + r) * heads + task[1] * group + g) * Dv;
-        for (int64_t c = 0; c < chunks; c++) {
-          float m = first[c * p->rows * size];
-          top = m > top ? m : top;
-        }
-        for (int64_t i = 0; i < Dv; i++) to[i] = 0;
-        for (int64_t c = 0; c < chunks; c++) {
-          const float *part = first + c * p->rows * size;
-          float weight = expf(part[0] - top);
-          total += weight * part[1];
-          for (int64_t i = 0; i < Dv; i++) to[i] += weight * part[2 + i];
-        }
-        for (int64_t i = 0; i < Dv; i++) to[i] /= total;
-      }
+    for (int64_t i = 0; i < many; i++) {
+      const task *own = tasks + i;
+      int64_t stretches = 1;
+      if (i && own[-1].p == own->p && own[-1].h == own->h) continue;
+      while (i + stretches < many && own[stretches].p == own->p && own[stretches].h == own->h)
+        stretches++;
+      join(own, stretches, out, heads, group, Dv);
     }
   }
-  return used;
+  free(tasks);
+  free(parts);
+  return 0;
 }

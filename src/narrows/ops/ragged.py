@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,133 +43,140 @@ class Codes:
 
 
 NO_CODES = (0,) * 9
+DTYPES = torch.float32, torch.bfloat16
 
 
-@dataclass(slots=True)
 class Place:
-    """One sequence's buffers ``[kv_heads, capacity, dim]``; ``stored`` counts this step's tokens
-    too, whose rows in the flat batch are ``first_row`` and the ``rows - 1`` after it.
+    """Where keys and values of one sequence lie, of ``kv_heads`` heads of a layer from ``head`` on:
+    buffers ``[kv_heads, capacity, dim]``, float32 or bfloat16. ``stored`` counts this step's tokens
+    too, whose rows in the flat batch are ``first_row`` and the ``rows - 1`` after it. A token sees
+    the newest ``window`` keys up to its own; None means all.
 
     With one KV head, codes may stand for its first keys and values, whose buffers then begin
     behind them; and of the first tokens ``seen`` int16 ``[n]`` may say, a bit each, which query
     heads see them.
 
-    The three numbers may be changed from step to step; other tensors need another place.
+    The three numbers may be changed from step to step (``at``); all else needs another place.
     """
 
-    k: Tensor
-    v: Tensor
-    stored: int = 0
-    first_row: int = 0
-    rows: int = 0
-    k_codes: Codes | None = None
-    v_codes: Codes | None = None
-    seen: Tensor | None = None
-    capacity: int = field(init=False)
-    told: ctypes.Array[ctypes.c_int64] | None = field(default=None, init=False, repr=False)
-    """What ragged.c reads of it, once it has."""
-    address: int = field(default=0, init=False, repr=False)
+    __slots__ = ("address", "k", "k_codes", "seen", "told", "v", "v_codes", "window")
 
-    def __post_init__(self) -> None:
-        self.capacity = self.k.shape[1]
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        stored: int = 0,
+        first_row: int = 0,
+        rows: int = 0,
+        k_codes: Codes | None = None,
+        v_codes: Codes | None = None,
+        seen: Tensor | None = None,
+        head: int = 0,
+        window: int | None = None,
+    ) -> None:
+        assert k.dtype is v.dtype
+        assert k.dtype in DTYPES
+        self.k, self.v, self.k_codes, self.v_codes = k, v, k_codes, v_codes
+        self.seen, self.window = seen, window
+        coded = [NO_CODES if c is None else c.fields for c in (k_codes, v_codes)]
+        numbers = (
+            *(k.data_ptr(), v.data_ptr(), k.shape[1], stored, first_row, rows),
+            *(head, k.shape[0], window or 0),
+            *(*coded[0], *coded[1]),
+            *((0, 0) if seen is None else (seen.data_ptr(), len(seen))),
+        )
+        self.told = (ctypes.c_int64 * len(numbers))(*numbers)
+        """As ragged.c reads it."""
+        self.address = ctypes.addressof(self.told)
 
     def at(self, stored: int, first_row: int, rows: int) -> Place:
         """This place, with other numbers."""
-        self.stored, self.first_row, self.rows = stored, first_row, rows
+        told = self.told
+        told[STORED], told[FIRST_ROW], told[ROWS] = stored, first_row, rows
         return self
 
+    @property
+    def stored(self) -> int:
+        """See above."""
+        return self.told[STORED]
 
-def supported(q: Tensor, k: Tensor, group: int | None = None) -> bool:
-    """Whether the kernel takes queries like ``q`` and buffers like ``k``, of which each KV head
-    has ``group`` query heads (None: as many as the shapes say)."""
+    @property
+    def first_row(self) -> int:
+        """See above."""
+        return self.told[FIRST_ROW]
+
+    @property
+    def rows(self) -> int:
+        """See above."""
+        return self.told[ROWS]
+
+    @property
+    def head(self) -> int:
+        """See above."""
+        return self.told[HEAD]
+
+
+STORED, FIRST_ROW, ROWS, HEAD = 3, 4, 5, 6
+"""Where a ``place`` of vector.h has them."""
+
+
+def supported(q: Tensor, kv_heads: int) -> bool:
+    """Whether the kernel takes queries like ``q`` ``[T, heads, d]``."""
     return (
         q.dtype == torch.float32
         and q.device.type == "cpu"
-        and k.dtype in (torch.float32, torch.bfloat16)
-        and (group or q.shape[1] // k.shape[0]) <= MAX_GROUP
+        and q.shape[1] // kv_heads <= MAX_GROUP
         and library() is not None
     )
 
 
 def append_attend(
-    places: list[Place], q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
-) -> Tensor:
-    """Write each sequence's rows of ``k`` ``[T, kv_heads, d]`` and ``v`` into its buffers, then
-    attend causally: ``q`` ``[T, heads, d]`` -> float32 ``[T, heads, dv]``. Rows that belong to no
-    place are left unwritten. Needs ``supported``; the definition is ``append_attend_torch``."""
+    places: Sequence[Place], q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor
+) -> None:
+    """Write each place's rows of ``k`` ``[T, kv_heads, d]`` and ``v``, of its heads, into its
+    buffers, then attend causally: ``q`` ``[T, heads, d]`` -> ``out`` float32 ``[T, heads, dv]``,
+    contiguous. What belongs to no place is left unwritten. Needs ``supported``; the definition is
+    ``append_attend_torch``. Raises MemoryError."""
     native = library()
     assert native is not None
-    heads, dim = q.shape[1:]
-    kv_heads, value_dim = v.shape[1:]
     q, k, v = rows(q), rows(k), rows(v)
-    table, room = tell(places), room_of(places, kv_heads)
-    tasks, parts = workspace(room, heads // kv_heads * (value_dim + 2))
-    out = q.new_empty((q.shape[0], heads, value_dim))
-    used = native.append_attend(
-        *(table, len(places), q.data_ptr(), q.stride(0)),
-        *(k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)),
-        *(out.data_ptr(), heads, kv_heads, dim, value_dim, scale, window or 0),
-        int(places[0].k.dtype == torch.bfloat16),
-        *(tasks.data_ptr(), parts.data_ptr(), room, torch.get_num_threads()),
+    failed = native.append_attend(
+        *(tell(places), len(places), q.data_ptr(), q.stride(0)),
+        *(k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr()),
+        *(q.shape[1], k.shape[1], q.shape[2], v.shape[2], scale),
+        *(int(places[0].k.dtype is torch.bfloat16), torch.get_num_threads()),
     )
-    assert used >= 0, "scratch was too small"
-    return out
+    if failed:
+        raise MemoryError(NO_ROOM)
+
+
+NO_ROOM = "attention found no memory for its partial sums"
 
 
 def tell(places: Sequence[Place]) -> ctypes.Array[ctypes.c_void_p]:
-    """What ragged.c reads of places, which are brought up to date."""
-    addresses = []
-    for p in places:
-        told = p.told
-        if told is None:
-            told = p.told = _tell(p)
-            p.address = ctypes.addressof(told)
-        told[STORED], told[FIRST_ROW], told[COUNT] = p.stored, p.first_row, p.rows
-        addresses.append(p.address)
-    return (ctypes.c_void_p * len(places))(*addresses)
-
-
-def room_of(places: Sequence[Place], kv_heads: int) -> int:
-    """Parts that the kernel makes of places, at most."""
-    return kv_heads * sum(p.rows * (p.stored // CHUNK + 1) for p in places)
-
-
-def workspace(room: int, numbers: int) -> tuple[Tensor, Tensor]:
-    """The tasks and the parts, of so many numbers each, that ragged.c works in."""
-    return torch.empty(4 * room, dtype=torch.int64), torch.empty(room * numbers)
-
-
-STORED, FIRST_ROW, COUNT = 3, 4, 5
-"""Places in a ``place`` of ragged.c of what changes from step to step."""
-
-
-def _tell(p: Place) -> ctypes.Array[ctypes.c_int64]:
-    """One ``place`` of ragged.c."""
-    seen = (0, 0) if p.seen is None else (p.seen.data_ptr(), len(p.seen))
-    codes = (NO_CODES if c is None else c.fields for c in (p.k_codes, p.v_codes))
-    buffers = (p.k.data_ptr(), p.v.data_ptr(), p.k.shape[1])
-    numbers = (*buffers, 0, 0, 0, *next(codes), *next(codes), *seen)
-    return (ctypes.c_int64 * len(numbers))(*numbers)
+    """Places as ragged.c takes them."""
+    return (ctypes.c_void_p * len(places))(*[place.address for place in places])
 
 
 def append_attend_torch(
-    places: list[Place], q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
-) -> Tensor:
-    """The definition of ``append_attend``, one sequence at a time."""
-    out = torch.zeros((*q.shape[:2], v.shape[2]))
+    places: Sequence[Place], q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor
+) -> None:
+    """The definition of ``append_attend``, one place at a time."""
+    group = q.shape[1] // k.shape[1]
     for p in places:
-        rows = slice(p.first_row, p.first_row + p.rows)
+        rows, heads = slice(p.first_row, p.first_row + p.rows), slice(p.head, p.head + len(p.k))
+        queries = slice(heads.start * group, heads.stop * group)
         sides = []
         for buffer, codes, new in ((p.k, p.k_codes, k), (p.v, p.v_codes, v)):
             stop = p.stored - (0 if codes is None else len(codes.entry))
-            buffer[:, stop - p.rows : stop] = new[rows].transpose(0, 1)
+            buffer[:, stop - p.rows : stop] = new[rows, heads].transpose(0, 1)
             dense = buffer[:, :stop]
             sides.append(dense if codes is None else torch.cat([rebuild(codes)[None], dense], 1))
         if p.seen is None:
-            out[rows] = causal_attention(q[rows], sides[0], sides[1], scale, window)
+            mixed = causal_attention(q[rows, queries], sides[0], sides[1], scale, p.window)
         else:
-            out[rows] = masked_attention(q[rows], sides[0][0], sides[1][0], scale, p.seen)
-    return out
+            mixed = masked_attention(q[rows, queries], sides[0][0], sides[1][0], scale, p.seen)
+        out[rows, queries] = mixed
 
 
 def rebuild(codes: Codes) -> Tensor:

@@ -388,21 +388,28 @@ typedef struct {
   const float *cosine, *sine; /* [places, dim / 2] */
 } codes;
 
-/* Where one sequence's keys and values of a layer lie. With codes there is one key head, and the
- * first tokens are theirs; k and v begin behind them. */
+/* Where keys and values of some key heads of one sequence lie, in a layer. With codes it is one head,
+ * and the first tokens are theirs; k and v begin behind them. */
 typedef struct {
   void *k, *v;       /* [kv_heads, capacity, dim] */
   int64_t capacity;  /* tokens a head's rows are apart */
   int64_t stored;    /* tokens, this step's included */
   int64_t first_row; /* its first token row in q, k_new, v_new */
   int64_t rows;      /* its token rows */
+  int64_t head;      /* the first of its key heads */
+  int64_t kv_heads;  /* how many there are */
+  int64_t window;    /* keys that a token sees, its own included; 0: all */
   codes k_codes, v_codes;
   const uint16_t *seen; /* which query heads see each of the first seen_n tokens */
   int64_t seen_n;
 } place;
 
-int64_t append_attend(const place *const *places, int64_t sequences, const float *q,
-                      int64_t q_stride, const float *k_new, int64_t k_stride, const float *v_new,
-                      int64_t v_stride, float *out, int64_t heads, int64_t kv_heads, int64_t D,
-                      int64_t Dv, float scale, int64_t window, int is_bf16, int64_t *tasks,
-                      float *parts, int64_t room, int threads);
+int append_attend(const place *const *places, int64_t count, const float *q, int64_t q_stride,
+                  const float *k_new, int64_t k_stride, const float *v_new, int64_t v_stride,
+                  float *out, int64_t heads, int64_t kv_heads, int64_t D, int64_t Dv, float scale,
+                  int is_bf16, int threads);
+typedef struct packed_place packed_place; /* packed.c */
+int attend_packed(const packed_place *const *places, int64_t sequences, const float *q,
+                  int64_t q_stride, const float *k_new, int64_t k_stride, const float *v_new,
+                  int64_t v_stride, float *out, int64_t heads, int64_t kv_heads, int64_t D,
+                  int64_t Dv, float scale, int is_bf16, int exact, int threads);

@@ -102,7 +102,8 @@ def test_a_batch_of_few_tokens_each_says_where_kernels_write_them() -> None:
         assert caches[0][0].length == before + 1
     held = [cache.length for some in caches for cache in some]
     assert FlatBatch([(0, 1), (1, 2 + FEW)], caches).places() is None
-    other = type("Other", (DenseLayer,), {"PLACED": 0})(caches[0][0].shape, torch.float32, CPU)
-    assert FlatBatch([(0, 1)], [[caches[0][0], other]]).places() is None
+    other = type("Other", (DenseLayer,), {"ready": lambda self, n: False})
+    busy = other(caches[0][0].shape, torch.float32, CPU)
+    assert FlatBatch([(0, 1)], [[caches[0][0], busy]]).places() is None
     assert FlatBatch([], []).places() is None
     assert held == [cache.length for some in caches for cache in some], "nothing was taken in"

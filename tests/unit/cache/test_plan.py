@@ -12,6 +12,7 @@ from narrows.cache.quantized import QuantLayer, QuantPolicy
 from narrows.cache.stack import parse_cache
 from narrows.contracts import LayerCache, LayerShape, ModelShape
 from narrows.errors import NumericalError
+from tiny_caches import advance
 
 SMALL = "residual=32,group=16,value_group=16"
 SHARED = f"xquant:{SMALL},key_hi=2,value_hi=2,key_share_from=0,value_share_from=0"
@@ -92,7 +93,7 @@ def test_a_sink_gives_tokens_back_while_nothing_is_quantised(tokens: int) -> Non
     for a, b in zip(stack, never, strict=True):
         a.rollback(back)
         assert a.length == tokens - back
-        step = [type(c).step([c], q, k, v, [(0, 60)], 0.2) for c in (a, b)]
+        step = [advance(c, q, k, v) for c in (a, b)]
         if tokens == back:
             torch.testing.assert_close(step[0], step[1])
     for cache in stack:
@@ -121,7 +122,7 @@ def test_appending_everywhere_first_changes_no_attention() -> None:
     """A borrower's append must not fold what its owner has yet to attend to."""
     by_layer, by_stage = sealed(SHARED, 50), sealed(SHARED, 50)
     q, k, v = rows(1)
-    first = [type(c).step([c], q, k, v, [(0, 1)], 0.2) for c in by_layer]
+    first = [advance(c, q, k, v) for c in by_layer]
     for cache in by_stage:
         cache.append(k, v)
     second = [cache.attend(q, 0.2) for cache in by_stage]

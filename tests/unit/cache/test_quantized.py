@@ -20,6 +20,7 @@ from narrows.engine.engine import Engine
 from narrows.errors import ConfigError, NumericalError
 from oracles import kivi_reference
 from tiny import pair, prompts
+from tiny_caches import advance
 
 CPU = torch.device("cpu")
 SMALL = "residual=32,group=16,value_group=16"
@@ -58,7 +59,7 @@ def run(
         for number, cache in enumerate(stack):
             q, k, v = (x.to(made.dtype) for x in data(n, made, number))
             rows = slice(at, stop)
-            step.append(type(cache).step([cache], q[rows], k[rows], v[rows], [(0, stop - at)], 0.2))
+            step.append(advance(cache, q[rows], k[rows], v[rows]))
         if at >= prompt:
             outs.append(torch.stack(step))
         at = stop
@@ -243,7 +244,7 @@ def test_a_borrower_of_equal_data_equals_its_owner_and_of_other_data_does_not() 
     stack = policy(spec).build(made)
     q, k, v = data(100, made)
     for cache in stack:
-        type(cache).step([cache], q, k, v, [(0, 100)], 0.2)
+        advance(cache, q, k, v)
     for cache in stack:
         cache.seal()
     first, second = (cache.materialize() for cache in stack)
@@ -277,8 +278,7 @@ def test_a_copy_lives_on_its_own(spec: str) -> None:
                 slice(1, 2),
                 slice(2, 50),
             ):  # the first alone: in known storages
-                n = rows.stop - rows.start
-                type(cache).step([cache], q[rows], k[rows], v[rows], [(0, n)], 0.2)
+                advance(cache, q[rows], k[rows], v[rows])
 
     go_on(forked)
     for x, y in zip(state(stack), before, strict=True):
@@ -317,11 +317,11 @@ def test_what_is_rolled_back_was_never_there(
     for number, (n, draft) in enumerate(steps):
         wrong, right = data(draft, made, seed=100 + number), data(n, made, seed=200 + number)
         for cache in ahead if draft else ():
-            type(cache).step([cache], *wrong, [(0, draft)], 0.2)
+            advance(cache, *wrong)
         for cache in ahead:
             cache.rollback(draft)
         for a, b in zip(ahead, plain, strict=True):
-            mine, theirs = (type(c).step([c], *right, [(0, n)], 0.2) for c in (a, b))
+            mine, theirs = (advance(c, *right) for c in (a, b))
             assert torch.equal(mine, theirs)
     for x, y in zip(state(ahead), state(plain), strict=True):
         assert torch.equal(x, y)

@@ -14,7 +14,7 @@ from narrows.ops.ragged import Place, append_attend
 HIDDEN, HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, WIDE = 96, 6, 2, 32, 16, 160
 
 
-def layer(dtype: torch.dtype, biased: bool, normed: bool, window: int | None = None) -> Layer:
+def layer(dtype: torch.dtype, biased: bool, normed: bool) -> Layer:
     def weight(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape) / 10).to(dtype)
 
@@ -38,7 +38,6 @@ def layer(dtype: torch.dtype, biased: bool, normed: bool, window: int | None = N
         wide=WIDE,
         eps=1e-5,
         scale=KEY_DIM**-0.5,
-        window=window,
     )
 
 
@@ -78,9 +77,10 @@ def test_float32_weights_need_no_kernel():
 @pytest.mark.skipif(library() is None, reason="no compiler here")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_all_layers_in_one_call_are_one_after_the_other(dtype):
-    """With caches of ``dtype``, a window in one layer, and sequences of one row and of several."""
+    """With caches of ``dtype``, a window in one layer, sequences of one row and of several, and a
+    place for all key heads, or one for each."""
     torch.manual_seed(0)
-    layers = [layer(torch.bfloat16, n == 1, n == 2, 40 if n == 1 else None) for n in range(3)]
+    layers = [layer(torch.bfloat16, n == 1, n == 2) for n in range(3)]
     counts, stored = [1, 3, 1, 16], [5, 300, 257, 40]
     firsts = [sum(counts[:i]) for i in range(len(counts))]
     buffers = [
@@ -96,10 +96,15 @@ def test_all_layers_in_one_call_are_one_after_the_other(dtype):
     for at_once in (True, False):
         places = [
             [
-                Place(k.to(dtype), v.to(dtype), held + new, first, new)
+                Place(
+                    *(k[heads].to(dtype), v[heads].to(dtype), held + new, first, new),
+                    head=heads.start,
+                    window=40 if number == 1 else None,
+                )
                 for (k, v), held, first, new in zip(column, stored, firsts, counts, strict=True)
+                for heads in ([slice(0, 2)] if held < 300 else [slice(0, 1), slice(1, 2)])
             ]
-            for column in buffers
+            for number, column in enumerate(buffers)
         ]
         states, seen = h.clone(), torch.zeros(len(h), 2, HIDDEN)
         taps = {0: seen[:, 0], 2: seen[:, 1]}
@@ -115,7 +120,8 @@ def test_all_layers_in_one_call_are_one_after_the_other(dtype):
                 parts = (
                     x.unflatten(1, (n, -1)) for x, n in ((q, HEADS), (k, KV_HEADS), (v, KV_HEADS))
                 )
-                mixed = append_attend(column, *parts, one.scale, one.window)
+                mixed = torch.empty(len(h), HEADS, VALUE_DIM)
+                append_attend(column, *parts, one.scale, mixed)
                 delta = after_attention(one, states, mixed.flatten(1))
         caches = [x for column in places for p in column for x in (p.k, p.v)]
         found.append([states, delta, seen, *caches])

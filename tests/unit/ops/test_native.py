@@ -168,16 +168,17 @@ def test_append_attend(
         buffers = torch.randn(2, kv_heads, stored + 9, dim, generator=g).to(dtype)
         for kind in places:
             copy = buffers.clone()
-            places[kind].append(ragged.Place(copy[0], copy[1], stored, row, new))
+            places[kind].append(ragged.Place(*copy, stored, row, new, window=window))
         row += new
-    fast = ragged.append_attend(places["fast"], q, k, v, 0.3, window)
+    fast, slow = torch.zeros(2, *q.shape)
+    ragged.append_attend(places["fast"], q, k, v, 0.3, fast)
     if dtype is torch.bfloat16 and dim % 32 == 0 and native.library().bf16_dots():
         q = q.bfloat16().float()  # weights are rounded there, too
         rtol, atol = 1e-2, 1e-2
     else:
         rtol, atol = 1e-4, 1e-5
-    slow = ragged.append_attend_torch(places["slow"], q, k, v, 0.3, window)
-    torch.testing.assert_close(fast[1:row], slow[1:row], rtol=rtol, atol=atol)
+    ragged.append_attend_torch(places["slow"], q, k, v, 0.3, slow)
+    torch.testing.assert_close(fast, slow, rtol=rtol, atol=atol)
     for a, b in zip(places["fast"], places["slow"], strict=True):
         assert torch.equal(a.k, b.k)
         assert torch.equal(a.v, b.v)
@@ -189,11 +190,13 @@ def test_a_row_attends_alike_whatever_the_rows_beside_it(window: int | None) -> 
     qkv = torch.randn(rows, 9 + 3 + 3, 64)
     q, k, v = qkv.split([9, 3, 3], dim=1)
     buffers = torch.randn(2, 3, 600, 64).bfloat16()
-    together = ragged.Place(buffers[0].clone(), buffers[1].clone(), 509 + rows, 0, rows)
-    whole = ragged.append_attend([together], q, k, v, 0.3, window)
+    together = ragged.Place(*buffers.clone(), 509 + rows, 0, rows, window=window)
+    whole, one = torch.zeros(2, *q.shape)
+    ragged.append_attend([together], q, k, v, 0.3, whole)
     for row in range(rows):
-        alone = ragged.Place(buffers[0], buffers[1], 510 + row, row, 1)
-        assert torch.equal(ragged.append_attend([alone], q, k, v, 0.3, window)[row], whole[row])
+        alone = ragged.Place(*buffers, 510 + row, row, 1, window=window)
+        ragged.append_attend([alone], q, k, v, 0.3, one)
+        assert torch.equal(one[row], whole[row])
 
 
 def test_nan_is_not_hidden() -> None:

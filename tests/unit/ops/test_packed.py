@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from narrows.ops import native, packed, quant
-from narrows.ops.packed import Coarse, PackedLayer, attend, attend_torch
+from narrows.ops.packed import Coarse, PackedLayer, append_attend, attend, attend_torch
 
 SHAPES = [  # query heads, kv heads, dim, value dim, key bits, value bits, group, value group
     (9, 3, 64, 64, 2, 1, 128, 64),
@@ -157,7 +157,7 @@ class TestKernel:
         for n in {1, few_rows(layer)}:
             q = queries(shape, n)
             assert packed.implementation(layer, q) in ("int8", "floats")
-            got = attend([layer], q, [(0, n)], 0.2)
+            got = attend(layer, q, 0.2)
             bound = 1e-5 if dtype is torch.float32 else 1e-3
             expected = by_dense(layer, q, 0.2)
             torch.testing.assert_close(got.double(), expected, rtol=bound, atol=bound)
@@ -171,7 +171,7 @@ class TestKernel:
         for shape in (SHAPES[0], SHAPES[1], SHAPES[4]):
             layer = layer_of(shape, COUNTS[1], torch.float32, meta)
             q = queries(shape, 3)
-            got = attend([layer], q, [(0, 3)], 0.2)
+            got = attend(layer, q, 0.2)
             torch.testing.assert_close(got.double(), by_dense(layer, q, 0.2), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(attend_torch(layer, q, 0.2), got, rtol=1e-5, atol=1e-5)
 
@@ -182,31 +182,28 @@ class TestKernel:
         zero[0, 0, :5] = odd.half()
         q = queries(SHAPES[0], 1) * 1e-4
         layer = dataclasses.replace(layer, key_zero=zero)
-        got = attend([layer], q, [(0, 1)], 0.2)
+        got = attend(layer, q, 0.2)
         torch.testing.assert_close(got.double(), by_dense(layer, q, 0.2), rtol=1e-5, atol=1e-5)
         zero[0, 1, 2] = torch.inf
-        assert attend([layer], q, [(0, 1)], 0.2)[:, :3].isnan().any()
+        assert attend(layer, q, 0.2)[:, :3].isnan().any()
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_rows_up_to_the_limit_in_one_call(self, dtype: torch.dtype) -> None:
         for shape in (SHAPES[0], SHAPES[3]):
             layer = layer_of(shape, (1400, 2, 1152, 1271), dtype)
             q = queries(shape, packed.FEW)
-            got = attend([layer], q, [(0, packed.FEW)], 0.2)
+            got = attend(layer, q, 0.2)
             expected = by_dense(layer, q, 0.2)
             bound = 1e-5 if dtype is torch.float32 else 5e-3
             torch.testing.assert_close(got.double(), expected, rtol=bound, atol=bound)
 
-    @pytest.mark.parametrize("kind", ["native", "torch"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_new_tokens_are_written_first(
-        self, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        if kind == "torch":
-            monkeypatch.setattr(packed, "implementation", lambda layer, q: "torch")
+    def test_new_tokens_are_written_first(self, dtype: torch.dtype) -> None:
         layers = [layer_of(SHAPES[0], counts, dtype) for counts in (COUNTS[1], COUNTS[4])]
         q, spans = queries(SHAPES[0], 7), [(4, 7), (1, 3)]
-        expected = attend(layers, q, spans, 0.2)
+        expected, got = torch.zeros(2, 7, 9, 64)
+        placed = [x.at(a, b - a) for x, (a, b) in zip(layers, spans, strict=True)]
+        append_attend(placed, q, None, 0.2, expected)
         k, v = torch.zeros(7, 3, 64), torch.zeros(7, 3, 64)
         for layer, (a, b) in zip(layers, spans, strict=True):
             tails = (layer.k_tail, layer.key_tokens, k), (layer.v_tail, layer.value_tokens, v)
@@ -215,20 +212,22 @@ class TestKernel:
                 newest = tail[:, stop - (b - a) : stop]
                 x[a:b] = newest.transpose(0, 1)
                 newest.zero_()
-        got = attend(layers, q, spans, 0.2, (k, v))
-        for a, b in spans:
-            assert torch.equal(got[a:b], expected[a:b])
+        append_attend(placed, q, (k, v), 0.2, got)
+        assert torch.equal(got, expected)
+        assert not got[[0, 3]].any(), "rows of no layer"
 
     def test_many_sequences_in_one_call(self) -> None:
         layers, spans, at = [], [], 1
         for i, counts in enumerate([*COUNTS, (2000, 2, 1920, 1870)]):
             layers.append(layer_of(SHAPES[0], counts, torch.bfloat16, seed=i))
-            n = 60 if i == 6 else few_rows(layers[-1])
+            n = few_rows(layers[-1])
             spans.append((at, at + n))
             at += n + 1
         wide = torch.randn(at, 20, 64)
         q = wide[:, :9]  # rows apart, as fused projections give them
-        got = attend(layers, q, spans, 0.2)
+        got = torch.empty(at, 9, 64)
+        placed = [x.at(a, b - a) for x, (a, b) in zip(layers, spans, strict=True)]
+        append_attend(placed, q, None, 0.2, got)
         for layer, (a, b) in zip(layers, spans, strict=True):
             expected = by_dense(layer, q[a:b], 0.2)
             torch.testing.assert_close(got[a:b].double(), expected, rtol=1e-3, atol=1e-3)
@@ -236,7 +235,7 @@ class TestKernel:
     def test_another_dtype_of_queries(self) -> None:
         layer = layer_of(SHAPES[0], COUNTS[0], torch.bfloat16)
         q = queries(SHAPES[0], 2).bfloat16()
-        got = attend([layer], q, [(0, 2)], 0.2)
+        got = attend(layer, q, 0.2)
         assert got.dtype is torch.bfloat16
         expected = by_dense(layer, q, 0.2)
         torch.testing.assert_close(got.double(), expected, rtol=1e-2, atol=1e-2)
@@ -246,7 +245,7 @@ class TestKernel:
         for factor in (0.0, 1e-20, 1e-3, 30.0):
             layer = layer_of(SHAPES[0], COUNTS[0], torch.bfloat16)
             q = queries(SHAPES[0], 1) * factor
-            got = attend([layer], q, [(0, 1)], 1.0)
+            got = attend(layer, q, 1.0)
             expected = by_dense(layer, q, 1.0)
             torch.testing.assert_close(got.double(), expected, rtol=1e-2, atol=1e-2)
 
@@ -257,14 +256,14 @@ class TestKernel:
         for bad in (torch.nan, torch.inf):
             spoilt = q.clone()
             spoilt[0, 4, 7] = bad
-            out = attend([good], spoilt, [(0, 2)], 0.2)
+            out = attend(good, spoilt, 0.2)
             assert out[0, 4].isnan().all()
             assert out[0, 0].isfinite().all()
             assert out[1].isfinite().all()
         for name in ("key_scale", "key_zero", "value_scale", "value_zero", "k_tail", "v_tail"):
             numbers = getattr(good, name).clone()
             numbers[1, 0, 0] = torch.nan
-            out = attend([dataclasses.replace(good, **{name: numbers})], q, [(0, 2)], 0.2)
+            out = attend(dataclasses.replace(good, **{name: numbers}), q, 0.2)
             assert out[:, 3:6].isnan().any(-1).all(), name
             assert out[:, :3].isfinite().all(), name
 
@@ -319,7 +318,7 @@ def test_zero_points_alone(dtype: torch.dtype) -> None:
         value_scale=None,
     )
     q = queries(SHAPES[0], 3)
-    for got in (attend([layer], q, [(0, 3)], 0.2), attend_torch(layer, q, 0.2)):
+    for got in (attend(layer, q, 0.2), attend_torch(layer, q, 0.2)):
         torch.testing.assert_close(got.double(), by_dense(layer, q, 0.2), rtol=1e-3, atol=1e-3)
 
 
@@ -336,16 +335,16 @@ def test_borrowed_codes_are_read_up_to_the_borrowers_own_tokens() -> None:
         value_codes=owner.value_codes[:, : -(-1399 // 4)],
     )
     q = queries(SHAPES[0], 1)
-    got = attend([layer], q, [(0, 1)], 0.2)
+    got = attend(layer, q, 0.2)
     torch.testing.assert_close(got.double(), by_dense(cut, q, 0.2), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(got, attend([own], q, [(0, 1)], 0.2), atol=1e-2)
+    assert not torch.allclose(got, attend(own, q, 0.2), atol=1e-2)
 
 
 def test_rows_must_lie_in_the_dense_tail() -> None:
     layer = layer_of(SHAPES[0], (1400, 0, 1280, 1399), torch.float32)
-    attend([layer], queries(SHAPES[0], 2), [(0, 2)], 0.2)
+    attend(layer, queries(SHAPES[0], 2), 0.2)
     with pytest.raises(ValueError, match="smaller steps"):
-        attend([layer], queries(SHAPES[0], 3), [(0, 3)], 0.2)
+        attend(layer, queries(SHAPES[0], 3), 0.2)
 
 
 def test_without_a_compiler_the_definition_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +352,7 @@ def test_without_a_compiler_the_definition_runs(monkeypatch: pytest.MonkeyPatch)
     layer = layer_of(SHAPES[0], COUNTS[0], torch.float32)
     q = queries(SHAPES[0], 2)
     assert packed.implementation(layer, q) == "torch"
-    assert torch.equal(attend([layer], q, [(0, 2)], 0.2), attend_torch(layer, q, 0.2))
+    assert torch.equal(attend(layer, q, 0.2), attend_torch(layer, q, 0.2))
 
 
 def test_shapes_the_kernel_does_not_take_use_the_definition() -> None:
@@ -361,11 +360,11 @@ def test_shapes_the_kernel_does_not_take_use_the_definition() -> None:
     layer = layer_of(shape, COUNTS[0], torch.bfloat16)
     q = queries(shape, 2)
     assert packed.implementation(layer, q) == "torch"
-    got = attend([layer], q, [(0, 2)], 0.2)
+    got = attend(layer, q, 0.2)
     torch.testing.assert_close(got.double(), by_dense(layer, q, 0.2), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("run", [attend_torch, lambda x, q, s: attend([x], q, [(0, len(q))], s)])
+@pytest.mark.parametrize("run", [attend_torch, attend])
 def test_no_dense_copy_is_made(run: Any) -> None:
     """What decoding allocates is far below the dense cache, and does not grow with it."""
     peaks = []
