@@ -104,12 +104,13 @@ class Lookup(Drafter):
         if index is None:
             index = self._indexes[one.number] = _Index(self.longest, self.shortest)
         index.read(tokens)
-        last = tuple(tokens[-self.longest :])
-        for size in range(len(last), self.shortest - 1, -1):
+        last, found = tuple(tokens[-self.longest :]), (0, 0)
+        for size in range(self.shortest, len(last) + 1):
             behind = index.places.get(last[-size:])
-            if behind is not None:
-                return size, behind
-        return 0, 0
+            if behind is None:  # nor is anything longer there
+                break
+            found = size, behind
+        return found
 
     def forget(self, number: int) -> None:
         """See Drafter."""

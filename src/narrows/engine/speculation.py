@@ -8,9 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from narrows.contracts import Asked, CachePolicy, Draft, Drafter, LayerCache, ModelShape, Offer
-from narrows.draft.length import DraftLength, Plan
+from narrows.draft.length import NEGLIGIBLE, DraftLength, Plan
 from narrows.engine.scheduler import Work
 from narrows.engine.sequence import Sequence
+
+LONGEST_REST = 4
+"""Steps that pass, at most, until drafts are thought of again, where none was worth its cost and
+thinking has one, too."""
 
 Offered = tuple[int, list[Offer]]
 """A sequence's number and what is offered for it."""
@@ -37,11 +41,19 @@ class Speculation:
         self._offered: dict[int, Offer] = {}
         self._drafting = 0.0
         """Seconds that making the guesses of this step took."""
+        self._idle = self._rest = 0
+        """Times in a row that nothing was verified although it had been thought of, at a cost; and
+        steps that are yet to pass without a thought."""
         self._made: set[str] = set()
         """Kinds of guesses made before: the first time is no measure, as nothing is at hand yet."""
 
     def drafts(self, work: list[Work], limit: Callable[[Sequence], int]) -> list[Draft]:
         """A draft, often empty, for each item of ``work``; none reaches the request's ``limit``."""
+        self._offered, self._drafting = {}, 0.0
+        if self._rest:
+            self._rest -= 1
+            return [Draft([])] * len(work)
+        started = time.perf_counter()
         asked: dict[int, Asked] = {}
         for i, item in enumerate(work):
             sequence = item.sequence
@@ -52,16 +64,15 @@ class Speculation:
         decoding = sum(item.count == item.sequence.pending for item in work)
         offers = self.drafter.offer(list(asked.values()))
         offered = [(one.number, some) for one, some in zip(asked.values(), offers, strict=True)]
-        self._drafting = 0.0
         told: dict[int, Draft] = {}
         if self.adapts:
             plan, told = self._choose(list(asked.values()), offered, rows, decoding)
+            self._pause(plan, time.perf_counter() - started, rows)
         else:
             taken = [self.length.likeliest(number, some) for number, some in offered]
             plan = Plan(taken, [offer.k if offer else 0 for offer in taken])
         wanted: dict[str, dict[int, Asked]] = defaultdict(dict)
         made: dict[int, Draft] = {}
-        self._offered = {}
         for (i, one), offer, k in zip(asked.items(), plan.taken, plan.lengths, strict=True):
             if offer is None:
                 continue
@@ -104,6 +115,15 @@ class Speculation:
         # Choosing once more is part of what such drafts cost.
         self._note(some[0].kind, drafts, started)
         return plan, told
+
+    def _pause(self, plan: Plan, seconds: float, rows: int) -> None:
+        """Rest, longer each time, if a step of ``rows`` that took so many to plan verifies
+        nothing."""
+        if any(plan.lengths) or seconds < NEGLIGIBLE * self.length.steps(rows):
+            self._idle = 0
+            return
+        self._idle += 1
+        self._rest = min(self._idle, LONGEST_REST)
 
     def _note(self, kind: str, drafts: list[Draft], started: float) -> None:
         """Drafts of a kind have been made since ``started``."""

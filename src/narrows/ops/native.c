@@ -165,38 +165,38 @@ HALF_TILE(tile_12, 1)
 
 /* The same with `nr` weight rows, and rows of x in `full` registers, if `half`, 8 more, and, if
  * `quarter`, 4 more, in groups `stride` words apart. The 8 stand in both halves of a register, the 4
- * in all four quarters, which are multiplied with two or four weight rows at once. */
+ * in those of one of half the width, which are multiplied with two weight rows at once. */
 #define LANE_TILE(name, full, half, quarter, nr)                                                \
   static void name(const uint32_t *x, int64_t stride, const bf16 *w, int64_t step,              \
                    const float *bias, float *y, int64_t rows, int64_t N, int64_t K,             \
                    __mmask16 columns, const bf16 *ahead) {                                      \
     const bf16 *at[4] = {w, w + 4 * step, w + 8 * step, w + 12 * step};                         \
-    __m512 acc[2][nr], eights[nr / 2], fours[nr / 4], wide[2], more = _mm512_setzero_ps();      \
-    __m512 twice = more, often = more;                                                          \
+    __m512 acc[2][nr], eights[nr / 2], wide[2], twice, more = _mm512_setzero_ps();              \
+    __m256 fours[nr / 2], often;                                                                \
     EACH(j, nr) {                                                                               \
       for (int v = 0; v < full; v++) acc[v][j] = more;                                          \
-      eights[j / 2] = fours[j / 4] = more;                                                      \
+      eights[j / 2] = more, fours[j / 2] = _mm256_setzero_ps();                                 \
     }                                                                                           \
     for (int64_t k = 0; k < K; k += 2, x += LANES) {                                            \
       if (ahead) __builtin_prefetch(ahead, 0, 2), ahead += 32;                                  \
       for (int v = 0; v < full; v++) wide[v] = _mm512_load_ps(x + v * stride);                  \
       const float *others = (const float *)(x + full * stride);                                 \
       if (half) twice = _mm512_broadcast_f32x8(_mm256_load_ps(others));                         \
-      if (quarter) often = _mm512_broadcast_f32x4(_mm_load_ps(others + 8 * half));              \
-      __m512i all[4], two[2];                                                                   \
+      if (quarter) often = _mm256_broadcast_ps((const __m128 *)(others + 8 * half));            \
+      __m512i all[2];                                                                           \
       EACH(j, nr) {                                                                             \
-        all[j % 4] = _mm512_set1_epi32(pair_at(at[j / 4] + j % 4 * step));                      \
+        all[j % 2] = _mm512_set1_epi32(pair_at(at[j / 4] + j % 4 * step));                      \
         for (int v = 0; v < full; v++)                                                          \
-          acc[v][j] = _mm512_dpbf16_ps(acc[v][j], (__m512bh)wide[v], (__m512bh)all[j % 4]);     \
-        if (j % 2 == 0) continue;                                                               \
-        two[j % 4 / 2] = _mm512_mask_blend_epi32(0xff00, all[j % 4 - 1], all[j % 4]);           \
-        if (half)                                                                               \
-          eights[j / 2] = _mm512_dpbf16_ps(eights[j / 2], (__m512bh)twice,                      \
-                                           (__m512bh)two[j % 4 / 2]);                           \
-        if (quarter && j % 4 == 3)                                                              \
-          fours[j / 4] =                                                                        \
-              _mm512_dpbf16_ps(fours[j / 4], (__m512bh)often,                                   \
-                               (__m512bh)_mm512_shuffle_i32x4(two[0], two[1], 0x88));           \
+          acc[v][j] = _mm512_dpbf16_ps(acc[v][j], (__m512bh)wide[v], (__m512bh)all[j % 2]);     \
+        if (half && j % 2)                                                                      \
+          eights[j / 2] =                                                                       \
+              _mm512_dpbf16_ps(eights[j / 2], (__m512bh)twice,                                  \
+                               (__m512bh)_mm512_mask_blend_epi32(0xff00, all[0], all[1]));      \
+        if (quarter && j % 2)                                                                   \
+          fours[j / 2] = _mm256_dpbf16_ps(                                                      \
+              fours[j / 2], (__m256bh)often,                                                    \
+              (__m256bh)_mm256_mask_blend_epi32(0xf0, _mm512_castsi512_si256(all[0]),           \
+                                                _mm512_castsi512_si256(all[1])));               \
       }                                                                                         \
       for (int i = 0; i < 4; i++) at[i] += 2;                                                   \
     }                                                                                           \
@@ -214,7 +214,8 @@ HALF_TILE(tile_12, 1)
       y += 8 * N, rows -= 8;                                                                    \
     }                                                                                           \
     if (quarter) {                                                                              \
-      EACH(j, nr) out[j] = _mm512_shuffle_f32x4(fours[j / 4], fours[j / 4], j % 4);             \
+      EACH(j, nr)                                                                               \
+        out[j] = _mm512_zextps128_ps512(_mm256_extractf128_ps(fours[j / 2], j % 2));            \
       put_rows(out, y, rows, N, columns, more);                                                 \
     }                                                                                           \
   }
