@@ -33,7 +33,7 @@ FADING = 0.999
 making it cost, so that it is tried again."""
 CAUTION = 1.1
 """What drafting is taken to cost, of what it seems to, so that doubtful gains are left."""
-GAIN = 1.03
+GAIN = 1.06
 """Tokens a second that guesses must promise, of what is got without any: what seems to be the best
 of many choices is on average less good than it seems."""
 WORTH = 1.05

@@ -1,0 +1,70 @@
+"""Drafting rests where thinking of it costs something and nothing is verified."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+
+from narrows.contracts import Offer
+from narrows.draft.length import Plan
+from narrows.engine import speculation
+from narrows.engine.speculation import LONGEST_REST, Speculation
+
+
+class Asked:
+    """A drafter that notes in which steps it was asked."""
+
+    name, most = "asked", 4
+
+    def __init__(self) -> None:
+        self.step, self.steps = 0, []
+
+    def offer(self, asked):
+        self.steps.append(self.step)
+        return [[Offer("asked", 1)] for _ in asked]
+
+    def propose(self, asked):
+        return [SimpleNamespace(tokens=[7], probabilities=None, chances=()) for _ in asked]
+
+
+def steps_asked(monkeypatch, thought: float, worth) -> list[int]:
+    """Of 20 steps that take a second, where a thought takes so many; in those in ``worth`` a guess
+    is worth verifying."""
+    drafter = Asked()
+    made = Speculation(drafter)  # type: ignore[arg-type]
+    for _ in range(20):
+        made.observe(1, 1.0)
+    clock = itertools.count(step=thought)
+    monkeypatch.setattr(speculation.time, "perf_counter", lambda: next(clock))
+
+    def choose(asked, rows, decoding):
+        k = int(drafter.step in worth)
+        return Plan([some[0] if k else None for _, some in asked], [k for _ in asked])
+
+    monkeypatch.setattr(made.length, "choose", choose)
+    sequence = SimpleNamespace(number=0, tokens=[1, 2, 3], sealed=True, pending=1)
+    work = [SimpleNamespace(sequence=sequence, count=1)]
+    for drafter.step in range(20):
+        drafts = made.drafts(work, lambda sequence: 100)  # type: ignore[arg-type]
+        assert len(drafts[0].tokens) == (drafter.step in worth and drafter.step in drafter.steps)
+    return drafter.steps
+
+
+def test_it_rests_longer_each_time_up_to_a_bound(monkeypatch):
+    asked = steps_asked(monkeypatch, 0.1, worth=())
+    gaps = [b - a - 1 for a, b in itertools.pairwise(asked)]
+    assert gaps[:LONGEST_REST] == list(range(1, LONGEST_REST + 1))
+    assert max(gaps) == LONGEST_REST
+
+
+def test_what_is_worth_it_ends_the_rest(monkeypatch):
+    assert steps_asked(monkeypatch, 0.1, worth=range(20)) == list(range(20))
+    asked = steps_asked(monkeypatch, 0.1, worth=(5, 6, 7))
+    assert asked[:6] == [0, 2, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("worth", [(), range(3)])
+def test_what_costs_nothing_is_thought_of_always(monkeypatch, worth):
+    assert steps_asked(monkeypatch, 0.001, worth) == list(range(20))
