@@ -64,7 +64,7 @@ takes with it the share of one of those that decode, as texts differ in what dra
 UNHEARD = 8
 """Drafts that are taken to have been as their kind is expected to be, as far as fewer are
 remembered."""
-TELLING = 1.05
+TELLING = 1.02
 """Tokens a second that making drafts which tell must promise, of what is got without."""
 
 

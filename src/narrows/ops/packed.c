@@ -558,23 +558,10 @@ static void run(const packed_place *p, const task *t, const float *q, int64_t q_
 /* Joins the parts of one head's rows, `count` tasks over disjoint tokens. */
 static void join(const packed_place *p, const task *t, int64_t count, float *out, int64_t heads,
                  int64_t group, int64_t Dv) {
-  int64_t stride = Dv + 2;
-  for (int64_t r = 0; r < t->rows * group; r++) {
-    int64_t row = p->first_row + t->row + r / group;
-    float top = -INFINITY, total = 0;
-    float *to = out + (row * heads + t->head * group + r % group) * Dv;
-    for (int64_t c = 0; c < count; c++) {
-      float m = t[c].part[r * stride];
-      top = m > top ? m : top;
-    }
-    memset(to, 0, Dv * sizeof *to);
-    for (int64_t c = 0; c < count; c++) {
-      const float *part = t[c].part + r * stride;
-      float weight = expf(part[0] - top);
-      total += weight * part[1];
-      for (int64_t i = 0; i < Dv; i++) to[i] += weight * part[2 + i];
-    }
-    for (int64_t i = 0; i < Dv; i++) to[i] /= total;
+  int64_t rows = t->rows * group, stride = Dv + 2;
+  for (int64_t r = 0; r < rows; r++) {
+    int64_t at = (p->first_row + t->row + r / group) * heads + t->head * group + r % group;
+    join_parts(t->part + r * stride, count, rows * stride, out + at * Dv, Dv);
   }
 }
 

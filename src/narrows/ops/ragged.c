@@ -285,17 +285,17 @@ static int64_t run(const codes *c, int64_t t, int64_t stop, int64_t size) {
 REBUILD(rebuild_f32, float, load_f32, SAME, store_f32, SAME)
 REBUILD(rebuild_bf16, bf16, load_bf16, to_f32, store_bf16, to_bf16)
 
-/* A stretch of CHUNK keys of one head of a place, for all its rows, so that keys and values are read
- * from memory once. Each of the rows has a part: a maximum, a sum and weighted values for each query
- * head. Stretches begin at multiples of CHUNK, so a row is summed alike whatever the rows beside it. */
+/* A stretch of CHUNK keys of one head of a place, for all its rows, so that keys and values are
+ * read from memory once. Each of the rows has a part (`join_parts`) for each query head. Stretches
+ * begin at multiples of CHUNK, so a row is summed alike whatever the rows beside it. */
 typedef struct {
   const place *p;
   int64_t h, from;
   float *part;
 } task;
 
-/* What a task reads of bfloat16 numbers, to be asked for while `rows` rows attend to something else.
- * Codes are not asked for. */
+/* What a task reads of bfloat16 numbers, to be asked for while `rows` rows attend to something
+ * else. Codes are not asked for. */
 static queue to_read(const task *t, int64_t D, int64_t Dv, int64_t rows) {
   const place *p = t->p;
   int64_t n = p->stored - t->from < CHUNK ? p->stored - t->from : CHUNK;
@@ -355,20 +355,10 @@ static void attend_task(const task *t, const float *q, int64_t q_stride, int64_t
 static void join(const task *t, int64_t count, float *out, int64_t heads, int64_t group,
                  int64_t Dv) {
   const place *p = t->p;
-  int64_t stride = Dv + 2, size = p->rows * group * stride;
-  for (int64_t n = 0; n < p->rows * group; n++) {
-    const float *first = t->part + n * stride;
-    float top = -INFINITY, total = 0;
-    float *to = out + ((p->first_row + n / group) * heads + (p->head + t->h) * group + n % group) * Dv;
-    for (int64_t c = 0; c < count; c++) top = first[c * size] > top ? first[c * size] : top;
-    for (int64_t i = 0; i < Dv; i++) to[i] = 0;
-    for (int64_t c = 0; c < count; c++) {
-      const float *part = first + c * size;
-      float weight = expf(part[0] - top);
-      total += weight * part[1];
-      for (int64_t i = 0; i < Dv; i++) to[i] += weight * part[2 + i];
-    }
-    for (int64_t i = 0; i < Dv; i++) to[i] /= total;
+  int64_t rows = p->rows * group, stride = Dv + 2;
+  for (int64_t n = 0; n < rows; n++) {
+    int64_t at = (p->first_row + n / group) * heads + (p->head + t->h) * group + n % group;
+    join_parts(t->part + n * stride, count, rows * stride, out + at * Dv, Dv);
   }
 }
 
@@ -398,8 +388,8 @@ int append_attend(const place *const *places, int64_t count, const float *q, int
     free(parts);
     return -1;
   }
-  /* Those of several rows come last: threads take long runs of tasks first, then short ones, so that
-   * work of different weight is shared out in the end. */
+  /* Those of several rows come last: threads take long runs of tasks first, then short ones, so
+   * that work of different weight is shared out in the end. */
   for (int64_t n = 0; n < 2 * count; n++) {
     const place *p = places[n % count];
     if ((p->rows > 1) != (n >= count)) continue;

@@ -225,6 +225,23 @@ static inline float exponentials(float *score, int64_t n, float top) {
   return sum(total) + rest;
 }
 
+/* Attention of a row to all keys, out of that to `count` stretches of them, whose parts lie `apart`
+ * floats from each other: the maximum of the scores, the sum of their exponentials against it, and
+ * the values [Dv] weighted by these. */
+static inline void join_parts(const float *parts, int64_t count, int64_t apart, float *to,
+                              int64_t Dv) {
+  float top = -INFINITY, total = 0;
+  for (int64_t c = 0; c < count; c++) top = parts[c * apart] > top ? parts[c * apart] : top;
+  memset(to, 0, Dv * sizeof *to);
+  for (int64_t c = 0; c < count; c++) {
+    const float *part = parts + c * apart;
+    float weight = expf(part[0] - top);
+    total += weight * part[1];
+    for (int64_t i = 0; i < Dv; i++) to[i] += weight * part[2 + i];
+  }
+  for (int64_t i = 0; i < Dv; i++) to[i] /= total;
+}
+
 /* Writes a row of n floats to a cache of bfloat16 or of floats, as its elements `at` and on. */
 static inline void store_row(const float *x, int64_t n, void *cache, int64_t at, int is_bf16) {
   if (!is_bf16) {
@@ -388,8 +405,8 @@ typedef struct {
   const float *cosine, *sine; /* [places, dim / 2] */
 } codes;
 
-/* Where keys and values of some key heads of one sequence lie, in a layer. With codes it is one head,
- * and the first tokens are theirs; k and v begin behind them. */
+/* Where keys and values of some key heads of one sequence lie, in a layer. With codes it is one
+ * head, and the first tokens are theirs; k and v begin behind them. */
 typedef struct {
   void *k, *v;       /* [kv_heads, capacity, dim] */
   int64_t capacity;  /* tokens a head's rows are apart */
