@@ -186,7 +186,9 @@ def draw(rows: Sequence[Row], path: Path, *, x: str, panel: str, series: str = "
             at = [places.index(str(r[x])) for r in line]
             values = [r["value"] for r in line]
             axes.errorbar(at, values, yerr=[low, high], marker="o", capsize=2, label=label)
-        axes.set(title=name, xlabel=x, ylabel=f"{inside[0]['metric']} ({inside[0]['unit']})")
+        metric, unit = inside[0]["metric"], inside[0]["unit"]
+        axes.set_title(name if isinstance(name, str) else f"{panel} {name}")
+        axes.set(xlabel=x, ylabel=metric if unit == "1" else f"{metric} ({unit})")
         axes.set_xticks(range(len(places)), places)
         axes.legend(fontsize="x-small")
     save_figure(figure, path)
