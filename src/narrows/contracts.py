@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -106,11 +106,18 @@ class LayerCache(ABC):
     def seal(self) -> None:  # noqa: B027 - most layers have nothing to do
         """Told once, when the prompt has been read; a compressing layer may compress now."""
 
+    def runs(self, n: int) -> Iterator[Span]:
+        """The next ``n`` tokens in runs, each asked for when the one before it has been taken in:
+        to take a run at once is to take its tokens one by one."""
+        yield 0, n
+
     def advance(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """``append``, then ``attend``: such that to take tokens at once is to take them one by
-        one, also where that is more than one of each."""
-        self.append(k, v)
-        return self.attend(q, scale)
+        """``append``, then ``attend``, run by run."""
+        outs = []
+        for a, b in self.runs(len(k)):
+            self.append(k[a:b], v[a:b])
+            outs.append(self.attend(q[a:b], scale))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def ready(self, n: int) -> bool:
         """Get ready for ``n`` new tokens; whether kernels can take them at once, at ``places``."""

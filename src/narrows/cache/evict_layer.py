@@ -118,19 +118,15 @@ class EvictLayer(LayerCache):
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """See LayerCache."""
-        for a, b in self._runs(len(k)):
-            self._add(k[a:b], v[a:b])
+        for a, b in self.runs(len(k)):
+            if self.prompt is not None:
+                self.prompt.append(k, v)
+            else:
+                self.kept.append(k[a:b], v[a:b])
+                self._length += b - a
 
-    def _add(self, k: Tensor, v: Tensor) -> None:
-        if self.prompt is not None:
-            self.prompt.append(k, v)
-        else:
-            self.kept.append(k, v)
-            self._length += len(k)
-
-    def _runs(self, n: int) -> Iterator[Span]:
-        """The next ``n`` tokens in runs, before each of which what is due is done: to read a run
-        at once is to read its tokens one by one."""
+    def runs(self, n: int) -> Iterator[Span]:
+        """See LayerCache. Before each what is due is done."""
         if self.prompt is not None:
             yield 0, n
             return
@@ -185,14 +181,6 @@ class EvictLayer(LayerCache):
             return self.kept.attend(q, scale)
         assert self.scorer is not None
         return self.scorer.attend(q, self.prompt, scale)
-
-    def advance(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """See LayerCache."""
-        outs = []
-        for a, b in self._runs(len(k)):
-            self._add(k[a:b], v[a:b])
-            outs.append(self.attend(q[a:b], scale))
-        return torch.cat(outs)
 
     def ready(self, n: int) -> bool:
         """See LayerCache: not before it is sealed."""

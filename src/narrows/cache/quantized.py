@@ -108,7 +108,7 @@ class QuantLayer(LayerCache):
             self.dense.append(k, v)
             return
         self._record = None
-        for a, b in self._pieces(k.shape[0]):
+        for a, b in self.runs(len(k)):
             for side, x in zip(self._sealed, (k, v), strict=True):
                 side.fold()
                 side.append(x[a:b].transpose(0, 1))
@@ -173,9 +173,11 @@ class QuantLayer(LayerCache):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_record": None}  # which holds addresses
 
-    def _pieces(self, n: int) -> Iterator[Span]:
-        """The next ``n`` tokens in runs within which nothing leaves the residual, so that to read a
-        run at once is to read its tokens one by one."""
+    def runs(self, n: int) -> Iterator[Span]:
+        """See LayerCache. Nothing leaves the residual within one."""
+        if self.dense is not None:
+            yield 0, n
+            return
         base, start = self._sealed[0].length, 0
 
         def stored(before: int) -> tuple[int, int, int]:
@@ -191,21 +193,11 @@ class QuantLayer(LayerCache):
             yield start, stop
             start = stop
 
-    def advance(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """See LayerCache."""
-        if self.dense is not None:
-            return super().advance(q, k, v, scale)
-        outs = []
-        for a, b in self._pieces(len(k)):
-            self.append(k[a:b], v[a:b])
-            outs.append(self.attend(q[a:b], scale))
-        return torch.cat(outs)
-
     def ready(self, n: int) -> bool:
         """See LayerCache: not before it is sealed."""
         if self.dense is not None or self._sealed[0].sink_room:
             return False
-        if n > 1 and next(self._pieces(n)) != (0, n):
+        if n > 1 and next(self.runs(n)) != (0, n):
             return False
         for side in self._sealed:
             side.fold()
