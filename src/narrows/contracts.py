@@ -18,6 +18,7 @@ from torch import Tensor
 from narrows.errors import InputError
 from narrows.ops import packed, ragged
 from narrows.ops.packed import PackedLayer
+from narrows.ops.places import Places
 from narrows.ops.ragged import Place
 
 Span = tuple[int, int]
@@ -142,19 +143,21 @@ class FlatBatch:
     spans: list[Span]
     caches: list[list[LayerCache]]
 
-    def places(self) -> list[list[Place | PackedLayer]] | None:
-        """By layer, where kernels are to write the rows, which count as held from now on; None if
-        any cache is not ready for its own, or there are no sequences. ``settle`` comes next."""
+    def places(self) -> Places | None:
+        """Where kernels are to write the rows, which count as held from now on; None if any cache
+        is not ready for its own, or there are no sequences. ``settle`` comes next."""
         rows = [(a, b - a) for a, b in self.spans]
         for (_, n), caches in zip(rows, self.caches, strict=True):
             if not all(cache.ready(n) for cache in caches):
                 return None
         if not rows:
             return None
-        return [
-            [place for cache, one in zip(column, rows, strict=True) for place in cache.places(*one)]
-            for column in zip(*self.caches, strict=True)
-        ]
+        found = Places()
+        for column in zip(*self.caches, strict=True):
+            for cache, (first, n) in zip(column, rows, strict=True):
+                found.add(cache.places(first, n))
+            found.end_layer()
+        return found
 
     def settle(self) -> None:
         """What was written at ``places`` has been attended to."""
@@ -172,18 +175,16 @@ class FlatBatch:
             ((a, b),) = self.spans
             return column[0].advance(q[a:b], k[a:b], v[a:b], scale)
         out = q.new_empty((*q.shape[:2], v.shape[2]))
-        places: list[Place | PackedLayer] = []
+        places = Places()
         for cache, quick, (a, b) in zip(column, ready, self.spans, strict=True):
             if quick:
-                places += cache.places(a, b - a)
+                places.add(cache.places(a, b - a))
             else:
                 out[a:b] = cache.advance(q[a:b], k[a:b], v[a:b], scale)
-        dense = [place for place in places if isinstance(place, Place)]
-        coded = [place for place in places if isinstance(place, PackedLayer)]
-        if dense:
-            ragged.append_attend(dense, q, k, v, scale, out)
-        if coded:
-            packed.append_attend(coded, q, (k, v), scale, out)
+        if places.dense:
+            ragged.append_attend(places.dense, q, k, v, scale, out)
+        if places.coded:
+            packed.append_attend(places.coded, q, (k, v), scale, out)
         for cache, quick in zip(column, ready, strict=True):
             if quick:
                 cache.settle()

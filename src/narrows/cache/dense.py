@@ -39,7 +39,8 @@ class DenseLayer(LayerCache):
     """
 
     _place: ragged.Place | None = None
-    """Of the buffers there are."""
+    """Of the buffers there are, which have ``_room`` for so many tokens."""
+    _room = 0
 
     def __init__(self, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
@@ -94,17 +95,16 @@ class DenseLayer(LayerCache):
         return n <= FEW
 
     def places(self, first_row: int, rows: int) -> Sequence[ragged.Place]:
-        """See LayerCache."""
-        return (self.place(first_row, rows),)
-
-    def place(self, first_row: int, rows: int) -> ragged.Place:
-        """The only one of ``places``. Grows the buffers when they are full."""
-        place = self._place
-        if place is None or self.length - self.dropped + rows > self.k.shape[1]:
+        """See LayerCache. One. Grows the buffers when they are full."""
+        # Asked of every layer of every sequence at each step, so it looks at no tensor.
+        stored = self.length - self.dropped + rows
+        if self._place is None or stored > self._room:
             self.reserve(rows)
-            place = self._place = ragged.Place(self.k, self.v, window=self.shape.window)
+            stored = self.length - self.dropped + rows
+            self._place = ragged.Place(self.k, self.v, window=self.shape.window)
+            self._room = self.k.shape[1]
         self.length += rows
-        return place.at(self.length - self.dropped, first_row, rows)
+        return (self._place.at(stored, first_row, rows),)
 
     def rollback(self, n: int) -> None:
         """See LayerCache. A sliding layer can give back at most ROLLBACK tokens once it has

@@ -138,7 +138,7 @@ class SpecFormerDrafter(Drafter):
         ends = list(itertools.accumulate(state.waiting for state in states))
         spans = list(zip([0, *ends[:-1]], ends, strict=True))
         if self.fast is not None:
-            places = [s.cache.place(a, b - a) for s, (a, b) in zip(states, spans, strict=True)]
+            places = [s.cache.places(a, b - a)[0] for s, (a, b) in zip(states, spans, strict=True)]
             contexts = self.fast.absorb(places, ends, taps)
         else:
             contexts = self._contexts(states, taps, spans)

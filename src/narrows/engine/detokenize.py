@@ -41,7 +41,8 @@ class StreamDecoder:
         min_tokens: int = 0,
     ) -> None:
         self.stopped = False
-        self._tokenizer = tokenizer
+        # transformers' own wrapping takes as long again, for every token.
+        self._tokenizer = tokenizer.backend_tokenizer
         self._stop = tuple(stop)
         self._skip = skip_special_tokens
         self._special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
@@ -61,7 +62,7 @@ class StreamDecoder:
         if self.stopped:
             return ""
         self._unstoppable -= 1
-        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        piece = self._tokenizer.id_to_token(token_id)
         if piece is None or (self._skip and token_id in self._special):
             return ""
         self._window.append(token_id)
@@ -89,9 +90,7 @@ class StreamDecoder:
         return new
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(
-            ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False
-        )
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=self._skip)
         return text
 
     def _give(self, new: str, last: bool) -> str:

@@ -57,4 +57,5 @@ def forward(
         hidden, seen = model.hidden_and_taps(tokens, places, batch, taps)
     else:
         hidden = model.hidden(tokens, places, batch)
-    return Pass(spans, ready, model.logits(hidden[rows]), seen)
+    last = hidden if len(rows) == len(ids) else hidden[rows]
+    return Pass(spans, ready, model.logits(last), seen)

@@ -8,7 +8,8 @@ id ranks higher, so a request's tokens depend on nothing but its scores and its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class Sampler:
         Raises NumericalError if a score is NaN or +inf, or all are -inf.
         """
         scores = self._edited(logits, generated) if self.edits(generated) else logits
-        check_scores(scores.amax())
+        check_scores([float(scores.amax())])
         return scores
 
     def _edited(self, logits: Tensor, generated: Sequence[int]) -> Tensor:
@@ -171,9 +172,9 @@ class Sampler:
         self._generator.set_state(state)
 
 
-def check_scores(best: Tensor) -> None:
+def check_scores(best: Iterable[float]) -> None:
     """Refuse rows by their largest scores: NaN and +inf win a maximum, -inf only if alone."""
-    if not best.isfinite().all():
+    if not all(map(math.isfinite, best)):
         raise NumericalError(
             "the model gave NaN or infinite next-token scores; "
             "try another dtype or check the weights"

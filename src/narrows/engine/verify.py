@@ -70,7 +70,7 @@ def verify_batch(
     row holds NaN or +inf or nothing but -inf.
     """
     values, indices = row_maxima(logits)
-    check_scores(values)
+    check_scores(values.tolist())
     best = indices.tolist()
     committed: list[list[Sampled]] = []
     start = 0

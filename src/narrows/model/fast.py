@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from narrows.contracts import FlatBatch, LayerShape, ModelShape
 from narrows.ops.decoder import Decoder, Layer, after_attention, before_attention
-from narrows.ops.native import add_rms_norm, linear
+from narrows.ops.native import add_rms_norm, gather_rows, linear
 from narrows.ops.pages import reserve
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
@@ -28,8 +28,8 @@ class FastDecoder:
 
     def __init__(self, model: Any, shape: ModelShape) -> None:
         base = model.base_model
-        self.shape = shape
-        self.rotary: nn.Module = base.rotary_emb
+        assert shape.rotary is not None
+        self.rotary = shape.rotary
         self.eps: float = model.config.rms_norm_eps
         self.norm: Tensor = base.norm.weight.float()
         products = [p for layer in base.layers for p in _products(layer)]
@@ -63,9 +63,8 @@ class FastDecoder:
     ) -> Tensor:
         """As ``FlatModel.hidden``; float32 whatever the weights are. What enters layer ``i`` is
         written to ``taps[i]``, float32 ``[T, hidden_size]``."""
-        h, taps = self.embed[ids].float(), taps or {}
-        # float32 input makes the rotary module give float32 tables.
-        cosine, sine = (t[0].contiguous() for t in self.rotary(h[None], positions[None]))
+        h, taps = gather_rows(self.embed, ids), taps or {}
+        cosine, sine = self.rotary(positions)
         places = batch.places() if self.at_once.takes(len(h)) else None
         if places is None:
             delta = self._one_by_one(h, cosine, sine, batch, taps)

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from narrows.model.latent import head_dim
+from narrows.ops.native import gather_rows
+
+FIXED = ("default", "linear", "llama3", "yarn")
+"""Types of rotary embedding that turn a place alike whatever the length of the text."""
 
 
 class ModelRotary:
@@ -22,11 +26,29 @@ class ModelRotary:
         split = hasattr(self._module, "layer_types") and kinds
         self._kind = {"layer_type": "full_attention"} if split else {}
         self._device = next(model.parameters()).device
+        self._fixed = getattr(self._module, "rope_type", None) in FIXED
+        self._known = self._made(torch.arange(1, device=self._device))
+        """Of the first places, where they are fixed: to look them up takes a step far less than
+        to make them."""
         self._steps: tuple[Tensor, Tensor] | None = None
 
     @torch.inference_mode()
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """See ``contracts.Rotary``."""
+        if not self._fixed:
+            return self._made(positions)
+        try:
+            cosine, sine = self._known
+            return gather_rows(cosine, positions), gather_rows(sine, positions)
+        except IndexError:
+            most = int(positions.max()) + 1
+            if most <= len(cosine):
+                raise
+            every = torch.arange(max(most, 2 * len(cosine)), device=self._device)
+            self._known = self._made(every)
+            return self(positions)
+
+    def _made(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self._module is None:
             flat = torch.zeros((len(positions), self._dim), device=positions.device)
             return flat + 1.0, flat

@@ -22,13 +22,13 @@ def likeness_graph(x: Tensor, threshold: float) -> Tensor:
     cosines differently."""
     if threshold >= 1:
         return torch.eye(len(x), dtype=torch.bool, device=x.device)
-    unit = torch.nn.functional.normalize(x.float(), dim=-1)
+    unit = torch.nn.functional.normalize(x.float(), dim=-1).contiguous()
     graph = torch.empty((len(x), len(x)), dtype=torch.bool, device=x.device)
     native = library()
     if native is not None and x.device.type == "cpu" and len(x):
         room = torch.empty(native.likeness_room(*unit.shape))
         native.likeness(
-            *(unit.contiguous().data_ptr(), *unit.shape, threshold, room.data_ptr()),
+            *(unit.data_ptr(), *unit.shape, threshold, room.data_ptr()),
             *(graph.data_ptr(), torch.get_num_threads()),
         )
         return graph

@@ -53,14 +53,15 @@ int64_t decode_room(const layer *const *layers, int64_t count, int64_t M) {
 }
 
 /* `count` layers one after the other: h [M, hidden] becomes what enters the last one's second half,
- * and delta [M, hidden] what is still to be added to it. Layer i has dense[i] of the places, and
- * coded[i] of the packed ones, in turn. What enters it goes to taps[i], if that is one, rows
- * `tap_stride` floats apart. Returns 0, or -1 if there was no memory. */
+ * and delta [M, hidden] what is still to be added to it. Layer i's places end at dense[i],
+ * its packed ones at coded[i]. What enters it goes to taps[i], if that is one, rows `tap_stride`
+ * floats apart. Returns 0, or -1 if there was no memory. */
 int decode(const layer *const *layers, int64_t count, float *h, float *delta, const float *cosine,
            const float *sine, const place *const *places, const int64_t *dense,
            const packed_place *const *packed, const int64_t *coded, int is_bf16,
            float *const *taps, int64_t tap_stride, float *room, int64_t M, int threads) {
-  for (int64_t i = 0; i < count; i++) {
+  int64_t first = 0, coded_first = 0;
+  for (int64_t i = 0; i < count; first = dense[i], coded_first = coded[i], i++) {
     const layer *l = layers[i];
     int64_t queries = l->heads * l->key_dim, keys = l->kv_heads * l->key_dim;
     int64_t row = queries + keys + l->kv_heads * l->value_dim;
@@ -70,14 +71,15 @@ int decode(const layer *const *layers, int64_t count, float *h, float *delta, co
     for (int64_t m = 0; taps[i] && m < M; m++)
       memcpy(taps[i] + m * tap_stride, h + m * l->hidden, l->hidden * sizeof *h);
     const float *k = qkv + queries, *v = k + keys;
-    if (dense[i] && append_attend(places, dense[i], qkv, row, k, row, v, row, mixed, l->heads,
-                                  l->kv_heads, l->key_dim, l->value_dim, l->scale, is_bf16, threads))
+    if (dense[i] > first &&
+        append_attend(places + first, dense[i] - first, qkv, row, k, row, v, row, mixed, l->heads,
+                      l->kv_heads, l->key_dim, l->value_dim, l->scale, is_bf16, threads))
       return -1;
-    if (coded[i] && attend_packed(packed, coded[i], qkv, row, k, row, v, row, mixed, l->heads,
-                                  l->kv_heads, l->key_dim, l->value_dim, l->scale, is_bf16, !is_bf16,
-                                  threads))
+    if (coded[i] > coded_first &&
+        attend_packed(packed + coded_first, coded[i] - coded_first, qkv, row, k, row, v, row, mixed,
+                      l->heads, l->kv_heads, l->key_dim, l->value_dim, l->scale, is_bf16, !is_bf16,
+                      threads))
       return -1;
-    places += dense[i], packed += coded[i];
     after_attention(l, h, mixed, delta, x, y, M, threads);
   }
   return 0;

@@ -22,8 +22,8 @@ from narrows.ops.native import (
     norm_rotate_,
     silu_mul,
 )
-from narrows.ops.packed import PackedLayer
-from narrows.ops.ragged import MAX_GROUP, NO_ROOM, Place
+from narrows.ops.places import Places
+from narrows.ops.ragged import MAX_GROUP, NO_ROOM
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Decoder:
         h: Tensor,
         cosine: Tensor,
         sine: Tensor,
-        places: Sequence[Sequence[Place | PackedLayer]],
+        places: Places,
         taps: Mapping[int, Tensor],
     ) -> Tensor:
         """Run ``h`` float32 ``[m, hidden]`` through all layers, in place but for what is still to
@@ -156,22 +156,17 @@ class Decoder:
         native, layers = library(), self.layers
         assert native is not None
         rows, delta = len(h), torch.empty_like(h)
-        dense = [[p for p in column if isinstance(p, Place)] for column in places]
-        coded = [[p for p in column if isinstance(p, PackedLayer)] for column in places]
         room = h.new_empty(native.decode_room(self._told, len(layers), rows))
         wanted = (ctypes.c_void_p * len(layers))()
         for number, tap in taps.items():
             wanted[number] = tap.data_ptr()
         stride = next((tap.stride(0) for tap in taps.values()), 0)
-        buffer = next(
-            p.k if isinstance(p, Place) else p.k_tail for column in places for p in column
-        )
         failed = native.decode(
             *(self._told, len(layers), h.data_ptr(), delta.data_ptr()),
             *(cosine.data_ptr(), sine.data_ptr()),
-            *(ragged.tell([p for column in dense for p in column]), _counts(dense)),
-            *(packed.tell([p for column in coded for p in column]), _counts(coded)),
-            *(int(buffer.dtype is torch.bfloat16), wanted, stride, room.data_ptr()),
+            *(ragged.tell(places.dense), _told(places.dense_ends)),
+            *(packed.tell(places.coded), _told(places.coded_ends)),
+            *(int(places.dtype is torch.bfloat16), wanted, stride, room.data_ptr()),
             *(rows, torch.get_num_threads()),
         )
         if failed:
@@ -179,5 +174,5 @@ class Decoder:
         return delta
 
 
-def _counts(columns: Sequence[Sequence[object]]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(columns))(*map(len, columns))
+def _told(ends: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(ends))(*ends)

@@ -99,11 +99,11 @@ class Forecaster:
         native, told, n = library(), self._told, len(places)
         assert native is not None
         places = [p.at(p.stored, i, 1) for i, p in enumerate(places)]
-        contexts = torch.empty((n, told.hidden))
+        taps, contexts = taps.contiguous(), torch.empty((n, told.hidden))
         room = torch.empty(native.absorb_room(ctypes.addressof(told), n))
         failed = native.absorb(
             *(ctypes.addressof(told), n, tell(places), (ctypes.c_int64 * n)(*ends)),
-            *(taps.contiguous().data_ptr(), int(places[0].k.dtype == torch.bfloat16)),
+            *(taps.data_ptr(), int(places[0].k.dtype == torch.bfloat16)),
             *(contexts.data_ptr(), room.data_ptr(), torch.get_num_threads()),
         )
         if failed:
@@ -120,11 +120,12 @@ class Forecaster:
         native, n = library(), len(contexts)
         assert native is not None
         told = ctypes.addressof(self._told)
+        contexts, entered = contexts.contiguous(), entered.contiguous()
         room = torch.empty(native.forecast_room(told, n))
         found, chance = torch.empty((n, most), dtype=torch.int64), torch.empty((n, most))
         native.forecast(
-            *(told, n, contexts.contiguous().data_ptr(), newest.data_ptr()),
-            *(entered.contiguous().data_ptr(), most, least),
+            *(told, n, contexts.data_ptr(), newest.data_ptr()),
+            *(entered.data_ptr(), most, least),
             *(found.data_ptr(), chance.data_ptr(), room.data_ptr(), torch.get_num_threads()),
         )
         return found, chance

@@ -466,6 +466,22 @@ void row_maxima(const float *x, int64_t M, int64_t N, float *value, int64_t *at,
   }
 }
 
+/* out [M, N] = rows at[m] of a table of `count` rows, float32 or bfloat16. Returns 0, or -1 if one of
+ * them is not in it. */
+int gather_rows(const void *table, int is_bf16, int64_t count, int64_t N, const int64_t *at,
+                int64_t M, float *out) {
+  for (int64_t m = 0; m < M; m++) {
+    if (at[m] < 0 || at[m] >= count) return -1;
+    if (!is_bf16) {
+      memcpy(out + m * N, (const float *)table + at[m] * N, N * sizeof *out);
+      continue;
+    }
+    const bf16 *row = (const bf16 *)table + at[m] * N;
+    for (int64_t i = 0; i < N; i++) out[m * N + i] = to_f32(row[i]);
+  }
+  return 0;
+}
+
 /* On rows of `stride` floats that begin with `heads` vectors of `dim`: normalise each by its rms
  * times weight (if given), then rotate its two halves by cos/sin [M, dim]. */
 void norm_rotate(float *x, int64_t stride, int64_t heads, int64_t dim, const float *weight,

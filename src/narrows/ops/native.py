@@ -51,6 +51,7 @@ SIGNATURES = {
     "decode": (N, (P, L, P, P, P, P, P, P, P, P, N, P, L, P, L, N)),
     "add_rms_norm": (None, (P, P, N, P, F, P, N, L, L, N)),
     "row_maxima": (None, (P, L, L, P, P, N)),
+    "gather_rows": (N, (P, N, L, L, P, L, P)),
     "norm_rotate": (None, (P, L, L, L, P, F, P, P, L, N)),
     "silu_mul": (None, (P, P, L, L, N)),
     "silu_mul_bf16": (None, (P, P, L, L, N)),
@@ -207,9 +208,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     outer = weight.shape[0]
     native = library()
     if native is not None and few_rows(rows, weight):
-        out = x.new_empty((rows, outer))
+        x, out = x.contiguous(), x.new_empty((rows, outer))
         native.linear_few(
-            *(x.contiguous().data_ptr(), weight.data_ptr(), _pointer(bias), out.data_ptr()),
+            *(x.data_ptr(), weight.data_ptr(), _pointer(bias), out.data_ptr()),
             *(rows, outer, inner, torch.get_num_threads()),
         )
         return out
@@ -251,6 +252,27 @@ def row_maxima(x: Tensor) -> tuple[Tensor, Tensor]:
         *(x.data_ptr(), *x.shape, values.data_ptr(), places.data_ptr(), torch.get_num_threads())
     )
     return values, places
+
+
+def gather_rows(table: Tensor, at: Tensor) -> Tensor:
+    """Rows ``at`` int64 ``[m]`` of ``table`` ``[n, k]``: float32 ``[m, k]``. Raises IndexError if
+    one of them is not in it."""
+    native = library()
+    known = table.dtype in (torch.float32, torch.bfloat16) and at.dtype is torch.int64
+    if native is None or table.device.type != "cpu" or not known:
+        if len(at) and not 0 <= int(at.min()) <= int(at.max()) < len(table):
+            raise IndexError(OUTSIDE)
+        return table[at].float()
+    at, out = at.contiguous(), at.new_empty((len(at), table.shape[1]), dtype=torch.float32)
+    if native.gather_rows(
+        *(table.data_ptr(), table.dtype is torch.bfloat16, *table.shape),
+        *(at.data_ptr(), len(at), out.data_ptr()),
+    ):
+        raise IndexError(OUTSIDE)
+    return out
+
+
+OUTSIDE = "a row was asked for that the table does not have"
 
 
 def norm_rotate_(

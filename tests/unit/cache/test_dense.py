@@ -96,9 +96,10 @@ def test_a_batch_of_few_tokens_each_says_where_kernels_write_them() -> None:
         before = caches[0][0].length
         places = FlatBatch([(0, 1), (1, 1 + count)], caches).places()
         assert places is not None
-        assert [[p.rows for p in column] for column in places] == [[1, count]] * 2
-        assert [p.first_row for p in places[1]] == [0, 1]
-        assert places[1][1].stored == caches[1][1].held
+        assert (places.dense_ends, places.coded_ends) == ([2, 4], [0, 0])
+        assert [p.rows for p in places.dense] == [1, count] * 2
+        assert [p.first_row for p in places.dense] == [0, 1] * 2
+        assert places.dense[3].stored == caches[1][1].held
         assert caches[0][0].length == before + 1
     held = [cache.length for some in caches for cache in some]
     assert FlatBatch([(0, 1), (1, 2 + FEW)], caches).places() is None

@@ -9,6 +9,7 @@ import torch
 from narrows.ops import decoder
 from narrows.ops.decoder import Decoder, Layer, after_attention, before_attention
 from narrows.ops.native import library
+from narrows.ops.places import Places
 from narrows.ops.ragged import Place, append_attend
 
 HIDDEN, HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, WIDE = 96, 6, 2, 32, 16, 160
@@ -106,10 +107,14 @@ def test_all_layers_in_one_call_are_one_after_the_other(dtype):
             ]
             for number, column in enumerate(buffers)
         ]
+        gathered = Places()
+        for column in places:
+            gathered.add(column)
+            gathered.end_layer()
         states, seen = h.clone(), torch.zeros(len(h), 2, HIDDEN)
         taps = {0: seen[:, 0], 2: seen[:, 1]}
         if at_once:
-            delta = Decoder(layers)(states, cosine, sine, places, taps)
+            delta = Decoder(layers)(states, cosine, sine, gathered, taps)
         else:
             delta = None
             for number, (one, column) in enumerate(zip(layers, places, strict=True)):

@@ -41,6 +41,12 @@ def test_linear(rows: int, out: int, inner: int) -> None:
     torch.testing.assert_close(biased.double(), expected + bias, rtol=1e-5, atol=1e-4)
 
 
+def test_rows_that_are_not_contiguous() -> None:
+    """Their copy must live as long as the kernel reads it."""
+    x, weight = torch.randn(3, 2 * 576)[:, ::2], torch.randn(64, 576).bfloat16()
+    assert torch.equal(native.linear(x, weight), native.linear(x.clone(), weight))
+
+
 @pytest.mark.parametrize("inner", [62, 63])
 def test_rows_do_not_depend_on_those_beside_them(inner: int) -> None:
     if not rounds(101, 62):
@@ -87,6 +93,20 @@ def test_norm_rotate(with_norm: bool, dim: int, monkeypatch: pytest.MonkeyPatch)
     )
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     assert torch.equal(mine[:, 4:], whole[:, 4:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_gather_rows(monkeypatch, kernels: bool, dtype: torch.dtype) -> None:
+    if not kernels:
+        monkeypatch.setattr(native, "library", lambda: None)
+    table, at = torch.randn(9, 21).to(dtype), torch.tensor([8, 0, 3, 3, 7])
+    assert torch.equal(native.gather_rows(table, at), table.float()[at])
+    assert torch.equal(native.gather_rows(table, at[::2]), table.float()[at[::2]])
+    assert native.gather_rows(table, at[:0]).shape == (0, 21)
+    for wrong in (9, -1):
+        with pytest.raises(IndexError):
+            native.gather_rows(table, torch.tensor([2, wrong]))
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 40, 1000, 3001])
