@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -87,7 +88,8 @@ class SpecFormerDrafter(Drafter):
         self._size = 0
         """Of the step that is being prepared, likewise."""
         self._held = replace(target.shape, layers=(self.shape,))
-        self._unread = LET_GO * len(self.taps) * config.hidden_size * 4
+        self._unread = 2 * LET_GO * len(self.taps) * config.hidden_size * 4
+        """Bytes that what waits for a sequence may keep, at most."""
 
     def estimate(self, tokens: int) -> int:
         """See Drafter."""
@@ -121,12 +123,14 @@ class SpecFormerDrafter(Drafter):
             else:
                 few.append((state, rows))
         if few:
-            # A copy of these alone: parts would keep all that was read in this step.
-            chosen = taps[[i for _, rows in few for i in range(rows.first, rows.stop)]]
+            wanted = [i for _, rows in few for i in range(rows.first, rows.stop)]
+            # Parts keep all that was read in this step, so a copy of these unless they are half.
+            half = 2 * len(wanted) >= len(taps)
+            chosen = taps if half else taps[wanted]
             for state, rows in few:
-                count = rows.stop - rows.first
-                state.unread.append((chosen, taken, taken + count))
-                taken += count
+                first = rows.first if half else taken
+                taken += rows.stop - rows.first
+                state.unread.append((chosen, first, first + rows.stop - rows.first))
         if due:
             self._catch_up(due)
 
@@ -190,11 +194,11 @@ class SpecFormerDrafter(Drafter):
         most, worth = max(one.k for one in asked), min(one.worth for one in asked)
         found, chances = self.guesses(contexts, newest, most, worth)
         drafts = []
-        # A module that makes NaN is sure of nothing.
-        told = chances.nan_to_num(0.0).tolist()
-        for one, tokens, sure in zip(asked, found.tolist(), told, strict=True):
+        for one, tokens, sure in zip(asked, found.tolist(), chances.tolist(), strict=True):
             made = min(one.k, tokens.index(NONE) if NONE in tokens else most)
-            drafts.append(Draft(tokens[:made], chances=tuple(sure[:made])))
+            # A module that makes NaN is sure of nothing.
+            told = tuple(0.0 if math.isnan(chance) else chance for chance in sure[:made])
+            drafts.append(Draft(tokens[:made], chances=told))
         return drafts
 
     def guesses(

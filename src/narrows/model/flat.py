@@ -106,7 +106,7 @@ class FlatModel:
         dtype = self.shape.dtype if self._fast is None else torch.float32
         sizes = (len(ids), len(taps), self.shape.hidden_size)
         seen = torch.empty(sizes, dtype=dtype, device=self.shape.device)
-        last, wanted = len(self.shape.layers), {n: seen[:, i] for i, n in enumerate(taps)}
+        last, wanted = len(self.shape.layers), dict(zip(taps, seen.unbind(1), strict=True))
         if self._fast is not None:
             inner = {number: place for number, place in wanted.items() if number < last}
             hidden = self._fast.hidden(ids, positions, batch, inner)
