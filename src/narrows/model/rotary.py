@@ -26,7 +26,9 @@ class ModelRotary:
         split = hasattr(self._module, "layer_types") and kinds
         self._kind = {"layer_type": "full_attention"} if split else {}
         self._device = next(model.parameters()).device
-        self._fixed = getattr(self._module, "rope_type", None) in FIXED
+        # On another device a look at the places would wait for them.
+        here = self._device.type == "cpu"
+        self._fixed = here and getattr(self._module, "rope_type", None) in FIXED
         self._known = self._made(torch.arange(1, device=self._device))
         """Of the first places, where they are fixed: to look them up takes a step far less than
         to make them."""
