@@ -39,8 +39,7 @@ class DenseLayer(LayerCache):
     """
 
     _place: ragged.Place | None = None
-    """Of the buffers there are, which have ``_room`` for so many tokens."""
-    _room = 0
+    """Of the buffers there are."""
 
     def __init__(self, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
@@ -97,14 +96,12 @@ class DenseLayer(LayerCache):
     def places(self, first_row: int, rows: int) -> Sequence[ragged.Place]:
         """See LayerCache. One. Grows the buffers when they are full."""
         # Asked of every layer of every sequence at each step, so it looks at no tensor.
-        stored = self.length - self.dropped + rows
-        if self._place is None or stored > self._room:
+        place = self._place
+        if place is None or self.length - self.dropped + rows > place.capacity:
             self.reserve(rows)
-            stored = self.length - self.dropped + rows
-            self._place = ragged.Place(self.k, self.v, window=self.shape.window)
-            self._room = self.k.shape[1]
+            place = self._place = ragged.Place(self.k, self.v, window=self.shape.window)
         self.length += rows
-        return (self._place.at(stored, first_row, rows),)
+        return (place.at(self.length - self.dropped, first_row, rows),)
 
     def rollback(self, n: int) -> None:
         """See LayerCache. A sliding layer can give back at most ROLLBACK tokens once it has

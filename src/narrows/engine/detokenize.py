@@ -41,7 +41,7 @@ class StreamDecoder:
         min_tokens: int = 0,
     ) -> None:
         self.stopped = False
-        # transformers' own wrapping takes as long again, for every token.
+        # Asked twice for every token, so without what transformers wraps around it.
         self._tokenizer = tokenizer.backend_tokenizer
         self._stop = tuple(stop)
         self._skip = skip_special_tokens

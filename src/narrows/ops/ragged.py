@@ -59,7 +59,7 @@ class Place:
     The three numbers may be changed from step to step (``at``); all else needs another place.
     """
 
-    __slots__ = ("address", "k", "k_codes", "seen", "told", "v", "v_codes", "window")
+    __slots__ = ("address", "capacity", "k", "k_codes", "seen", "told", "v", "v_codes", "window")
 
     def __init__(
         self,
@@ -77,10 +77,10 @@ class Place:
         assert k.dtype is v.dtype
         assert k.dtype in DTYPES
         self.k, self.v, self.k_codes, self.v_codes = k, v, k_codes, v_codes
-        self.seen, self.window = seen, window
+        self.seen, self.window, self.capacity = seen, window, k.shape[1]
         coded = [NO_CODES if c is None else c.fields for c in (k_codes, v_codes)]
         numbers = (
-            *(k.data_ptr(), v.data_ptr(), k.shape[1], stored, first_row, rows),
+            *(k.data_ptr(), v.data_ptr(), self.capacity, stored, first_row, rows),
             *(head, k.shape[0], window or 0),
             *(*coded[0], *coded[1]),
             *((0, 0) if seen is None else (seen.data_ptr(), len(seen))),
