@@ -20,6 +20,19 @@ def test_a_drafter_from_the_command_line(run, tmp_path):
     assert code == 0
     assert text == run("generate", "Once", "-n", "8", "--draft", "none", "--dtype", "float32")[1]
 
+    # Phrases are counted in the same answers, of which none is given again.
+    parts = {path: path.stat().st_mtime_ns for path in out.glob("work/answers/*")}
+    count = ["train", "phrases", "--prompts", str(prompts), "--dtype=float32"]
+    code, told, _ = run(*count, "--answer-tokens=8", "--out", str(out))
+    assert code == 0
+    assert " phrases; for " in told
+    assert parts == {path: path.stat().st_mtime_ns for path in out.glob("work/answers/*")}
+    both = f"phrases:folder={out}+{out}"
+    assert run("generate", "Once", "-n", "8", "--draft", both, "--dtype", "float32")[1] == text
+    code, _, complaint = run(*count, "--answer-tokens=9", "--out", str(out))
+    assert code == 2
+    assert "another folder" in complaint
+
     # The control learns from the answers in the file, and is measured on the model's own.
     control = tmp_path / "control"
     code, told, _ = run(*train, "--given", "--out", str(control))

@@ -25,25 +25,52 @@ app = typer.Typer(help="Train small parts for a model.", no_args_is_help=True)
 app.command("clsr")(train_listen.clsr)
 app.command("dual")(train_listen.dual)
 
+Out = Annotated[Path, typer.Option(help="Folder for the drafter; a run there goes on.")]
+Target = Annotated[str, typer.Option(help="Known name, hub id, folder or GGUF.")]
+Prompts = Annotated[
+    Path | None, typer.Option(help="JSON Lines of prompts; default: the data folder's.")
+]
+Count = Annotated[int, typer.Option(help="Prompts taken from the data folder.")]
+LongCount = Annotated[
+    int, typer.Option(help="Extension: as many long prompts from the data folder besides.")
+]
+LongTokens = Annotated[int, typer.Option(help="Tokens of a long prompt, about.")]
+AnswerTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
+
+
+def _asked(
+    prompts: Path | None,
+    data: Path | None,
+    count: int,
+    long_count: int,
+    long_tokens: int,
+    seed: int,
+) -> tuple[list[str], int]:
+    """What a model is to answer, and how many tokens a prompt may have with its answer."""
+    from narrows.data import locate
+    from narrows.train.prompts import CHARACTERS, from_data, from_file, long_from_data
+
+    texts = from_file(prompts) if prompts else from_data(locate(data), count, seed)
+    longest = 1024
+    if long_count:
+        texts += long_from_data(locate(data), long_count, CHARACTERS * long_tokens, seed)
+        random.Random(seed).shuffle(texts)  # those held out are the last
+        longest = max(longest, 2 * long_tokens)
+    return texts, longest
+
 
 @app.command("specformer")
 def specformer(
-    out: Annotated[Path, typer.Option(help="Folder for the drafter; a run there goes on.")],
-    target: Annotated[
-        str, typer.Option(help="Known name, hub id, folder or GGUF.")
-    ] = DEFAULT_MODEL,
-    prompts: Annotated[
-        Path | None, typer.Option(help="JSON Lines of prompts; default: the data folder's.")
-    ] = None,
+    out: Out,
+    target: Target = DEFAULT_MODEL,
+    prompts: Prompts = None,
     given: Annotated[
         bool, typer.Option("--given", help="Learn from the answers in --prompts, as a control.")
     ] = False,
     data: Data = None,
-    count: Annotated[int, typer.Option(help="Prompts taken from the data folder.")] = 2000,
-    long_count: Annotated[
-        int, typer.Option(help="Extension: as many long prompts from the data folder besides.")
-    ] = 0,
-    long_tokens: Annotated[int, typer.Option(help="Tokens of a long prompt, about.")] = 2000,
+    count: Count = 2000,
+    long_count: LongCount = 0,
+    long_tokens: LongTokens = 2000,
     steps: Annotated[int, typer.Option(help="Updates.")] = 500,
     slots: Annotated[int, typer.Option(help="Tokens forecast at once.")] = 4,
     taps: Annotated[
@@ -73,7 +100,7 @@ def specformer(
         bool, typer.Option(help="Extension: begin as the best linear forecast.")
     ] = False,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 6e-4,
-    answer_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    answer_tokens: AnswerTokens = 256,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of an update, about.")] = 4096,
     save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 50,
     start: Annotated[
@@ -86,31 +113,19 @@ def specformer(
     """A SpecFormer drafter for a model, taught by the model's own answers. Runs in several
     processes if started by `accelerate launch`."""
     from narrows.bench.progress import Progress
-    from narrows.data import locate
     from narrows.draft.specformer import SpecFormer
     from narrows.draft.specformer_drafter import check_target
     from narrows.errors import ConfigError
     from narrows.llm import LLM
     from narrows.train import specformer
     from narrows.train.loop import LoopOptions, processes
-    from narrows.train.prompts import (
-        CHARACTERS,
-        answers_from_file,
-        from_data,
-        from_file,
-        long_from_data,
-    )
+    from narrows.train.prompts import answers_from_file
 
     if given and (prompts is None or long_count):
         raise ConfigError("--given needs --prompts, and no --long-count: answers come from there")
     options = LoopOptions(steps=steps, rate=rate, save_every=save_every)
     check_places(out, folders=True)
-    texts = from_file(prompts) if prompts else from_data(locate(data), count, seed)
-    longest = 1024
-    if long_count:
-        texts += long_from_data(locate(data), long_count, CHARACTERS * long_tokens, seed)
-        random.Random(seed).shuffle(texts)  # those held out are the last
-        longest = max(longest, 2 * long_tokens)
+    texts, longest = _asked(prompts, data, count, long_count, long_tokens, seed)
     first = processes(device).is_main_process
     llm = LLM(target, draft="none", dtype=dtype, device=device)
     module = None
@@ -148,6 +163,47 @@ def specformer(
     specformer.draw(history, out / "curves.png")
     last = history[-1]
     write(f"{out}: {last['kappa']:.2f} tokens a step on held-out answers, teacher-forced\n")
+
+
+@app.command("phrases")
+def phrases(
+    out: Out,
+    target: Target = DEFAULT_MODEL,
+    prompts: Prompts = None,
+    data: Data = None,
+    count: Count = 2000,
+    long_count: LongCount = 0,
+    long_tokens: LongTokens = 2000,
+    answer_tokens: AnswerTokens = 256,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of prompts.")] = 0,
+) -> None:
+    """Phrases for a model, counted in its own answers: what follows the same few tokens most often.
+    Where `train specformer` has had the same prompts answered in the same folder, those count."""
+    from narrows.bench.progress import Progress
+    from narrows.llm import LLM
+    from narrows.train.examples import ANSWERS, answer_all
+    from narrows.train.phrases import count_phrases
+
+    check_places(out, folders=True)
+    texts, longest = _asked(prompts, data, count, long_count, long_tokens, seed)
+    llm = LLM(target, draft="none", dtype=dtype, device=device)
+    with Progress("answers") as progress:
+        progress.expect(len(texts))
+        examples = answer_all(
+            *(llm, texts, out / ANSWERS),
+            max_tokens=answer_tokens,
+            longest=longest,
+            on_done=progress.advance,
+        )
+    made, found = count_phrases(examples, llm.model.fingerprint)
+    made.save(out)
+    there, right = found.found / found.places, found.right / max(1, found.found)
+    write(
+        f"{out}: {len(made.keys):,} phrases; for {there:.0%} of the tokens of held-out answers "
+        f"there is one, and its guess is right for {right:.0%} of those\n"
+    )
 
 
 @app.command("kv-latent")

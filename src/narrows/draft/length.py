@@ -34,8 +34,9 @@ making it cost, so that it is tried again."""
 CAUTION = 1.1
 """What drafting is taken to cost, of what it seems to, so that doubtful gains are left."""
 GAIN = 1.06
-"""Tokens a second that guesses must promise, of what is got without any: what seems to be the best
-of many choices is on average less good than it seems."""
+"""Tokens a second that guesses must promise, of what is got without any, and drafts that tell, of
+what is got without those: what seems to be the best of many choices is on average less good than it
+seems."""
 WORTH = 1.05
 """Tokens a second that the kind dearest to make must promise, of what the others alone would give:
 what it costs beyond what is timed, and being wrong about it, eat a smaller gain."""
@@ -64,8 +65,6 @@ takes with it the share of one of those that decode, as texts differ in what dra
 UNHEARD = 8
 """Drafts that are taken to have been as their kind is expected to be, as far as fewer are
 remembered."""
-TELLING = 1.02
-"""Tokens a second that making drafts which tell must promise, of what is got without."""
 
 
 class Times:
@@ -323,9 +322,9 @@ class DraftLength:
 
         tokens = plan.tokens
         few = sum(one is not None for one in telling)
-        if tokens + few * sum(worth) / len(worth) > TELLING * (tokens + seconds(1) * plan.speed):
+        if tokens + few * sum(worth) / len(worth) > GAIN * (tokens + seconds(1) * plan.speed):
             gains = sorted(((gain(i), i) for i, one in enumerate(telling) if one), reverse=True)
-            best, count, gained = TELLING, 0, 0.0
+            best, count, gained = GAIN, 0, 0.0
             for n, (one, _) in enumerate(gains, 1):
                 gained += one
                 speed = (tokens + gained) / (tokens + seconds(n) * plan.speed)

@@ -21,9 +21,12 @@ DRAFTERS: Registry[Callable[..., Drafter]] = Registry("drafter")
 """Name -> callable that takes the target and the spec's options as keyword strings."""
 
 DRAFTERS.add("lookup", "narrows.draft.lookup:lookup")
+DRAFTERS.add("phrases", "narrows.draft.phrases:phrases")
 DRAFTERS.add("model", "narrows.draft.smaller:smaller_model")
 
-AUTO, NONE, LOOKUP, TRAINED = "auto", "none", "lookup", "shipped"
+AUTO, NONE, TRAINED = "auto", "none", "shipped"
+UNTRAINED, BEST = "lookup", f"lookup+phrases+{TRAINED}"
+"""What "auto" stands for: without anything shipped for a model, and with it."""
 
 SHIPPED = Path(__file__).with_name("shipped")
 """Holds a folder for each trained drafter that comes with the package, and its card."""
@@ -33,12 +36,12 @@ def make_drafter(spec: str, target: FlatModel) -> Drafter | None:
     """The drafter ``spec`` names for ``target``: None for "none", a trained SpecFormer for a
     folder, else a name with options; several joined by "+" are combined. "shipped" is the drafter
     that comes with the package for this model, and "auto" the best that was measured: prompt
-    lookup, with the shipped drafter where there is one. Raises ConfigError for an unknown name or
-    option, or a drafter of another model, ModelError for a folder that cannot be read."""
+    lookup, with what is shipped for the model. Raises ConfigError for an unknown name or option, or
+    a drafter of another model, ModelError for a folder that cannot be read."""
     if spec == NONE:
         return None
     if spec == AUTO:
-        spec = LOOKUP if shipped_for(target) is None else f"{LOOKUP}+{TRAINED}"
+        spec = UNTRAINED if shipped_for(target) is None else BEST
     if spec == TRAINED:
         folder = shipped_for(target)
         if folder is None:
@@ -54,7 +57,8 @@ def make_drafter(spec: str, target: FlatModel) -> Drafter | None:
 
 
 def shipped_for(target: FlatModel) -> Path | None:
-    """The folder of the drafter that comes with the package for ``target``, if one does."""
+    """The folder of the drafter and the phrases that come with the package for ``target``, if they
+    do."""
     for config in sorted(SHIPPED.glob(f"*/{CONFIG}")):
         if json.loads(config.read_text())["fingerprint"] == target.fingerprint:
             return config.parent

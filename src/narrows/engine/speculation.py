@@ -8,13 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from narrows.contracts import Asked, CachePolicy, Draft, Drafter, LayerCache, ModelShape, Offer
-from narrows.draft.length import NEGLIGIBLE, DraftLength, Plan
+from narrows.draft.length import BUCKET, NEGLIGIBLE, DraftLength, Plan
 from narrows.engine.scheduler import Work
 from narrows.engine.sequence import Sequence
 
 LONGEST_REST = 4
 """Steps that pass, at most, until drafts are thought of again, where none was worth its cost and
 thinking has one, too."""
+
+PLAIN_EVERY = 64
+"""Steps with guesses, at most, until one passes without, at about as many sequences: what plain
+steps take is not told by steps of many more rows, and all guesses are weighed against it."""
 
 Offered = tuple[int, list[Offer]]
 """A sequence's number and what is offered for it."""
@@ -44,14 +48,22 @@ class Speculation:
         self._idle = self._rest = 0
         """Times in a row that nothing was verified although it had been thought of, at a cost; and
         steps that are yet to pass without a thought."""
+        self._decoding = 0
+        """Sequences that get a token in this step."""
+        self._plain: dict[int, _Plain] = defaultdict(_Plain)
+        """By their number, counted in powers of two."""
         self._made: set[str] = set()
         """Kinds of guesses made before: the first time is no measure, as nothing is at hand yet."""
 
     def drafts(self, work: list[Work], limit: Callable[[Sequence], int]) -> list[Draft]:
         """A draft, often empty, for each item of ``work``; none reaches the request's ``limit``."""
         self._offered, self._drafting = {}, 0.0
+        rows = sum(item.count for item in work)
+        self._decoding = sum(item.count == item.sequence.pending for item in work)
         if self._rest:
             self._rest -= 1
+            return [Draft([])] * len(work)
+        if self.adapts and rows == self._decoding and self._plain[rows.bit_length()].due:
             return [Draft([])] * len(work)
         started = time.perf_counter()
         asked: dict[int, Asked] = {}
@@ -60,13 +72,11 @@ class Speculation:
             k = min(self.most, limit(sequence) - len(sequence.tokens) - 1)
             if sequence.sealed and sequence.pending == 1 and k > 0:
                 asked[i] = Asked(sequence.number, sequence.tokens, k)
-        rows = sum(item.count for item in work)
-        decoding = sum(item.count == item.sequence.pending for item in work)
         offers = self.drafter.offer(list(asked.values()))
         offered = [(one.number, some) for one, some in zip(asked.values(), offers, strict=True)]
         told: dict[int, Draft] = {}
         if self.adapts:
-            plan, told = self._choose(list(asked.values()), offered, rows, decoding)
+            plan, told = self._choose(list(asked.values()), offered, rows, self._decoding)
             self._pause(plan, time.perf_counter() - started, rows)
         else:
             taken = [self.length.likeliest(number, some) for number, some in offered]
@@ -145,11 +155,31 @@ class Speculation:
     def observe(self, rows: int, seconds: float) -> None:
         """Note what a step of ``rows`` tokens took, drafting included."""
         self.length.steps.observe(rows, seconds - self._drafting)
+        known = (rows - 1) // BUCKET == (self._decoding - 1) // BUCKET
+        self._plain[self._decoding.bit_length()].note(known)
 
     def forget(self, sequence: Sequence) -> None:
         """A sequence has ended."""
         self.drafter.forget(sequence.number)
         self.length.forget(sequence.number)
+
+
+@dataclass(slots=True)
+class _Plain:
+    """Steps since one has shown what a step without guesses takes, and how many may pass: more and
+    more, as what is known from few is soon outweighed."""
+
+    since: int = 0
+    most: int = 1
+
+    @property
+    def due(self) -> bool:
+        return self.since >= self.most
+
+    def note(self, known: bool) -> None:
+        if self.due:
+            self.most = min(2 * self.most, PLAIN_EVERY)
+        self.since = 0 if known else self.since + 1
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from narrows.errors import InputError
 from narrows.llm import LLM
 from narrows.train.kept import Tensors, kept
 
+ANSWERS = Path("work", "answers")
+"""In a drafter's folder, what its target answered."""
 PART = 256
 """Prompts answered together and kept in one file: many, since the last answers of a part
 are written by few at a time."""

@@ -22,7 +22,7 @@ from narrows.errors import ConfigError, InputError
 from narrows.figure import new_figure, save_figure
 from narrows.llm import LLM
 from narrows.model.flat import FlatModel
-from narrows.train.examples import Example, answer_all, digest, given_all
+from narrows.train.examples import ANSWERS, Example, answer_all, digest, given_all
 from narrows.train.linear_start import start_linear
 from narrows.train.loop import CHECKPOINT, LoopOptions, chosen, processes, train
 
@@ -76,7 +76,7 @@ def run(
     Raises ConfigError for options that do not go together, and as ``answer_all`` and ``train`` do.
     """
     target, work = llm.model, out / "work"
-    answers = work / "answers"
+    answers = out / ANSWERS
     crew = processes(target.shape.device)
 
     def answer(some: Sequence[str]) -> list[Example]:

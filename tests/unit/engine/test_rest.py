@@ -1,4 +1,5 @@
-"""Drafting rests where thinking of it costs something and nothing is verified."""
+"""Drafting rests where thinking of it costs something and nothing is verified, and now and then to
+see what a step without it takes."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import pytest
 from narrows.contracts import Offer
 from narrows.draft.length import Plan
 from narrows.engine import speculation
-from narrows.engine.speculation import LONGEST_REST, Speculation
+from narrows.engine.speculation import LONGEST_REST, PLAIN_EVERY, Speculation
 
 
 class Asked:
@@ -68,3 +69,41 @@ def test_what_is_worth_it_ends_the_rest(monkeypatch):
 @pytest.mark.parametrize("worth", [(), range(3)])
 def test_what_costs_nothing_is_thought_of_always(monkeypatch, worth):
     assert steps_asked(monkeypatch, 0.001, worth) == list(range(20))
+
+
+def steps_with_guesses(sequences: int, k: int, steps: int) -> list[bool]:
+    """Whether each of so many steps of ``sequences`` verified guesses, ``k`` for each of them if it
+    does."""
+    made = Speculation(Asked())  # type: ignore[arg-type]
+    made.length.choose = lambda asked, rows, decoding: Plan(  # type: ignore[method-assign]
+        [some[0] for _, some in asked], [k for _ in asked]
+    )
+    sequence = SimpleNamespace(number=0, tokens=[1, 2, 3], sealed=True, pending=1)
+    work = [SimpleNamespace(sequence=sequence, count=1)] * sequences
+    drafted = []
+    for _ in range(steps):
+        drafts = made.drafts(work, lambda sequence: 100)  # type: ignore[arg-type]
+        drafted.append(any(draft.tokens for draft in drafts))
+        made.observe(sequences + (k * sequences if drafted[-1] else 0), 1.0)
+    return drafted
+
+
+def test_steps_without_guesses_come_more_and_more_seldom_up_to_a_bound():
+    drafted = steps_with_guesses(8, 1, 6 * PLAIN_EVERY)
+    plain = [i for i, guessed in enumerate(drafted) if not guessed]
+    gaps = [b - a - 1 for a, b in itertools.pairwise([-1, *plain])]
+    assert gaps[:7] == [1, 2, 4, 8, 16, 32, 64]
+    assert set(gaps[7:]) == {PLAIN_EVERY}
+
+
+def test_steps_of_hardly_more_rows_tell_as_much():
+    assert all(steps_with_guesses(1, 3, 2 * PLAIN_EVERY))
+
+
+def test_a_fixed_draft_length_is_kept_to():
+    made = Speculation(Asked(), fixed=1)  # type: ignore[arg-type]
+    sequence = SimpleNamespace(number=0, tokens=[1, 2, 3], sealed=True, pending=1)
+    work = [SimpleNamespace(sequence=sequence, count=1)] * 8
+    for _ in range(8):
+        assert all(d.tokens for d in made.drafts(work, lambda sequence: 100))  # type: ignore[arg-type]
+        made.observe(16, 1.0)

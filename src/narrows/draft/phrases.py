@@ -1,0 +1,175 @@
+"""Phrases: the token that most often followed the last few, in answers the model gave before.
+
+An n-gram model with back-off (Katz, 1987) cut down to the likeliest token behind each run of one to
+LONGEST tokens, and how likely it is. An extension of our own: what it guesses costs next to nothing
+to make, so it pays at batches where a module's guesses do not. ``narrows.train.phrases`` makes one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from narrows.config import Settings
+from narrows.contracts import Asked, Draft, Drafter, Offer, Sort
+from narrows.draft.specs import shipped_for
+from narrows.errors import ConfigError, ModelError
+from narrows.files import replacing
+from narrows.model.flat import FlatModel
+
+FILE = "phrases.safetensors"
+LONGEST = 4
+"""Tokens of the longest run looked up."""
+LEAST = 0.2
+"""Chance below which a guess is not made: no step has it verified."""
+
+MIX = 0x1E3779B97F4A7C15
+"""Odd, so that no token is lost from a run's key."""
+MASK = (1 << 63) - 1
+
+
+def longer_key(key: int, token: int) -> int:
+    """The key of a run and ``token`` before it, from the run's own, which is 0 of none. Two runs
+    have the same by rare accident, which costs a bad guess and nothing else."""
+    return (key * MIX + token + 1) & MASK
+
+
+@dataclass(frozen=True)
+class Phrases:
+    """Runs of tokens by their ``keys`` int64 ``[N]``, which rise; behind each, the likeliest of
+    ``tokens`` int32 ``[N]``, a guess of the sort ``sorts`` uint8 ``[N]``, which is right with one
+    of ``chances`` float32 ``[S]``. Of the model with that ``fingerprint``. A run stands there only
+    if its own ends do."""
+
+    fingerprint: str
+    keys: Tensor
+    tokens: Tensor
+    sorts: Tensor
+    chances: Tensor
+
+    def save(self, folder: Path) -> None:
+        """Write them to FILE in ``folder``, beside and then renamed. Raises InputError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        with replacing(folder / FILE) as beside:
+            save_file(tensors, beside, metadata={"fingerprint": self.fingerprint})
+
+    @classmethod
+    def load(cls, folder: Path) -> Phrases:
+        """What ``save`` wrote. Raises ModelError if it is not there, or not whole."""
+        try:
+            with safe_open(folder / FILE, "pt") as file:
+                fingerprint = (file.metadata() or {})["fingerprint"]
+                made = cls(fingerprint, *(file.get_tensor(name) for name in TENSORS))
+        except Exception as error:
+            raise ModelError(f"cannot read phrases from {folder}: {error}") from None
+        if not made._whole():
+            raise ModelError(f"{folder / FILE} does not hold phrases; make them again")
+        return made
+
+    def _whole(self) -> bool:
+        if tuple(getattr(self, name).dtype for name in TENSORS) != tuple(TENSORS.values()):
+            return False
+        sizes = {tuple(x.shape) for x in (self.keys, self.tokens, self.sorts)}
+        if sizes != {(len(self.keys),)} or self.chances.ndim != 1:
+            return False
+        rising = bool((self.keys.diff() > 0).all())
+        return rising and (not len(self.sorts) or int(self.sorts.max()) < len(self.chances))
+
+
+TENSORS = {
+    "keys": torch.int64,
+    "tokens": torch.int32,
+    "sorts": torch.uint8,
+    "chances": torch.float32,
+}
+
+
+class PhraseOptions(Settings):
+    """``folder`` holds the phrases, those that come with the package by default; ``most`` tokens of
+    a draft."""
+
+    folder: Path | None = None
+    most: Annotated[int, Field(ge=1, le=16)] = 4
+
+
+class PhraseDrafter(Drafter):
+    """Guesses what ``phrases`` have behind the longest run that ends a text, and on from there."""
+
+    name = "phrases"
+
+    def __init__(self, phrases: Phrases, most: int = 4) -> None:
+        self.phrases, self.most = phrases, most
+        self._keys = phrases.keys.numpy().data
+        self._tokens = phrases.tokens.numpy().data
+        self._sort_at = phrases.sorts.numpy().data
+        self._sorts = [Sort(chance) for chance in phrases.chances.tolist()]
+
+    def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
+        """See Drafter. One offer at most."""
+        offers = []
+        for one in asked:
+            _, sorts = self._draft(one)
+            offers.append([Offer(self.name, len(sorts), sorts=sorts)] if sorts else [])
+        return offers
+
+    def propose(self, asked: Sequence[Asked]) -> list[Draft]:
+        """See Drafter."""
+        return [Draft(self._draft(one)[0]) for one in asked]
+
+    def _draft(self, one: Asked) -> tuple[list[int], tuple[Sort, ...]]:
+        last, guesses, sorts = list(one.tokens[-LONGEST:]), [], []
+        last.reverse()
+        for _ in range(min(one.k, self.most)):
+            at = self._find(last)
+            if at is None:
+                break
+            sort = self._sorts[self._sort_at[at]]
+            if sort.expected < LEAST:
+                break
+            guesses.append(self._tokens[at])
+            sorts.append(sort)
+            last = [guesses[-1], *last[: LONGEST - 1]]
+        return guesses, tuple(sorts)
+
+    def _find(self, last: Sequence[int]) -> int | None:
+        """Where the longest run of tokens stands that ends in ``last``, the newest of which is the
+        first."""
+        keys, found, key = self._keys, None, 0
+        for token in last:
+            key = longer_key(key, token)
+            at = bisect_left(keys, key)
+            if at == len(keys) or keys[at] != key:  # nor is anything longer there
+                break
+            found = at
+        return found
+
+
+def phrases(target: FlatModel, **options: Any) -> PhraseDrafter:
+    """The drafter of PhraseOptions for ``target``. Raises ConfigError if there are none for it or
+    they are of another model, ModelError if they cannot be read."""
+    chosen = PhraseOptions(**options)
+    folder = chosen.folder or shipped_for(target)
+    if folder is None:
+        raise ConfigError(
+            f"no phrases are shipped for {target.name}; make some with narrows train phrases and "
+            "name their folder, phrases:folder=DIR"
+        )
+    found = Phrases.load(folder)
+    if found.fingerprint != target.fingerprint:
+        raise ConfigError(
+            f"the phrases in {folder} are another model's (fingerprint {found.fingerprint}, but "
+            f"{target.name} has {target.fingerprint})"
+        )
+    if len(found.tokens) and int(found.tokens.max()) >= target.shape.vocab_size:
+        raise ModelError(f"{folder / FILE} has tokens outside the vocabulary of {target.name}")
+    return PhraseDrafter(found, chosen.most)
