@@ -243,19 +243,19 @@ class Sort:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """``k`` guesses could be made. ``kind`` names what makes them, whose cost is learnt by kind;
-    ``sorts`` tells them apart by how good they are. Without it they are by their place: until some
-    have been tried, the first is taken to be right with chance ``first``, and a later one, where
-    those before it are, with ``later``. If it ``tells``, the draft will come with chances;
-    ``chances`` are those of one that has been made."""
+    """Guesses that could be made, at least one. ``kind`` names what makes them, whose cost is
+    learnt by kind; ``sorts`` are those of each. If it ``tells``, the draft will come with chances;
+    ``chances`` are those of one that has been made, and stand for its sorts."""
 
     kind: str
-    k: int
-    first: float = 0.5
-    later: float = 0.6
     sorts: tuple[Sort, ...] = ()
     tells: bool = False
     chances: tuple[float, ...] = ()
+
+    @property
+    def k(self) -> int:
+        """How many they are."""
+        return len(self.chances or self.sorts)
 
 
 @dataclass(frozen=True, slots=True)

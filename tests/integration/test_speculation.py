@@ -10,7 +10,7 @@ import torch
 
 from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
-from narrows.contracts import Draft, Drafter, Offer
+from narrows.contracts import Draft, Drafter
 from narrows.draft.combined import Combined
 from narrows.draft.smaller import SmallerModel
 from narrows.draft.specs import make_drafter
@@ -18,6 +18,7 @@ from narrows.engine.engine import Engine
 from narrows.engine.sequence import State
 from narrows.errors import ConfigError
 from tiny import FAMILIES, pair, prompts
+from tiny_drafts import offer
 
 SMALL = "residual=32,group=16,value_group=16"
 GREEDY = SamplingParams(max_tokens=24)
@@ -32,7 +33,7 @@ class Told(Drafter):
         self.texts, self.skill, self.chance = texts, skill, random.Random(1)
 
     def offer(self, asked):
-        return [[Offer("told", one.k)] for one in asked]
+        return [[offer("told", one.k)] for one in asked]
 
     def propose(self, asked):
         return [self.guess(one.tokens, one.k) for one in asked]
@@ -107,7 +108,7 @@ def test_of_two_drafters_the_better_is_asked() -> None:
     texts = {tuple(p): t for p, t in zip(batch, expected, strict=True)}
     right, wrong, asked = Told(texts, 1.0), Told(texts, 0.0), {"told": 0, "wrong": 0}
     wrong.name = "wrong"
-    wrong.offer = lambda a: [[Offer("wrong", one.k)] for one in a]
+    wrong.offer = lambda a: [[offer("wrong", one.k)] for one in a]
     for one in (right, wrong):
 
         def count(a, one=one, propose=one.propose):

@@ -17,10 +17,10 @@ earlier ones were worth it, and a guess's chance is what became of those it was 
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Container, Hashable, Sequence, Set
+from collections.abc import Container, Sequence, Set
 from dataclasses import dataclass
 
-from narrows.contracts import Offer
+from narrows.contracts import Offer, Sort
 
 PRIOR_TRIALS = 10.0
 """Trials that a sort of guess is credited with before any, with what is expected of them."""
@@ -34,9 +34,8 @@ making it cost, so that it is tried again."""
 CAUTION = 1.1
 """What drafting is taken to cost, of what it seems to, so that doubtful gains are left."""
 GAIN = 1.06
-"""Tokens a second that guesses must promise, of what is got without any, and drafts that tell, of
-what is got without those: what seems to be the best of many choices is on average less good than it
-seems."""
+"""Tokens a second that guesses must promise, beyond what such promises are known to lack, of what
+is got without any; and drafts that tell, of what is got without those."""
 WORTH = 1.05
 """Tokens a second that the kind dearest to make must promise, of what the others alone would give:
 what it costs beyond what is timed, and being wrong about it, eat a smaller gain."""
@@ -170,11 +169,13 @@ class DraftLength:
     def __init__(self) -> None:
         self.steps = Times()
         self.making: dict[str, Times] = defaultdict(Times)
-        self._sorts: dict[Hashable, _Record] = {}
-        self._own: dict[int, dict[Hashable, _Record]] = defaultdict(dict)
+        self._sorts: dict[Sort, _Record] = {}
+        self._own: dict[int, dict[Sort, _Record]] = defaultdict(dict)
         self._sure: dict[tuple[str, int], _Record] = {}
         self._drafts: dict[str, deque[list[float]]] = defaultdict(lambda: deque(maxlen=DRAFTS))
         """Of kinds that tell, the chances of the latest drafts' guesses."""
+        self._promises = _Record(PRIOR_TRIALS, PRIOR_TRIALS)
+        """What came of plans with guesses, of the tokens a second they promised."""
         self._met: set[int] = set()
         """Sequences for which something that tells was offered."""
 
@@ -183,7 +184,8 @@ class DraftLength:
         if offer.chances:
             record = self._surely(offer, place)
             return record.hits / record.trials
-        common, own = self._common(offer, place), self._own[number].get(_sort(offer, place))
+        sort = offer.sorts[place]
+        common, own = self._common(sort), self._own[number].get(sort)
         rate = common.hits / common.trials
         return (own.hits + OWN_TRIALS * rate) / (own.trials + OWN_TRIALS) if own else rate
 
@@ -219,12 +221,12 @@ class DraftLength:
         taken = [offer for offer in best.taken if offer is not None and not offer.chances]
         for kind in kinds.difference(offer.kind for offer in taken):
             self.making[kind].fade()
-        tried = {_sort(offer, 0) for offer in taken}
-        left = [(number, offer) for number, offer in untold if _sort(offer, 0) not in tried]
-        for offer in {_sort(offer, 0): offer for _, offer in left}.values():
-            self._common(offer, 0).fade(_expected(offer, 0) * PRIOR_TRIALS, PRIOR_TRIALS)
-        for number, offer in left:
-            if (own := self._own[number].get(_sort(offer, 0))) is not None:
+        tried = {offer.sorts[0] for offer in taken}
+        left = [(number, first) for number, one in untold if (first := one.sorts[0]) not in tried]
+        for sort in {sort for _, sort in left}:
+            self._common(sort).fade(sort.expected * PRIOR_TRIALS, PRIOR_TRIALS)
+        for number, sort in left:
+            if (own := self._own[number].get(sort)) is not None:
                 own.fade(0.0, 0.0)
         return best
 
@@ -244,7 +246,7 @@ class DraftLength:
         tokens, alone = float(decoding), self.steps(decoding)
         plain, least = self.steps(rows), CHEAP * CAUTION * self.steps.slope
         none = tokens / alone
-        best = GAIN * none
+        best = GAIN / self.kept * none
         guesses: list[tuple[float, int, int]] = []
         for i, ((number, _), offer) in enumerate(zip(asked, offers, strict=True)):
             if offer is None:
@@ -304,7 +306,7 @@ class DraftLength:
                 self._met.add(number)
                 for _ in range(min(len(drafts), -(-DRAFTS // decoding))):
                     drafts.popleft()
-        usual = [first.first, *[first.later] * (first.k - 1)]
+        usual = [sort.expected for sort in first.sorts]
         likely = [*drafts, *[usual] * (UNHEARD - len(drafts))]
         worth = [_worth(draft, price) for draft in likely]
         slots = sum(map(len, likely)) / len(likely)
@@ -338,6 +340,19 @@ class DraftLength:
         """Note what a draft that was made for a sequence tells."""
         self._drafts[offer.kind].append(self._chances(number, offer))
 
+    @property
+    def kept(self) -> float:
+        """The part of what plans with guesses promise that comes true: of many choices the one that
+        seems best is less good than it seems."""
+        return min(1.0, self._promises.hits / self._promises.trials)
+
+    def came(self, plan: Plan, speed: float) -> None:
+        """Note how many tokens a second came of a ``plan`` for a step that only decoded."""
+        if not any(plan.lengths):
+            self._promises.fade(PRIOR_TRIALS, PRIOR_TRIALS)
+        elif plan.speed:
+            self._promises.add(min(speed / plan.speed, 2.0))
+
     def learn(self, number: int, offer: Offer, tried: int, kept: int) -> None:
         """Note that the first ``kept`` of ``tried`` guesses of an ``offer`` stayed."""
         if offer.chances:
@@ -345,16 +360,14 @@ class DraftLength:
                 self._surely(offer, place).add(place < kept)
             return
         own = self._own[number]
-        for place in range(min(kept + 1, tried)):
-            self._common(offer, place).add(place < kept)
-            own.setdefault(_sort(offer, place), _Record(0.0, 0.0)).add(place < kept)
+        for place, sort in enumerate(offer.sorts[: min(kept + 1, tried)]):
+            self._common(sort).add(place < kept)
+            own.setdefault(sort, _Record(0.0, 0.0)).add(place < kept)
 
-    def _common(self, offer: Offer, place: int) -> _Record:
-        sort = _sort(offer, place)
+    def _common(self, sort: Sort) -> _Record:
         found = self._sorts.get(sort)
         if found is None:
-            hits = _expected(offer, place) * PRIOR_TRIALS
-            found = self._sorts[sort] = _Record(hits, PRIOR_TRIALS)
+            found = self._sorts[sort] = _Record(sort.expected * PRIOR_TRIALS, PRIOR_TRIALS)
         return found
 
     def _surely(self, offer: Offer, place: int) -> _Record:
@@ -370,18 +383,6 @@ class DraftLength:
         """Drop a sequence's own record."""
         self._own.pop(number, None)
         self._met.discard(number)
-
-
-def _sort(offer: Offer, place: int) -> Hashable:
-    """What the guess at a place is counted with."""
-    return offer.sorts[place] if offer.sorts else (offer.kind, place)
-
-
-def _expected(offer: Offer, place: int) -> float:
-    """Its chance before any of them was tried."""
-    if offer.sorts:
-        return offer.sorts[place].expected
-    return offer.later if place else offer.first
 
 
 def _worth(chances: Sequence[float], price: float) -> float:

@@ -88,7 +88,7 @@ class Lookup(Drafter):
             SORTS[min(size + i, len(SORTS) - 1)][went[run][behind + i]]
             for i, run in enumerate(runs)
         )
-        return Offer(self.name, k, sorts=sorts)
+        return Offer(self.name, sorts)
 
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See Drafter."""

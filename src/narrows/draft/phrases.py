@@ -119,7 +119,7 @@ class PhraseDrafter(Drafter):
         offers = []
         for one in asked:
             _, sorts = self._draft(one)
-            offers.append([Offer(self.name, len(sorts), sorts=sorts)] if sorts else [])
+            offers.append([Offer(self.name, sorts)] if sorts else [])
         return offers
 
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:

@@ -14,9 +14,12 @@ from pydantic import Field
 
 from narrows.cache.dense import DensePolicy
 from narrows.config import Settings
-from narrows.contracts import Asked, Draft, Drafter, FlatBatch, LayerCache, Offer
+from narrows.contracts import Asked, Draft, Drafter, FlatBatch, LayerCache, Offer, Sort
 from narrows.errors import ConfigError
 from narrows.model.flat import FlatModel
+
+EXPECTED = 0.5, 0.6
+"""Chances of the first guess and of later ones, to begin with."""
 
 
 class SmallerOptions(Settings):
@@ -40,6 +43,7 @@ class SmallerModel(Drafter):
         self.model, self.most = model, most
         self.policy = DensePolicy().holding(most)
         self._states: dict[int, _State] = {}
+        self._sorts = (Sort(EXPECTED[0]), *(Sort(EXPECTED[1]) for _ in range(most - 1)))
 
     def estimate(self, tokens: int) -> int:
         """See Drafter."""
@@ -52,7 +56,7 @@ class SmallerModel(Drafter):
         self._states = {n: s for n, s in self._states.items() if n in here}
         window = self.model.shape.max_tokens
         rooms = [min(one.k, self.most, window - len(one.tokens)) for one in asked]
-        return [[Offer(self.name, room)] if room > 0 else [] for room in rooms]
+        return [[Offer(self.name, self._sorts[:room])] if room > 0 else [] for room in rooms]
 
     @torch.inference_mode()
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:

@@ -20,6 +20,7 @@ from narrows.contracts import (
     Kept,
     LayerShape,
     Offer,
+    Sort,
     Span,
 )
 from narrows.draft.specformer import GroupedRMSNorm, SpecFormer, SpecFormerConfig
@@ -69,6 +70,7 @@ class SpecFormerDrafter(Drafter):
             module.to(target.shape.device, target.shape.dtype).eval().requires_grad_(False)
         )
         self.most, self.taps = config.slots, config.taps
+        self._sorts = (Sort(EXPECTED[0]), *(Sort(EXPECTED[1]) for _ in range(self.most - 1)))
         head = target.head
         self.named: Tensor | None = None
         if config.draft_vocab is not None:
@@ -173,7 +175,7 @@ class SpecFormerDrafter(Drafter):
         """See Drafter."""
         self._size = len(asked).bit_length()
         return [
-            [Offer(self.name, min(one.k, self.most), *EXPECTED, tells=True)]
+            [Offer(self.name, self._sorts[: one.k], tells=True)]
             if one.number in self._states
             else []
             for one in asked

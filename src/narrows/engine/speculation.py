@@ -12,7 +12,7 @@ from narrows.draft.length import BUCKET, NEGLIGIBLE, DraftLength, Plan
 from narrows.engine.scheduler import Work
 from narrows.engine.sequence import Sequence
 
-LONGEST_REST = 4
+LONGEST_REST = 16
 """Steps that pass, at most, until drafts are thought of again, where none was worth its cost and
 thinking has one, too."""
 
@@ -50,6 +50,10 @@ class Speculation:
         steps that are yet to pass without a thought."""
         self._decoding = 0
         """Sequences that get a token in this step."""
+        self._plan: Plan | None = None
+        """What was chosen for this step, if any thought was given to it."""
+        self._tokens = 0
+        """That this step has given so far."""
         self._plain: dict[int, _Plain] = defaultdict(_Plain)
         """By their number, counted in powers of two."""
         self._made: set[str] = set()
@@ -58,6 +62,7 @@ class Speculation:
     def drafts(self, work: list[Work], limit: Callable[[Sequence], int]) -> list[Draft]:
         """A draft, often empty, for each item of ``work``; none reaches the request's ``limit``."""
         self._offered, self._drafting = {}, 0.0
+        self._plan, self._tokens = None, 0
         rows = sum(item.count for item in work)
         self._decoding = sum(item.count == item.sequence.pending for item in work)
         if self._rest:
@@ -78,6 +83,7 @@ class Speculation:
         if self.adapts:
             plan, told = self._choose(list(asked.values()), offered, rows, self._decoding)
             self._pause(plan, time.perf_counter() - started, rows)
+            self._plan = plan if self.length.steps.known else None  # else it promised no seconds
         else:
             taken = [self.length.likeliest(number, some) for number, some in offered]
             plan = Plan(taken, [offer.k if offer else 0 for offer in taken])
@@ -119,7 +125,7 @@ class Speculation:
         for (number, left), offer in zip(others, worth, strict=True):
             if offer is not None and number in told:
                 chances = told[number].chances
-                left.append(replace(offer, k=len(chances), chances=chances))
+                left.append(replace(offer, chances=chances))
                 self.length.told(number, left[-1])
         plan = self.length.choose(others, rows, decoding)
         # Choosing once more is part of what such drafts cost.
@@ -127,13 +133,13 @@ class Speculation:
         return plan, told
 
     def _pause(self, plan: Plan, seconds: float, rows: int) -> None:
-        """Rest, longer each time, if a step of ``rows`` that took so many to plan verifies
+        """Rest, twice as long each time, if a step of ``rows`` that took so many to plan verifies
         nothing."""
         if any(plan.lengths) or seconds < NEGLIGIBLE * self.length.steps(rows):
             self._idle = 0
             return
         self._idle += 1
-        self._rest = min(self._idle, LONGEST_REST)
+        self._rest = min(1 << (self._idle - 1), LONGEST_REST)
 
     def _note(self, kind: str, drafts: list[Draft], started: float) -> None:
         """Drafts of a kind have been made since ``started``."""
@@ -145,6 +151,7 @@ class Speculation:
 
     def learn(self, sequence: Sequence, draft: Draft, kept: int) -> None:
         """Note how many guesses of a sequence's draft were right."""
+        self._tokens += kept + 1
         for place in range(len(draft.tokens)):
             self.tried[place] += 1
             self.kept[place] += place < kept
@@ -155,6 +162,8 @@ class Speculation:
     def observe(self, rows: int, seconds: float) -> None:
         """Note what a step of ``rows`` tokens took, drafting included."""
         self.length.steps.observe(rows, seconds - self._drafting)
+        if self._plan is not None:
+            self.length.came(self._plan, self._tokens / seconds)
         known = (rows - 1) // BUCKET == (self._decoding - 1) // BUCKET
         self._plain[self._decoding.bit_length()].note(known)
 

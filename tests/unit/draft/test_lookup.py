@@ -13,6 +13,7 @@ from narrows.draft.length import CAUTION, GAIN, WORTH, DraftLength, Times
 from narrows.draft.lookup import ALIKE, APART, EXPECTED, ONCE
 from narrows.draft.specs import make_drafter
 from narrows.errors import ConfigError
+from tiny_drafts import offer
 
 
 def search(tokens: list[int], k: int, longest: int, shortest: int) -> list[int]:
@@ -85,10 +86,10 @@ def test_guesses_are_told_apart_by_how_the_text_went_on_before(tokens, more, len
 def test_guesses_of_a_sort_are_learnt_together_wherever_they_stand():
     good, bad, length = Sort(0.5), Sort(0.5), DraftLength()
     for _ in range(50):
-        length.learn(1, Offer("x", 2, sorts=(good, bad)), 2, 1)
+        length.learn(1, Offer("x", (good, bad)), 2, 1)
     for number, most in ((1, 0.05), (2, 0.12)):  # a sequence's own record weighs more
-        offer = Offer("x", 3, sorts=(bad, good, good))
-        chances = [length.survival(number, offer, place) for place in range(3)]
+        mixed = Offer("x", (bad, good, good))
+        chances = [length.survival(number, mixed, place) for place in range(3)]
         assert chances[0] < most
         assert chances[1] == chances[2] > 1 - most
 
@@ -117,7 +118,7 @@ def length_for(*steps: tuple[int, float]) -> DraftLength:
 
 
 def test_free_rows_take_every_guess_and_dear_ones_none():
-    offers = [(i, [Offer("x", 3)]) for i in range(3)]
+    offers = [(i, [offer("x", 3)]) for i in range(3)]
     assert length_for((3, 1.0), (12, 1.0)).choose(offers, 3, 3).lengths == [3, 3, 3]
     assert length_for((3, 3.0), (4, 4.0), (12, 12.0)).choose(offers, 3, 3).lengths == [0, 0, 0]
 
@@ -128,15 +129,15 @@ def test_the_choice_is_the_best_of_all_choices():
     taken = []
     for seed in range(10):
         length = length_for((3, 1.0), (6, 1.1 + seed / 20), (12, 1.6 + seed / 5))
-        offers = [(i, [Offer(f"{i}", 3)]) for i in range(3)]
-        for number, (offer,) in offers:
+        offers = [(i, [offer(f"{i}", 3)]) for i in range(3)]
+        for number, (one,) in offers:
             for _ in range(10):
-                length.learn(number, offer, 3, (seed + number) % 4)
+                length.learn(number, one, 3, (seed + number) % 4)
 
         def speed(ks, length=length, offers=offers):
             expected = 3.0
-            for (number, (offer,)), k in zip(offers, ks, strict=True):
-                expected += length.expected(number, Offer(offer.kind, k))
+            for (number, (one,)), k in zip(offers, ks, strict=True):
+                expected += length.expected(number, Offer(one.kind, one.sorts[:k]))
             plain = length.steps(3)
             return expected / (plain + CAUTION * (length.steps(3 + sum(ks)) - plain))
 
@@ -151,12 +152,12 @@ def test_the_choice_is_the_best_of_all_choices():
 
 
 def test_a_kind_that_fails_is_left_and_tried_again_later():
-    length, offer = length_for((1, 1.0), (2, 1.3), (3, 1.6)), Offer("x", 2)
+    length, failing = length_for((1, 1.0), (2, 1.3), (3, 1.6)), offer("x", 2)
     tries = []
     for _ in range(600):
-        (k,) = length.choose([(0, [offer])], 1, 1).lengths
+        (k,) = length.choose([(0, [failing])], 1, 1).lengths
         tries.append(k)
-        length.learn(0, offer, k, 0)
+        length.learn(0, failing, k, 0)
         length.steps.observe(1 + k, 1.0 + 0.3 * k)
     assert tries[0] > 0
     assert tries[30] == 0
@@ -167,11 +168,11 @@ def test_a_kind_that_fails_is_left_and_tried_again_later():
 def test_guesses_are_tried_where_all_steps_have_been_alike(a_row, pays):
     """What a row costs shows only in steps of another size, so that one must be risked."""
     length, tried = DraftLength(), []
-    offers = [(i, [Offer("x", 4, 0.9, 0.9)]) for i in range(12)]
+    offers = [(i, [offer("x", 4, 0.9, 0.9)]) for i in range(12)]
     for _ in range(400):
         lengths = length.choose(offers, 64, 64).lengths
-        for (number, (offer,)), k in zip(offers, lengths, strict=True):
-            length.learn(number, offer, k, k)
+        for (number, (one,)), k in zip(offers, lengths, strict=True):
+            length.learn(number, one, k, k)
         length.steps.observe(64 + sum(lengths), 96.0 + a_row * sum(lengths))
         tried.append(sum(lengths) > 0)
     share = sum(tried[20:]) / len(tried[20:])
@@ -179,7 +180,7 @@ def test_guesses_are_tried_where_all_steps_have_been_alike(a_row, pays):
 
 
 def test_guesses_that_are_dear_to_make_are_left_where_they_do_not_pay():
-    cheap, dear = Offer("cheap", 2), Offer("dear", 2)
+    cheap, dear = offer("cheap", 2), offer("dear", 2)
     for made_in, wanted in ((0.05, "dear"), (0.6, "cheap")):
         length = length_for((2, 1.0), (3, 1.05), (4, 1.1), (6, 1.2))
         for _ in range(40):  # of the dear ones more are right
@@ -188,7 +189,7 @@ def test_guesses_that_are_dear_to_make_are_left_where_they_do_not_pay():
             length.making["cheap"].observe(2, 0.001)
             length.making["dear"].observe(2, made_in)
         plan = length.choose([(0, [cheap, dear]), (1, [cheap])], 2, 2)
-        assert [offer and offer.kind for offer in plan.taken] == [wanted, "cheap"]
+        assert [one and one.kind for one in plan.taken] == [wanted, "cheap"]
     for _ in range(40):
         length.making["dear"].observe(2, 2.0)
     alone = length.choose([(0, [dear])], 2, 2)
@@ -196,7 +197,7 @@ def test_guesses_that_are_dear_to_make_are_left_where_they_do_not_pay():
 
 
 def test_guesses_that_are_dear_to_make_must_be_worth_it():
-    cheap, dear = Offer("cheap", 2), Offer("dear", 2)
+    cheap, dear = offer("cheap", 2), offer("dear", 2)
     taken = []
     for made_in in (x / 50 for x in range(1, 30)):
         length = length_for((2, 1.0), (3, 1.05), (4, 1.1), (6, 1.2))

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from narrows.contracts import Offer
 from narrows.draft.length import DRAFTS, DraftLength, _worth
+from tiny_drafts import offer
 
-TELLS = Offer("x", 3, tells=True)
+TELLS = offer("x", 3, tells=True)
 
 
 def told(*chances: float) -> Offer:
-    return Offer("x", len(chances), chances=chances)
+    return Offer("x", chances=chances)
 
 
 def length_for(plain: float, a_row: float) -> DraftLength:
@@ -67,14 +68,14 @@ def test_prompts_read_in_the_same_step_make_no_guess_worth_more():
 def test_the_better_of_two_drafts_is_taken():
     length = length_for(1.0, 0.01)
     for number, chances, kind in ((0, (0.9, 0.9), "x"), (1, (0.2,), "other")):
-        (taken,) = length.choose([(number, [Offer("other", 2), told(*chances)])], 1, 1).taken
+        (taken,) = length.choose([(number, [offer("other", 2), told(*chances)])], 1, 1).taken
         assert taken is not None
         assert taken.kind == kind
 
 
 def test_drafts_are_made_where_the_latest_were_worth_it():
     """For a sequence that has nothing better, unless they were poor or are dear to make."""
-    sure = Offer("sure", 3, 0.97, 0.97)
+    sure = offer("sure", 3, 0.97, 0.97)
     asked = [(0, [TELLS]), (1, [sure, TELLS]), (2, [])]
     for chances, making, made in (
         ((0.8, 0.8, 0.8), 0.01, [TELLS, None, None]),
@@ -92,7 +93,7 @@ def test_drafts_are_made_where_the_latest_were_worth_it():
 
 def test_a_new_sequence_is_a_new_chance():
     """Whose drafts may be better than those of the others; all of it where it is alone."""
-    tells = Offer("x", 3, 0.9, 0.9, tells=True)
+    tells = offer("x", 3, 0.9, 0.9, tells=True)
     for count in (1, 8):
         length = length_for(1.0, 0.1)
         asked = [(number, [tells]) for number in range(count)]
@@ -109,7 +110,7 @@ def test_a_new_sequence_is_a_new_chance():
 
 def test_without_offers_that_tell_nothing_is_made():
     length = length_for(1.0, 0.1)
-    assert worth_making(length, [(0, [Offer("y", 2)]), (1, [])])[0] == [None, None]
+    assert worth_making(length, [(0, [offer("y", 2)]), (1, [])])[0] == [None, None]
     assert worth_making(length, [])[0] == []
 
 

@@ -1,0 +1,17 @@
+"""Offers of guesses that are told apart by their place alone."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from narrows.contracts import Offer, Sort
+
+
+@functools.cache
+def _sorts(kind: str, first: float, later: float) -> tuple[Sort, ...]:
+    return (Sort(first), *(Sort(later) for _ in range(15)))
+
+
+def offer(kind: str, k: int, first: float = 0.5, later: float = 0.6, **told: Any) -> Offer:
+    return Offer(kind, _sorts(kind, first, later)[:k], **told)
