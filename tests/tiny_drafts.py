@@ -10,7 +10,7 @@ from narrows.contracts import Offer, Sort
 
 @functools.cache
 def _sorts(kind: str, first: float, later: float) -> tuple[Sort, ...]:
-    return (Sort(first), *(Sort(later) for _ in range(15)))
+    return Sort.by_place(first, later, 16)
 
 
 def offer(kind: str, k: int, first: float = 0.5, later: float = 0.6, **told: Any) -> Offer:

@@ -240,6 +240,11 @@ class Sort:
 
     expected: float
 
+    @classmethod
+    def by_place(cls, first: float, later: float, most: int) -> tuple[Sort, ...]:
+        """Those of ``most`` guesses of a draft that nothing but their place tells apart."""
+        return cls(first), *(cls(later) for _ in range(most - 1))
+
 
 @dataclass(frozen=True, slots=True)
 class Offer:

@@ -108,7 +108,7 @@ class PhraseDrafter(Drafter):
     name = "phrases"
 
     def __init__(self, phrases: Phrases, most: int = 4) -> None:
-        self.phrases, self.most = phrases, most
+        self.most = most
         self._keys = phrases.keys.numpy().data
         self._tokens = phrases.tokens.numpy().data
         self._sort_at = phrases.sorts.numpy().data

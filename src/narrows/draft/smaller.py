@@ -43,7 +43,7 @@ class SmallerModel(Drafter):
         self.model, self.most = model, most
         self.policy = DensePolicy().holding(most)
         self._states: dict[int, _State] = {}
-        self._sorts = (Sort(EXPECTED[0]), *(Sort(EXPECTED[1]) for _ in range(most - 1)))
+        self._sorts = Sort.by_place(*EXPECTED, most)
 
     def estimate(self, tokens: int) -> int:
         """See Drafter."""

@@ -70,7 +70,7 @@ class SpecFormerDrafter(Drafter):
             module.to(target.shape.device, target.shape.dtype).eval().requires_grad_(False)
         )
         self.most, self.taps = config.slots, config.taps
-        self._sorts = (Sort(EXPECTED[0]), *(Sort(EXPECTED[1]) for _ in range(self.most - 1)))
+        self._sorts = Sort.by_place(*EXPECTED, self.most)
         head = target.head
         self.named: Tensor | None = None
         if config.draft_vocab is not None:

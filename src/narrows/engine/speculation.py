@@ -45,9 +45,9 @@ class Speculation:
         self._offered: dict[int, Offer] = {}
         self._drafting = 0.0
         """Seconds that making the guesses of this step took."""
-        self._idle = self._rest = 0
-        """Times in a row that nothing was verified although it had been thought of, at a cost; and
-        steps that are yet to pass without a thought."""
+        self._latest_rest = self._rest = 0
+        """Steps that the latest rest took, none if the latest thought was worth it; and those of it
+        that are yet to pass without a thought."""
         self._decoding = 0
         """Sequences that get a token in this step."""
         self._plan: Plan | None = None
@@ -136,10 +136,9 @@ class Speculation:
         """Rest, twice as long each time, if a step of ``rows`` that took so many to plan verifies
         nothing."""
         if any(plan.lengths) or seconds < NEGLIGIBLE * self.length.steps(rows):
-            self._idle = 0
+            self._latest_rest = 0
             return
-        self._idle += 1
-        self._rest = min(1 << (self._idle - 1), LONGEST_REST)
+        self._latest_rest = self._rest = min(2 * self._latest_rest or 1, LONGEST_REST)
 
     def _note(self, kind: str, drafts: list[Draft], started: float) -> None:
         """Drafts of a kind have been made since ``started``."""
