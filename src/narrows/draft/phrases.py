@@ -7,7 +7,6 @@ to make, so it pays at batches where a module's guesses do not. ``narrows.train.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +108,8 @@ class PhraseDrafter(Drafter):
 
     def __init__(self, phrases: Phrases, most: int = 4) -> None:
         self.most = most
-        self._keys = phrases.keys.numpy().data
+        self._places = {key: at for at, key in enumerate(phrases.keys.tolist())}
+        """By the key of a run."""
         self._tokens = phrases.tokens.numpy().data
         self._sort_at = phrases.sorts.numpy().data
         self._sorts = [Sort(chance) for chance in phrases.chances.tolist()]
@@ -144,11 +144,11 @@ class PhraseDrafter(Drafter):
     def _find(self, last: Sequence[int]) -> int | None:
         """Where the longest run of tokens stands that ends in ``last``, the newest of which is the
         first."""
-        keys, found, key = self._keys, None, 0
+        found, key = None, 0
         for token in last:
             key = longer_key(key, token)
-            at = bisect_left(keys, key)
-            if at == len(keys) or keys[at] != key:  # nor is anything longer there
+            at = self._places.get(key)
+            if at is None:  # nor is anything longer there
                 break
             found = at
         return found
