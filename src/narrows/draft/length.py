@@ -179,28 +179,28 @@ class DraftLength:
         self._met: set[int] = set()
         """Sequences for which something that tells was offered."""
 
-    def survival(self, number: int, offer: Offer, place: int) -> float:
-        """Chance that the guess at ``place`` stays, given that those before it did."""
+    def chances(self, number: int, offer: Offer) -> list[float]:
+        """Chance of each guess of an offer for a sequence that it stays, given that those before it
+        did."""
         if offer.chances:
-            record = self._surely(offer, place)
-            return record.hits / record.trials
-        sort = offer.sorts[place]
-        common, own = self._common(sort), self._own[number].get(sort)
-        rate = common.hits / common.trials
-        return (own.hits + OWN_TRIALS * rate) / (own.trials + OWN_TRIALS) if own else rate
+            records = [self._surely(offer, place) for place in range(offer.k)]
+            return [record.hits / record.trials for record in records]
+        found, own = [], self._own[number]
+        for sort in offer.sorts:
+            common, mine = self._common(sort), own.get(sort)
+            rate = common.hits / common.trials
+            if mine is not None:
+                rate = (mine.hits + OWN_TRIALS * rate) / (mine.trials + OWN_TRIALS)
+            found.append(rate)
+        return found
 
-    def expected(self, number: int, offer: Offer) -> float:
-        """Guesses of an offer that would stay if all were verified."""
-        return _worth(self._chances(number, offer), 0.0)
-
-    def _chances(self, number: int, offer: Offer) -> list[float]:
-        return [self.survival(number, offer, place) for place in range(offer.k)]
-
-    def likeliest(self, number: int, offers: Sequence[Offer]) -> Offer | None:
-        """The one of a sequence's offers of which most is expected, if there are any."""
-        if len(offers) <= 1:
-            return offers[0] if offers else None
-        return max(offers, key=lambda offer: self.expected(number, offer))
+    def likeliest(self, number: int, offers: Sequence[Offer]) -> tuple[Offer | None, list[float]]:
+        """The one of a sequence's offers of which most is expected, if there are any, and its
+        chances."""
+        found = [(offer, self.chances(number, offer)) for offer in offers]
+        if len(found) <= 1:
+            return found[0] if found else (None, [])
+        return max(found, key=lambda one: _worth(one[1], 0.0))
 
     def choose(
         self, asked: Sequence[tuple[int, Sequence[Offer]]], rows: int, decoding: int
@@ -239,21 +239,20 @@ class DraftLength:
         decoding: int,
     ) -> Plan:
         """The best that can be made of offers of ``kinds``; making some of them is ``costly``."""
-        offers = [
+        best_of = [
             self.likeliest(number, [one for one in some if one.chances or one.kind in kinds])
             for number, some in asked
         ]
+        offers = [offer for offer, _ in best_of]
         tokens, alone = float(decoding), self.steps(decoding)
         plain, least = self.steps(rows), CHEAP * CAUTION * self.steps.slope
         none = tokens / alone
         best = GAIN / self.kept * none
         guesses: list[tuple[float, int, int]] = []
-        for i, ((number, _), offer) in enumerate(zip(asked, offers, strict=True)):
-            if offer is None:
-                continue
+        for i, (_, chances) in enumerate(best_of):
             chance = 1.0
-            for place in range(offer.k):
-                chance *= self.survival(number, offer, place)
+            for place, one in enumerate(chances):
+                chance *= one
                 if chance < best * least:  # as are those behind it
                     break
                 guesses.append((-chance, place, i))
@@ -319,7 +318,7 @@ class DraftLength:
             if taken is None:
                 return sum(worth) / len(worth)
             number, _ = asked[i]
-            other = _worth(self._chances(number, taken), price)
+            other = _worth(self.chances(number, taken), price)
             return sum(one - other for one in worth if one > other) / len(worth)
 
         tokens = plan.tokens
@@ -338,7 +337,7 @@ class DraftLength:
 
     def told(self, number: int, offer: Offer) -> None:
         """Note what a draft that was made for a sequence tells."""
-        self._drafts[offer.kind].append(self._chances(number, offer))
+        self._drafts[offer.kind].append(self.chances(number, offer))
 
     @property
     def kept(self) -> float:

@@ -85,7 +85,7 @@ class Speculation:
             self._pause(plan, time.perf_counter() - started, rows)
             self._plan = plan if self.length.steps.known else None  # else it promised no seconds
         else:
-            taken = [self.length.likeliest(number, some) for number, some in offered]
+            taken = [self.length.likeliest(number, some)[0] for number, some in offered]
             plan = Plan(taken, [offer.k if offer else 0 for offer in taken])
         wanted: dict[str, dict[int, Asked]] = defaultdict(dict)
         made: dict[int, Draft] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from operator import mul
 
 import pytest
 from hypothesis import given
@@ -89,7 +90,7 @@ def test_guesses_of_a_sort_are_learnt_together_wherever_they_stand():
         length.learn(1, Offer("x", (good, bad)), 2, 1)
     for number, most in ((1, 0.05), (2, 0.12)):  # a sequence's own record weighs more
         mixed = Offer("x", (bad, good, good))
-        chances = [length.survival(number, mixed, place) for place in range(3)]
+        chances = length.chances(number, mixed)
         assert chances[0] < most
         assert chances[1] == chances[2] > 1 - most
 
@@ -137,7 +138,7 @@ def test_the_choice_is_the_best_of_all_choices():
         def speed(ks, length=length, offers=offers):
             expected = 3.0
             for (number, (one,)), k in zip(offers, ks, strict=True):
-                expected += length.expected(number, Offer(one.kind, one.sorts[:k]))
+                expected += sum(itertools.accumulate(length.chances(number, one)[:k], mul))
             plain = length.steps(3)
             return expected / (plain + CAUTION * (length.steps(3 + sum(ks)) - plain))
 

@@ -46,13 +46,13 @@ def test_what_is_sure_is_verified_and_what_is_not_is_left():
 
 def test_chances_are_what_became_of_those_told_alike():
     length = length_for(1.0, 0.1)
-    assert length.survival(0, told(0.85), 0) == pytest.approx(0.85, abs=0.05)
+    assert length.chances(0, told(0.85))[0] == pytest.approx(0.85, abs=0.05)
     for _ in range(200):
         length.learn(0, told(0.82), 1, 0)
         length.learn(0, told(0.3, 0.3), 2, 2)
-    assert length.survival(1, told(0.88), 0) < 0.05
-    assert length.survival(1, told(0.95), 0) > 0.9
-    assert length.survival(1, told(0.3, 0.3), 1) > 0.95
+    assert length.chances(1, told(0.88))[0] < 0.05
+    assert length.chances(1, told(0.95))[0] > 0.9
+    assert length.chances(1, told(0.3, 0.3))[1] > 0.95
 
 
 def test_prompts_read_in_the_same_step_make_no_guess_worth_more():
