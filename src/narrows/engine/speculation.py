@@ -8,13 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from narrows.contracts import Asked, CachePolicy, Draft, Drafter, LayerCache, ModelShape, Offer
-from narrows.draft.length import BUCKET, NEGLIGIBLE, DraftLength, Plan
+from narrows.draft.length import BUCKET, MEMORY, DraftLength, Plan
 from narrows.engine.scheduler import Work
 from narrows.engine.sequence import Sequence
 
 LONGEST_REST = 16
 """Steps that pass, at most, until drafts are thought of again, where none was worth its cost and
-thinking has one, too."""
+thinking costs more than it is likely to find."""
+FOUND, LEAST_FOUND = 0.1, 0.01
+"""What thinking is taken to find, to begin with and at least, where the last thought found nothing:
+tokens a second, of those got without it."""
 
 PLAIN_EVERY = 64
 """Steps with guesses, at most, until one passes without, at about as many sequences: what plain
@@ -48,6 +51,9 @@ class Speculation:
         self._latest_rest = self._rest = 0
         """Steps that the latest rest took, none if the latest thought was worth it; and those of it
         that are yet to pass without a thought."""
+        self._found, self._idle = FOUND, False
+        """See FOUND, learnt, for each step since that thought; and whether the latest thought found
+        nothing."""
         self._decoding = 0
         """Sequences that get a token in this step."""
         self._plan: Plan | None = None
@@ -82,7 +88,8 @@ class Speculation:
         told: dict[int, Draft] = {}
         if self.adapts:
             plan, told = self._choose(list(asked.values()), offered, rows, self._decoding)
-            self._pause(plan, time.perf_counter() - started, rows)
+            if asked:
+                self._pause(plan, time.perf_counter() - started, rows)
             self._plan = plan if self.length.steps.known else None  # else it promised no seconds
         else:
             taken = [self.length.likeliest(number, some)[0] for number, some in offered]
@@ -134,8 +141,15 @@ class Speculation:
 
     def _pause(self, plan: Plan, seconds: float, rows: int) -> None:
         """Rest, twice as long each time, if a step of ``rows`` that took so many to plan verifies
-        nothing."""
-        if any(plan.lengths) or seconds < NEGLIGIBLE * self.length.steps(rows):
+        nothing, and that is more than thinking at each step is likely to gain."""
+        step = self.length.steps(rows)
+        gain = max(0.0, plan.speed * self.length.steps(self._decoding) / self._decoding - 1)
+        if self._idle:
+            gain_a_step = gain / (self._latest_rest + 1)
+            found = MEMORY * self._found + (1 - MEMORY) * gain_a_step
+            self._found = max(found, LEAST_FOUND)
+        self._idle = not any(plan.lengths)
+        if not self._idle or seconds < self._found * step:
             self._latest_rest = 0
             return
         self._latest_rest = self._rest = min(2 * self._latest_rest or 1, LONGEST_REST)

@@ -30,9 +30,9 @@ class Asked:
         return [SimpleNamespace(tokens=[7], probabilities=None, chances=()) for _ in asked]
 
 
-def steps_asked(monkeypatch, thought: float, worth) -> list[int]:
-    """Of 50 steps that take a second, where a thought takes so many; in those in ``worth`` a guess
-    is worth verifying."""
+def steps_asked(monkeypatch, thought: float, worth, steps: int = 50, gain: float = 0) -> list[int]:
+    """Of so many steps that take a second, where a thought takes so many; in those in ``worth`` a
+    guess is worth verifying, and promises to gain so much."""
     drafter = Asked()
     made = Speculation(drafter)  # type: ignore[arg-type]
     for _ in range(20):
@@ -42,12 +42,13 @@ def steps_asked(monkeypatch, thought: float, worth) -> list[int]:
 
     def choose(asked, rows, decoding):
         k = int(drafter.step in worth)
-        return Plan([some[0] if k else None for _, some in asked], [k for _ in asked])
+        taken = [some[0] if k else None for _, some in asked]
+        return Plan(taken, [k for _ in asked], speed=1 + k * gain)
 
     monkeypatch.setattr(made.length, "choose", choose)
     sequence = SimpleNamespace(number=0, tokens=[1, 2, 3], sealed=True, pending=1)
     work = [SimpleNamespace(sequence=sequence, count=1)]
-    for drafter.step in range(50):
+    for drafter.step in range(steps):
         drafts = made.drafts(work, lambda sequence: 100)  # type: ignore[arg-type]
         assert len(drafts[0].tokens) == (drafter.step in worth and drafter.step in drafter.steps)
     return drafter.steps
@@ -69,6 +70,13 @@ def test_what_is_worth_it_ends_the_rest(monkeypatch):
 @pytest.mark.parametrize("worth", [(), range(3)])
 def test_what_costs_nothing_is_thought_of_always(monkeypatch, worth):
     assert steps_asked(monkeypatch, 0.001, worth) == list(range(50))
+
+
+def test_it_rests_only_where_thinking_costs_more_than_it_finds(monkeypatch):
+    """Every third step has something, which half of the thoughts behind an idle one so find."""
+    worth = range(0, 600, 3)
+    assert len(steps_asked(monkeypatch, 0.05, worth, 600, gain=0.5)) == 600
+    assert len(steps_asked(monkeypatch, 0.05, worth, 600, gain=0.05)) < 500
 
 
 def steps_with_guesses(sequences: int, k: int, steps: int) -> list[bool]:
