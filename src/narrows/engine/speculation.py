@@ -49,7 +49,7 @@ class Speculation:
         self._drafting = 0.0
         """Seconds that making the guesses of this step took."""
         self._latest_rest = self._rest = 0
-        """Steps that the latest rest took, none if the latest thought was worth it; and those of it
+        """Steps that the latest rest took, none if the latest thought began none; and those of it
         that are yet to pass without a thought."""
         self._found, self._idle = FOUND, False
         """See FOUND, learnt, for each step since that thought; and whether the latest thought found
@@ -142,14 +142,13 @@ class Speculation:
     def _pause(self, plan: Plan, seconds: float, rows: int) -> None:
         """Rest, twice as long each time, if a step of ``rows`` that took so many to plan verifies
         nothing, and that is more than thinking at each step is likely to gain."""
-        step = self.length.steps(rows)
-        gain = max(0.0, plan.speed * self.length.steps(self._decoding) / self._decoding - 1)
         if self._idle:
+            gain = max(0.0, plan.speed * self.length.steps(self._decoding) / self._decoding - 1)
             gain_a_step = gain / (self._latest_rest + 1)
             found = MEMORY * self._found + (1 - MEMORY) * gain_a_step
             self._found = max(found, LEAST_FOUND)
         self._idle = not any(plan.lengths)
-        if not self._idle or seconds < self._found * step:
+        if not self._idle or seconds < self._found * self.length.steps(rows):
             self._latest_rest = 0
             return
         self._latest_rest = self._rest = min(2 * self._latest_rest or 1, LONGEST_REST)
