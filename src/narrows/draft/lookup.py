@@ -1,11 +1,12 @@
 """Prompt lookup: what followed the same few tokens the last time they stood in the text.
 
-After Saxena, "Prompt Lookup Decoding" (2023), with an index in place of a search, the longest
-match first, and the most recent of several matches.
+After Saxena, "Prompt Lookup Decoding" (2023): the longest match first, and the most recent of
+several matches.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
@@ -13,10 +14,7 @@ from pydantic import Field, model_validator
 
 from narrows.config import Settings
 from narrows.contracts import Asked, Draft, Drafter, Offer, Sort
-
-ONCE, ALIKE, APART = range(3)
-"""What is known of how a text went on behind a run of tokens: it was there once, or went on alike
-the last two times, or not."""
+from narrows.ops.ngrams import repeats
 
 EXPECTED = {
     1: (0.3, 0.5, 0.15),
@@ -33,21 +31,27 @@ would go on at least so many tokens that match: a text that has long gone like a
 on like it."""
 
 
-def _sorts() -> list[tuple[Sort, ...]]:
-    """By the number of tokens that match, as far as they are told apart; none match at 0."""
+FAR = max(EXPECTED)
+"""Tokens that match, as far as they are told apart."""
+
+
+def _sorts(most: int) -> list[tuple[Sort, ...]]:
+    """By the number of tokens that match, up to ``most``; none match at 0."""
     found: list[tuple[Sort, ...]] = [()]
-    for size in range(1, max(EXPECTED) + 1):
+    for size in range(1, most + 1):
         found.append(tuple(map(Sort, EXPECTED[size])) if size in EXPECTED else found[-1])
     return found
 
 
-SORTS = _sorts()
+MOST = 64
+"""Tokens of the longest draft there may be."""
+SORTS = _sorts(FAR + MOST)
 
 
 class LookupOptions(Settings):
     """``most`` tokens of a draft; ``longest`` to ``shortest`` matched tokens are tried."""
 
-    most: Annotated[int, Field(ge=1, le=64)] = 8
+    most: Annotated[int, Field(ge=1, le=MOST)] = 8
     longest: Annotated[int, Field(ge=1, le=16)] = 4
     shortest: Annotated[int, Field(ge=1)] = 2
 
@@ -66,82 +70,38 @@ class Lookup(Drafter):
     def __init__(self, options: LookupOptions) -> None:
         self.most = options.most
         self.longest, self.shortest = options.longest, options.shortest
-        self._indexes: dict[int, _Index] = {}
+        self._texts: dict[int, array[int]] = {}
+        """By the sequence's number, as the search reads them."""
 
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
         """See Drafter. One offer at most, of the longest match."""
-        found = [self._match(one) for one in asked]
-        return [
-            [self._offer(one, size, behind)] if size else []
-            for one, (size, behind) in zip(asked, found, strict=True)
-        ]
-
-    def _offer(self, one: Asked, size: int, behind: int) -> Offer:
-        tokens, went = one.tokens, self._indexes[one.number].went
-        k = min(one.k, self.most, len(tokens) - behind)
-        runs = [min(size + i, self.longest) - self.shortest for i in range(k)]
-        if size == self.longest:  # else no more can match, or a longer one had been found
-            most = min(behind, len(SORTS) - 1)
-            while size < most and tokens[behind - size - 1] == tokens[-size - 1]:
-                size += 1
-        sorts = tuple(
-            SORTS[min(size + i, len(SORTS) - 1)][went[run][behind + i]]
-            for i, run in enumerate(runs)
-        )
-        return Offer(self.name, sorts)
+        offers: list[list[Offer]] = []
+        for one in asked:
+            size, _, went = self._match(one, min(one.k, self.most))
+            sorts = [known[how] for known, how in zip(SORTS[size:], went, strict=False)]
+            offers.append([Offer(self.name, tuple(sorts))] if sorts else [])
+        return offers
 
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See Drafter."""
-        found = [self._match(one) for one in asked]
-        return [
-            Draft(list(one.tokens[behind : behind + one.k]) if size else [])
-            for one, (size, behind) in zip(asked, found, strict=True)
-        ]
+        drafts = []
+        for one in asked:
+            size, behind, _ = self._match(one, 0)
+            drafts.append(Draft(list(one.tokens[behind : behind + one.k]) if size else []))
+        return drafts
 
-    def _match(self, one: Asked) -> tuple[int, int]:
-        """Tokens matched, 0 if none, and the place behind the match."""
-        index, tokens = self._indexes.get(one.number), one.tokens
-        if index is None:
-            index = self._indexes[one.number] = _Index(self.longest, self.shortest)
-        index.read(tokens)
-        last, found = tuple(tokens[-self.longest :]), (0, 0)
-        for size in range(self.shortest, len(last) + 1):
-            behind = index.places.get(last[-size:])
-            if behind is None:  # nor is anything longer there
-                break
-            found = size, behind
-        return found
+    def _match(self, one: Asked, most: int) -> tuple[int, int, array[int]]:
+        text = self._texts.get(one.number)
+        if text is None:
+            text = self._texts[one.number] = array("i")
+        text.extend(one.tokens[len(text) :])
+        return repeats(text, self.shortest, self.longest, FAR, most)
 
     def forget(self, number: int) -> None:
         """See Drafter."""
-        self._indexes.pop(number, None)
+        self._texts.pop(number, None)
 
 
 def lookup(target: object, **options: Any) -> Lookup:
     """Prompt lookup with LookupOptions, for any target. Raises ConfigError."""
     return Lookup(LookupOptions(**options))
-
-
-class _Index:
-    """Where the text went on after each run of ``shortest`` to ``longest`` tokens, as last seen
-    before its end. ``went[n][i]`` tells how token ``i`` followed the run of ``shortest + n`` before
-    it, as far as that had been there: ONCE, ALIKE or APART."""
-
-    def __init__(self, longest: int, shortest: int) -> None:
-        self.longest, self.shortest = longest, shortest
-        self.places: dict[tuple[int, ...], int] = {}
-        self.went = [bytearray(shortest) for _ in range(shortest, longest + 1)]
-
-    def read(self, tokens: Sequence[int]) -> None:
-        """Take in what ``tokens`` has gained; the end itself is what is looked up, so it waits."""
-        for stop in range(len(self.went[0]), len(tokens)):
-            last = tuple(tokens[max(0, stop - self.longest) : stop])
-            for size, went in enumerate(self.went, self.shortest):
-                how = ONCE
-                if size <= stop:
-                    run = last[-size:]
-                    before = self.places.get(run)
-                    if before is not None:
-                        how = ALIKE if tokens[before] == tokens[stop] else APART
-                    self.places[run] = stop
-                went.append(how)

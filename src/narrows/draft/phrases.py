@@ -7,6 +7,7 @@ to make, so it pays at batches where a module's guesses do not. ``narrows.train.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from narrows.draft.specs import shipped_for
 from narrows.errors import ConfigError, ModelError
 from narrows.files import replacing
 from narrows.model.flat import FlatModel
+from narrows.ops.ngrams import Runs
 
 FILE = "phrases.safetensors"
 LONGEST = 4
@@ -31,23 +33,10 @@ LONGEST = 4
 LEAST = 0.2
 """Chance below which a guess is not made: no step has it verified."""
 
-MIX = 0x1E3779B97F4A7C15
-"""Odd, so that no token is lost from a run's key."""
-MASK = (1 << 63) - 1
-
-
-def longer_key(key: int, token: int) -> int:
-    """The key of a run and ``token`` before it, from the run's own, which is 0 of none. Two runs
-    have the same by rare accident, which costs a bad guess and nothing else."""
-    return (key * MIX + token + 1) & MASK
-
 
 @dataclass(frozen=True)
 class Phrases:
-    """Runs of tokens by their ``keys`` int64 ``[N]``, which rise; behind each, the likeliest of
-    ``tokens`` int32 ``[N]``, a guess of the sort ``sorts`` uint8 ``[N]``, which is right with one
-    of ``chances`` float32 ``[S]``. Of the model with that ``fingerprint``. A run stands there only
-    if its own ends do."""
+    """What ``ngrams.Runs`` holds, of the model with that ``fingerprint``."""
 
     fingerprint: str
     keys: Tensor
@@ -81,8 +70,9 @@ class Phrases:
         sizes = {tuple(x.shape) for x in (self.keys, self.tokens, self.sorts)}
         if sizes != {(len(self.keys),)} or self.chances.ndim != 1:
             return False
-        rising = bool((self.keys.diff() > 0).all())
-        return rising and (not len(self.sorts) or int(self.sorts.max()) < len(self.chances))
+        if not bool((self.keys.diff() > 0).all()) or bool((self.tokens < 0).any()):
+            return False
+        return not len(self.sorts) or int(self.sorts.max()) < len(self.chances)
 
 
 TENSORS = {
@@ -108,50 +98,25 @@ class PhraseDrafter(Drafter):
 
     def __init__(self, phrases: Phrases, most: int = 4) -> None:
         self.most = most
-        self._places = {key: at for at, key in enumerate(phrases.keys.tolist())}
-        """By the key of a run."""
-        self._tokens = phrases.tokens.numpy().data
-        self._sort_at = phrases.sorts.numpy().data
+        self._runs = Runs(phrases.keys, phrases.tokens, phrases.sorts, phrases.chances)
         self._sorts = [Sort(chance) for chance in phrases.chances.tolist()]
 
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
         """See Drafter. One offer at most."""
-        offers = []
+        offers: list[list[Offer]] = []
         for one in asked:
-            _, sorts = self._draft(one)
+            sorts = tuple([self._sorts[self._runs.sorts[at]] for at in self._places(one)])
             offers.append([Offer(self.name, sorts)] if sorts else [])
         return offers
 
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See Drafter."""
-        return [Draft(self._draft(one)[0]) for one in asked]
+        return [Draft([self._runs.tokens[at] for at in self._places(one)]) for one in asked]
 
-    def _draft(self, one: Asked) -> tuple[list[int], tuple[Sort, ...]]:
-        last, guesses, sorts = list(one.tokens[-LONGEST:]), [], []
-        last.reverse()
-        for _ in range(min(one.k, self.most)):
-            at = self._find(last)
-            if at is None:
-                break
-            sort = self._sorts[self._sort_at[at]]
-            if sort.expected < LEAST:
-                break
-            guesses.append(self._tokens[at])
-            sorts.append(sort)
-            last = [guesses[-1], *last[: LONGEST - 1]]
-        return guesses, tuple(sorts)
-
-    def _find(self, last: Sequence[int]) -> int | None:
-        """Where the longest run of tokens stands that ends in ``last``, the newest of which is the
-        first."""
-        found, key = None, 0
-        for token in last:
-            key = longer_key(key, token)
-            at = self._places.get(key)
-            if at is None:  # nor is anything longer there
-                break
-            found = at
-        return found
+    def _places(self, one: Asked) -> array[int]:
+        """Where guesses for a sequence stand."""
+        last = array("i", one.tokens[-LONGEST:])
+        return self._runs.behind(last, LONGEST, min(one.k, self.most), LEAST)
 
 
 def phrases(target: FlatModel, **options: Any) -> PhraseDrafter:

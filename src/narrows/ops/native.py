@@ -27,7 +27,10 @@ from torch.nn.functional import silu
 
 from narrows.ops.rotary import turn
 
-KERNELS = ("native", "ragged", "packed", "fold", "cover", "bytes", "forecast", "flash", "decoder")
+KERNELS = (
+    *("native", "ragged", "packed", "fold", "cover", "bytes", "forecast", "flash", "decoder"),
+    "ngrams",
+)
 SOURCES = tuple(Path(__file__).with_name(f"{x}.c") for x in KERNELS)
 HEADER = Path(__file__).with_name("vector.h")
 FLAGS = (
@@ -67,6 +70,8 @@ SIGNATURES = {
     "likeness": (None, (P, L, L, F, P, P, N)),
     "nearest": (None, (P, L, P, L, L, P, P, P, N)),
     "greedy_cover": (L, (P, L, P, N, P, P, P, N)),
+    "repeats": (L, (P, L, L, L, L, L, P)),
+    "phrases": (L, (P, P, L, L, L, F, P)),
     "append_attend": (N, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, N, N)),
 }
 

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from narrows.draft.phrases import LONGEST, MASK, MIX, Phrases
+from narrows.draft.phrases import LONGEST, Phrases
 from narrows.errors import InputError
+from narrows.ops.ngrams import MASK, MIX
 from narrows.train.examples import Example
 
 OFTEN = 3

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from narrows.contracts import Asked, Offer, Sort
 from narrows.draft.length import CAUTION, GAIN, WORTH, DraftLength, Times
-from narrows.draft.lookup import ALIKE, APART, EXPECTED, ONCE
+from narrows.draft.lookup import EXPECTED
 from narrows.draft.specs import make_drafter
 from narrows.errors import ConfigError
+from narrows.ops.ngrams import ALIKE, APART, ONCE
 from tiny_drafts import offer
 
 

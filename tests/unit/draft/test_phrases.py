@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from narrows.contracts import Asked
 from narrows.draft import phrases as module
-from narrows.draft.phrases import FILE, LONGEST, PhraseDrafter, Phrases, longer_key
+from narrows.draft.phrases import FILE, LONGEST, PhraseDrafter, Phrases
 from narrows.draft.specs import make_drafter
 from narrows.errors import ConfigError, InputError, ModelError
+from narrows.ops.ngrams import longer_key
 from narrows.train.examples import Example
 from narrows.train.phrases import HELD_OUT, OFTEN, count_phrases
 
@@ -174,9 +175,10 @@ def test_a_drafter_by_its_folder(tmp_path):
         lambda p: replace(p, keys=p.keys.flip(0)),
         lambda p: replace(p, keys=p.keys.int()),
         lambda p: replace(p, tokens=p.tokens[1:]),
+        lambda p: replace(p, tokens=-p.tokens),
         lambda p: replace(p, chances=p.chances[:2]),
     ],
-    ids=["order", "type", "length", "sorts"],
+    ids=["order", "type", "length", "tokens", "sorts"],
 )
 def test_what_does_not_hold_phrases_is_refused(tmp_path, damage):
     damage(KNOWN).save(tmp_path)
