@@ -51,9 +51,11 @@ class Speculation:
         self._latest_rest = self._rest = 0
         """Steps that the latest rest took, none if the latest thought began none; and those of it
         that are yet to pass without a thought."""
-        self._found, self._idle = FOUND, False
-        """See FOUND, learnt, for each step since that thought; and whether the latest thought found
-        nothing."""
+        self._found: dict[int, float] = defaultdict(lambda: FOUND)
+        """See FOUND, learnt, for each step since that thought; as ``_plain``, since the fewer
+        decode, the more is found."""
+        self._idle = False
+        """Whether the latest thought found nothing."""
         self._decoding = 0
         """Sequences that get a token in this step."""
         self._plan: Plan | None = None
@@ -61,7 +63,7 @@ class Speculation:
         self._tokens = 0
         """That this step has given so far."""
         self._plain: dict[int, _Plain] = defaultdict(_Plain)
-        """By their number, counted in powers of two."""
+        """By the number of sequences that decode, counted in powers of two."""
         self._made: set[str] = set()
         """Kinds of guesses made before: the first time is no measure, as nothing is at hand yet."""
 
@@ -142,13 +144,14 @@ class Speculation:
     def _pause(self, plan: Plan, seconds: float, rows: int) -> None:
         """Rest, twice as long each time, if a step of ``rows`` that took so many to plan verifies
         nothing, and that is more than thinking at each step is likely to gain."""
+        size = self._decoding.bit_length()
         if self._idle:
             gain = max(0.0, plan.speed * self.length.steps(self._decoding) / self._decoding - 1)
             gain_a_step = gain / (self._latest_rest + 1)
-            found = MEMORY * self._found + (1 - MEMORY) * gain_a_step
-            self._found = max(found, LEAST_FOUND)
+            found = MEMORY * self._found[size] + (1 - MEMORY) * gain_a_step
+            self._found[size] = max(found, LEAST_FOUND)
         self._idle = not any(plan.lengths)
-        if not self._idle or seconds < self._found * self.length.steps(rows):
+        if not self._idle or seconds < self._found[size] * self.length.steps(rows):
             self._latest_rest = 0
             return
         self._latest_rest = self._rest = min(2 * self._latest_rest or 1, LONGEST_REST)

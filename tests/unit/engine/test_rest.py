@@ -30,25 +30,28 @@ class Asked:
         return [SimpleNamespace(tokens=[7], probabilities=None, chances=()) for _ in asked]
 
 
-def steps_asked(monkeypatch, thought: float, worth, steps: int = 50, gain: float = 0) -> list[int]:
-    """Of so many steps that take a second, where a thought takes so many; in those in ``worth`` a
-    guess is worth verifying, and promises to gain so much."""
+def steps_asked(
+    monkeypatch, thought: float, worth, steps: int = 50, gain: float = 0, beside=lambda step: 1
+) -> list[int]:
+    """Of so many steps that take a second, where a thought takes so many, for as many sequences as
+    are ``beside`` each other; in those in ``worth`` guesses are worth verifying, and promise to
+    gain so much."""
     drafter = Asked()
     made = Speculation(drafter)  # type: ignore[arg-type]
     for _ in range(20):
         made.observe(1, 1.0)
-    clock = itertools.count(step=thought)
+    clock, lasting = itertools.count(step=thought), made.length.steps
     monkeypatch.setattr(speculation.time, "perf_counter", lambda: next(clock))
 
     def choose(asked, rows, decoding):
         k = int(drafter.step in worth)
         taken = [some[0] if k else None for _, some in asked]
-        return Plan(taken, [k for _ in asked], speed=1 + k * gain)
+        return Plan(taken, [k for _ in asked], speed=(1 + k * gain) * decoding / lasting(decoding))
 
     monkeypatch.setattr(made.length, "choose", choose)
     sequence = SimpleNamespace(number=0, tokens=[1, 2, 3], sealed=True, pending=1)
-    work = [SimpleNamespace(sequence=sequence, count=1)]
     for drafter.step in range(steps):
+        work = [SimpleNamespace(sequence=sequence, count=1)] * beside(drafter.step)
         drafts = made.drafts(work, lambda sequence: 100)  # type: ignore[arg-type]
         assert len(drafts[0].tokens) == (drafter.step in worth and drafter.step in drafter.steps)
     return drafter.steps
@@ -77,6 +80,21 @@ def test_it_rests_only_where_thinking_costs_more_than_it_finds(monkeypatch):
     worth = range(0, 600, 3)
     assert len(steps_asked(monkeypatch, 0.05, worth, 600, gain=0.5)) == 600
     assert len(steps_asked(monkeypatch, 0.05, worth, 600, gain=0.05)) < 500
+
+
+def test_what_is_found_beside_few_sequences_is_not_expected_of_many(monkeypatch):
+    few, many = range(3), range(3, 20)
+    asked = steps_asked(
+        monkeypatch,
+        thought=0.05,
+        worth=[step for step in range(1200) if step % 20 in few],
+        steps=1200,
+        gain=2.0,
+        beside=lambda step: 1 if step % 20 in few else 16,
+    )
+    late = [step % 20 for step in asked if step >= 800]
+    assert any(step in few for step in late)
+    assert sum(step in many for step in late) < 20 * len(many) / 2
 
 
 def steps_with_guesses(sequences: int, k: int, steps: int) -> list[bool]:
