@@ -29,23 +29,21 @@ EXPECTED = {
 """Chances of a token to begin with, ONCE, ALIKE and APART, where it and those guessed before it
 would go on at least so many tokens that match: a text that has long gone like an earlier one goes
 on like it."""
-
-
 FAR = max(EXPECTED)
 """Tokens that match, as far as they are told apart."""
+MOST = 64
+"""Tokens of the longest draft there may be."""
 
 
-def _sorts(most: int) -> list[tuple[Sort, ...]]:
-    """By the number of tokens that match, up to ``most``; none match at 0."""
+def _sorts() -> list[tuple[Sort, ...]]:
+    """By the number of tokens that match, to the end of any draft; none match at 0."""
     found: list[tuple[Sort, ...]] = [()]
-    for size in range(1, most + 1):
+    for size in range(1, FAR + MOST + 1):
         found.append(tuple(map(Sort, EXPECTED[size])) if size in EXPECTED else found[-1])
     return found
 
 
-MOST = 64
-"""Tokens of the longest draft there may be."""
-SORTS = _sorts(FAR + MOST)
+SORTS = _sorts()
 
 
 class LookupOptions(Settings):

@@ -80,7 +80,7 @@ int64_t phrases(const table *of, int32_t *text, int64_t count, int64_t longest, 
     uint64_t key = 0;
     int64_t found = -1;
     for (int64_t i = 1; i <= longest && i <= count; i++) {
-      key = (key * 0x1E3779B97F4A7C15u + (uint64_t)text[count - i] + 1) & INT64_MAX;
+      key = (key * 0x1E3779B97F4A7C15u + (uint64_t)text[count - i] + 1) & INT64_MAX; /* longer_key */
       int64_t at = place_of(of, (int64_t)key);
       if (at < 0) break; /* nor is anything longer there */
       found = at;
