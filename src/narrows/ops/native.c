@@ -66,7 +66,7 @@ void linear_bf16(const float *x, const bf16 *w, const float *bias, float *y, int
 }
 
 /* Aligned room for `size` numbers, the calling thread's own, until its next call. */
-#if defined __AVX512BF16__ || defined __AMX_BF16__
+#ifdef __AVX512BF16__
 static bf16 *scratch(int64_t size) {
   static _Thread_local bf16 *held = 0;
   static _Thread_local int64_t room = 0;
@@ -278,16 +278,14 @@ void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y,
 #endif
 
 /* ---- the same on AMX tiles ------------------------------------------------------------------
- * A tile holds 16 weight rows as they lie in memory. x is split in two bfloat16 parts, high and
- * low, which stand in different columns of the other operand, so that x counts with 16 bits of
- * mantissa; few rows are bound by reading the weights, and the products are nearly free. */
+ * A tile holds 16 weight rows as they lie in memory, another one 32 columns of 16 rows of x, turned
+ * as above, and a third their sums. More sums at once would need fewer loads, but where two threads
+ * share a core, one that holds many tiles at a time waits for each: four sums took four times as
+ * long there as one, which takes a quarter longer where a thread has its core alone. */
 
-#define TILE_ROWS 16
 #define TILE_K 32
-#define TILE_X 8 /* rows of x in one tile: a high and a low column each */
 
-#ifdef __AMX_BF16__
-#include <immintrin.h>
+#if defined __AMX_BF16__ && defined __AVX512BF16__
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -304,97 +302,40 @@ static void tiles_on(void) {
     uint16_t bytes[16];
     uint8_t rows[16];
   } __attribute__((packed)) shape = {.palette = 1};
-  for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = TILE_ROWS;
+  for (int i = 0; i < 3; i++) shape.bytes[i] = 64, shape.rows[i] = LANES;
   _tile_loadconfig(&shape);
 }
 
-/* Rows [first, first + TILE_X) of x [M, K] -> K / 32 tiles of 16 pairs of k by 16 columns: 8 high
- * parts, 8 low ones. */
-static void split_into_tiles(const float *x, uint32_t *tiles, int64_t first, int64_t M, int64_t K) {
-  uint32_t pairs[2][16];
-  int64_t rows = M - first < TILE_X ? M - first : TILE_X;
-  if (rows < TILE_X) memset(tiles, 0, K * TILE_X * sizeof *tiles);
-  for (int64_t m = 0; m < rows; m++)
-    for (int64_t k = 0; k < K; k += TILE_K) {
-      const float *from = x + (first + m) * K + k;
-      __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
-      __m512i high = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-      __m512 ha = _mm512_castsi512_ps(
-          _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)), 16));
-      __m512 hb = _mm512_castsi512_ps(
-          _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1)), 16));
-      /* The rest of an infinity would be NaN; it has none. */
-      a = _mm512_maskz_sub_ps(~_mm512_fpclass_ps_mask(a, 0x18), a, ha);
-      b = _mm512_maskz_sub_ps(~_mm512_fpclass_ps_mask(b, 0x18), b, hb);
-      _mm512_storeu_si512(pairs[0], high);
-      _mm512_storeu_si512(pairs[1], (__m512i)_mm512_cvtne2ps_pbh(b, a));
-      uint32_t *to = tiles + k * TILE_X + m;
-      for (int i = 0; i < 16; i++, to += 2 * TILE_X) to[0] = pairs[0][i], to[TILE_X] = pairs[1][i];
-    }
-}
-
-static void put_tile(const float *sums, const float *bias, float *y, int64_t rows, int64_t N) {
-  for (int64_t m = 0; m < rows; m++)
-    for (int64_t n = 0; n < TILE_ROWS; n++)
-      y[m * N + n] = sums[n * 16 + m] + sums[n * 16 + TILE_X + m] + (bias ? bias[n] : 0.0f);
-}
-
-/* As linear_bf16, for N a multiple of 32, K of 32, after amx_ready() said yes. */
+/* As linear_bf16, for N a multiple of 16, K of 32, after amx_ready() said yes. */
 void linear_bf16_amx(const float *x, const bf16 *w, const float *bias, float *y, int64_t M,
                      int64_t N, int64_t K, int threads) {
-  int64_t blocks = (M + TILE_X - 1) / TILE_X, steps = K / TILE_K, size = blocks * K * 2 * TILE_X;
-  bf16 *packed = scratch(size);
+  int64_t parts = K / TILE_K, groups = (M + LANES - 1) / LANES;
+  uint32_t *turned = (uint32_t *)scratch(2 * groups * K / 2 * LANES);
 #pragma omp parallel num_threads(threads)
   {
-    float sums[4][TILE_ROWS * 16] __attribute__((aligned(64)));
+    __m512 sums[LANES];
     tiles_on();
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t g = 0; g < groups; g++)
+      for (int64_t part = 0; part < parts; part++)
+        turn_rows(x + g * LANES * K + part * TILE_K, turned + (g * parts + part) * 16 * LANES,
+                  M - g * LANES, TILE_K, K);
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < blocks; b++)
-      split_into_tiles(x, (uint32_t *)packed + b * K * TILE_X, b * TILE_X, M, K);
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < N; n += 2 * TILE_ROWS) {
-      const bf16 *above = w + n * K, *below = above + TILE_ROWS * K;
-      for (int64_t b = 0; b < blocks; b += 2) {
-        const bf16 *left = packed + b * K * 2 * TILE_X, *right = left + K * 2 * TILE_X;
-        int64_t rows = M - b * TILE_X;
+    for (int64_t n = 0; n < N; n += LANES) {
+      const bf16 *weight = w + n * K, *ahead = n + LANES < N ? weight + LANES * K : 0;
+      __m512 more = bias ? _mm512_loadu_ps(bias + n) : _mm512_setzero_ps();
+      for (int64_t g = 0; g < groups; g++, ahead = 0) {
+        const uint32_t *rows = turned + g * parts * 16 * LANES;
         _tile_zero(0);
-        _tile_zero(1);
-        if (rows > TILE_X) {
-          _tile_zero(2);
-          _tile_zero(3);
-          for (int64_t s = 0; s < steps; s++) {
-            _tile_loadd(4, above + s * TILE_K, K * sizeof(bf16));
-            _tile_loadd(5, below + s * TILE_K, K * sizeof(bf16));
-            _tile_loadd(6, left + s * 512, 64);
-            _tile_loadd(7, right + s * 512, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 5, 6);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
-          }
-          _tile_stored(2, sums[2], 64);
-          _tile_stored(3, sums[3], 64);
-        } else {
-          for (int64_t s = 0; s < steps; s++) {
-            _tile_loadd(4, above + s * TILE_K, K * sizeof(bf16));
-            _tile_loadd(5, below + s * TILE_K, K * sizeof(bf16));
-            _tile_loadd(6, left + s * 512, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 5, 6);
-          }
+        for (int64_t part = 0; part < parts; part++) {
+          if (ahead) fetch(ahead + part * TILE_K * LANES, TILE_K * LANES * sizeof *w);
+          _tile_loadd(1, weight + part * TILE_K, K * sizeof *w);
+          _tile_loadd(2, rows + part * 16 * LANES, 64);
+          _tile_dpbf16ps(0, 1, 2);
         }
-        _tile_stored(0, sums[0], 64);
-        _tile_stored(1, sums[1], 64);
-        float *to = y + b * TILE_X * N + n;
-        const float *add = bias ? bias + n : 0, *next = bias ? add + TILE_ROWS : 0;
-        int64_t first = rows < TILE_X ? rows : TILE_X, second = rows - TILE_X;
-        put_tile(sums[0], add, to, first, N);
-        put_tile(sums[1], next, to + TILE_ROWS, first, N);
-        if (second > 0) {
-          if (second > TILE_X) second = TILE_X;
-          put_tile(sums[2], add, to + TILE_X * N, second, N);
-          put_tile(sums[3], next, to + TILE_X * N + TILE_ROWS, second, N);
-        }
+        _tile_stored(0, sums, 64);
+        int64_t left = M - g * LANES;
+        put_rows(sums, y + g * LANES * N + n, left < LANES ? left : LANES, N, -1, more);
       }
     }
     _tile_release();
@@ -408,12 +349,10 @@ void linear_bf16_amx(const float *x, const bf16 *w, const float *bias, float *y,
 }
 #endif
 
-/* The fastest of the three for weights of a size on this processor. On AMX tiles activations count
- * with 16 bits of mantissa and without any units with 24; the products of AVX-512 round them to
- * bfloat16, which makes them twice as fast. */
+/* The fastest of the three for weights of a size on this processor. */
 void linear_few(const float *x, const bf16 *w, const float *bias, float *y, int64_t M, int64_t N,
                 int64_t K, int threads) {
-  if (N % (2 * TILE_ROWS) == 0 && K % TILE_K == 0 && amx_ready())
+  if (N % LANES == 0 && K % TILE_K == 0 && amx_ready())
     linear_bf16_amx(x, w, bias, y, M, N, K, threads);
   else if (bf16_dots() && K % 2 == 0)
     linear_bf16_dot(x, w, bias, y, M, N, K, threads);

@@ -40,7 +40,6 @@ FLAGS = (
 )
 P, L, F, N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES = {
-    "amx_ready": (N, ()),
     "bf16_dots": (N, ()),
     "linear_few": (None, (P, P, P, P, L, L, L, N)),
     "linear_bytes": (None, (P, P, P, P, L, L, L, N)),
@@ -174,18 +173,11 @@ KERNEL_ROWS, DOT_ROWS = 64, 256
 
 
 @functools.cache
-def _has_tiles() -> bool:
-    """Whether this processor has AMX tiles and lets us use them."""
-    native = library()
-    return native is not None and bool(native.amx_ready())
-
-
-@functools.cache
 def _kernel_rows(native: ctypes.CDLL | None) -> int:
     """Rows up to which a bfloat16 weight is multiplied by a kernel of ours."""
     if native is None:
         return 0
-    return DOT_ROWS if native.bf16_dots() and not _has_tiles() else KERNEL_ROWS
+    return DOT_ROWS if native.bf16_dots() else KERNEL_ROWS
 
 
 def few_rows(rows: int, weight: Tensor) -> bool:
