@@ -1,6 +1,7 @@
 /* CPU kernels of the decode step. Activations are float32; weights and caches are float32 or
  * bfloat16. Each function is defined in plain torch in ops/native.py, which also compiles this
  * file, and tests hold the two together. */
+#include "tiles.h"
 #include "vector.h"
 
 #include <omp.h>
@@ -92,19 +93,6 @@ static bf16 *scratch(int64_t size) {
 #define FEWER 12   /* of them as far as sums with 32 rows fit in registers */
 
 int bf16_dots(void) { return 1; }
-
-/* 32 columns of up to LANES rows of x [rows, K] -> 16 pairs of LANES rows each, rounded; zeros
- * where there are no rows, and behind K. */
-static void turn_rows(const float *x, uint32_t *to, int64_t rows, int64_t left, int64_t K) {
-  __m512 pairs[LANES];
-  for (int64_t i = 0; i < LANES; i++) {
-    bf16 row[32] = {0};
-    if (i < rows) round_rows(x + i * K, row, left < 32 ? left : 32, 32);
-    pairs[i] = _mm512_loadu_ps(row);
-  }
-  turn(pairs);
-  for (int i = 0; i < 16; i++) _mm512_store_ps(to + i * LANES, pairs[i]);
-}
 
 /* A weight row's sums with rows of x, the lanes of sums[j] -> column j of `rows` rows of y. */
 static inline void put_rows(__m512 *sums, float *y, int64_t rows, int64_t N, __mmask16 columns,
@@ -279,42 +267,29 @@ void linear_bf16_dot(const float *x, const bf16 *w, const float *bias, float *y,
 
 /* ---- the same on AMX tiles ------------------------------------------------------------------
  * A tile holds 16 weight rows as they lie in memory, another one 32 columns of 16 rows of x, turned
- * as above, and a third their sums. More sums at once would need fewer loads, but where two threads
- * share a core, one that holds many tiles at a time waits for each: four sums took four times as
- * long there as one, which takes a quarter longer where a thread has its core alone. */
+ * as above, and a third their sums. */
 
 #define TILE_K 32
 
-#if defined __AMX_BF16__ && defined __AVX512BF16__
+#ifdef TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Whether this process may use the tile registers; asks the kernel once. */
 int amx_ready(void) {
   static int known = -1;
   if (known < 0) known = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
   return known;
 }
 
-static void tiles_on(void) {
-  struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-  } __attribute__((packed)) shape = {.palette = 1};
-  for (int i = 0; i < 3; i++) shape.bytes[i] = 64, shape.rows[i] = LANES;
-  _tile_loadconfig(&shape);
-}
-
 /* As linear_bf16, for N a multiple of 16, K of 32, after amx_ready() said yes. */
-void linear_bf16_amx(const float *x, const bf16 *w, const float *bias, float *y, int64_t M,
-                     int64_t N, int64_t K, int threads) {
+static void linear_bf16_amx(const float *x, const bf16 *w, const float *bias, float *y, int64_t M,
+                            int64_t N, int64_t K, int threads) {
   int64_t parts = K / TILE_K, groups = (M + LANES - 1) / LANES;
   uint32_t *turned = (uint32_t *)scratch(2 * groups * K / 2 * LANES);
 #pragma omp parallel num_threads(threads)
   {
     __m512 sums[LANES];
-    tiles_on();
+    tiles_on(0, 0);
 #pragma omp for schedule(static) collapse(2)
     for (int64_t g = 0; g < groups; g++)
       for (int64_t part = 0; part < parts; part++)
@@ -341,20 +316,18 @@ void linear_bf16_amx(const float *x, const bf16 *w, const float *bias, float *y,
     _tile_release();
   }
 }
-#else
-int amx_ready(void) { return 0; }
-void linear_bf16_amx(const float *x, const bf16 *w, const float *bias, float *y, int64_t M,
-                     int64_t N, int64_t K, int threads) {
-  linear_bf16(x, w, bias, y, M, N, K, threads);
-}
 #endif
 
 /* The fastest of the three for weights of a size on this processor. */
 void linear_few(const float *x, const bf16 *w, const float *bias, float *y, int64_t M, int64_t N,
                 int64_t K, int threads) {
-  if (N % LANES == 0 && K % TILE_K == 0 && amx_ready())
+#ifdef TILES
+  if (N % LANES == 0 && K % TILE_K == 0 && amx_ready()) {
     linear_bf16_amx(x, w, bias, y, M, N, K, threads);
-  else if (bf16_dots() && K % 2 == 0)
+    return;
+  }
+#endif
+  if (bf16_dots() && K % 2 == 0)
     linear_bf16_dot(x, w, bias, y, M, N, K, threads);
   else
     linear_bf16(x, w, bias, y, M, N, K, threads);

@@ -32,7 +32,7 @@ KERNELS = (
     "ngrams",
 )
 SOURCES = tuple(Path(__file__).with_name(f"{x}.c") for x in KERNELS)
-HEADER = Path(__file__).with_name("vector.h")
+HEADERS = tuple(Path(__file__).with_name(x) for x in ("vector.h", "tiles.h"))
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11"),
     # NaN and infinity keep their meaning, and sums their order where the source does not say.
@@ -98,7 +98,7 @@ def _compiled(compiler: str) -> Path:
     """The shared library for these sources, compiler, processor and torch; built if need be."""
     openmp = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    texts = [x.read_text() for x in (*SOURCES, HEADER)]
+    texts = [x.read_text() for x in (*SOURCES, *HEADERS)]
     parts = (*texts, version.stdout, _processor(), str(FLAGS), str(openmp))
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = os.environ.get("NARROWS_CACHE") or platformdirs.user_cache_dir("narrows")

@@ -10,9 +10,10 @@
  *           row's greatest: in vector registers for few rows, in AMX tiles, where a line is a tile
  *           row as it stands, for more.
  * The zero points' share is added outside: one number a key group, one a token for values. */
-#include <stdlib.h>
-
+#include "tiles.h"
 #include "vector.h"
+
+#include <stdlib.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS 64 /* query rows (tokens times query heads of one key head) of one task */
@@ -21,8 +22,6 @@
 #define LINE 64
 #define KEYS_AHEAD 8    /* blocks of 16 keys, and */
 #define VALUES_AHEAD 16 /* quads of values, that are asked of memory ahead of their use */
-
-int amx_ready(void);
 
 /* ---- scales and zero points ---------------------------------------------------------------- */
 
@@ -183,7 +182,6 @@ static void floats(lines x, int64_t quads, int64_t blocks, const float *coef, in
 
 #if defined __AVX512VNNI__ && defined __AVX512VBMI__
 #define INT8
-#define TILE_ROWS 16
 #define BLOCKS 4 /* of 16 kept places, in a tile of sums each */
 #define TILE_X 8 /* rows of coefficients in one tile: a high and a low part each */
 
@@ -287,22 +285,9 @@ static void direct(lines x, int64_t quads, int64_t blocks, int64_t rows, float *
   }
 }
 
-#ifdef __AMX_INT8__
-#define TILES
+#ifdef TILES
 /* Whether a task of so many rows is one for tiles. */
 static int tiled(int64_t rows, int exact) { return !exact && rows > FEW && amx_ready(); }
-
-static void tiles_on(int64_t rows) {
-  struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-  } __attribute__((packed)) shape = {.palette = 1};
-  for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = TILE_ROWS;
-  if (rows < TILE_X) /* sums and coefficients; the time goes with the rows in use */
-    for (int i = 0; i < BLOCKS + 1; i++) shape.rows[i] = 2 * rows;
-  _tile_loadconfig(&shape);
-}
 
 INLINE void unpack(lines x, int bits, int64_t quads, int64_t blocks, int8_room *room) {
   for (int64_t b = 0; b < blocks; b++)
@@ -535,7 +520,7 @@ static void run(const packed_place *p, const task *t, const float *q, int64_t q_
                 room *w) {
   int64_t n = t->stop - t->first, rows = t->rows * group, stride = Dv + 2;
 #ifdef TILES
-  if (tiled(rows, exact)) tiles_on(rows);
+  if (tiled(rows, exact)) tiles_on(BLOCKS + 1, rows < TILE_X ? 2 * rows : TILE_ROWS);
 #endif
   for (int64_t r = 0; r < rows; r++) {
     int64_t row = p->first_row + t->row + r / group;

@@ -1,5 +1,6 @@
 /* Attention of a few newest tokens a sequence, for many sequences in one call, which also writes
  * their keys and values. Defined by ops/ragged.py. */
+#include "tiles.h"
 #include "vector.h"
 
 #include <omp.h>
@@ -78,6 +79,14 @@ static inline __attribute__((always_inline)) void pair_scores(const bf16 *q, int
     for (int j = 0; j < wide; j++) _mm512_storeu_ps(score + g * CHUNK + j * WIDTH, acc[g][j]);
 }
 
+/* Of 32 columns, those that unpacking brought to the low and to the high half of each quarter. */
+static inline void in_order(__m512 low, __m512 high, float *to) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i last = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  _mm512_storeu_ps(to, _mm512_permutex2var_ps(low, first, high));
+  _mm512_storeu_ps(to + WIDTH, _mm512_permutex2var_ps(low, last, high));
+}
+
 /* 64 columns. Those of two tokens' values are brought next to each other, four by four. */
 static inline __attribute__((always_inline)) void pair_values(const bf16 *weight, int64_t rows,
                                                               int64_t n, int64_t Dv, const bf16 *v,
@@ -102,19 +111,125 @@ static inline __attribute__((always_inline)) void pair_values(const bf16 *weight
         acc[g][j] = _mm512_dpbf16_ps(acc[g][j], x, (__m512bh)pairs[j]);
     }
   }
-  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i last = _mm512_add_epi32(first, _mm512_set1_epi32(8));
   for (int64_t g = 0; g < rows; g++)
-    for (int j = 0; j < ACROSS; j++)
-      _mm512_storeu_ps(out + g * stride + j * WIDTH,
-                       _mm512_permutex2var_ps(acc[g][j & 2], j & 1 ? last : first,
-                                              acc[g][(j & 2) + 1]));
+    for (int j = 0; j < ACROSS; j += 2)
+      in_order(acc[g][j], acc[g][j + 1], out + g * stride + j * WIDTH);
 }
+
+#ifdef TILES
+/* The same on AMX tiles, where a product of up to 16 query rows takes no longer than one of a few.
+ * What a tile loads must have left the store buffer, and what it stores is slow to be read at once,
+ * so each stage goes through all keys before the next begins. */
+#define OUT_LOW 0 /* columns of what is mixed */
+#define OUT_HIGH 1
+#define WEIGHTS 2
+#define OF_QUERIES 3 /* tiles that hold as many rows as there are queries */
+#define SCORES 3
+#define KEYS 4
+#define QUERIES 5
+#define VALUES 6
+
+/* Whether vectors of that many numbers are multiplied so. */
+static inline int tiled(int64_t D) { return D % PAIRS == 0 && amx_ready(); }
+
+/* Scores of up to 16 queries [rows, D], D a multiple of 32. */
+static void tile_dots(const float *q, int64_t rows, int64_t D, const bf16 *keys, int64_t n,
+                      queue *next, float *score) {
+  uint32_t query[D / PAIRS * TILE_ROWS * WIDTH] __attribute__((aligned(64)));
+  float sums[CHUNK][WIDTH] __attribute__((aligned(64))); /* a key's with all queries */
+  bf16 end[TILE_ROWS * D];
+  queue ahead = *next;
+  int64_t part = TILE_ROWS * WIDTH;
+  for (int64_t i = 0; i < D; i += PAIRS) turn_rows(q + i, query + i / PAIRS * part, rows, PAIRS, D);
+  for (int64_t t = 0; t < n; t += TILE_ROWS) {
+    const bf16 *key = keys + t * D;
+    ask(&ahead, TILE_ROWS);
+    if (n - t < TILE_ROWS) { /* the last few, with others that do not count */
+      memset(end, 0, sizeof end);
+      key = memcpy(end, key, (n - t) * D * sizeof *end);
+    }
+    _tile_zero(SCORES);
+    for (int64_t i = 0; i < D; i += PAIRS) {
+      _tile_loadd(KEYS, key + i, D * sizeof *key);
+      _tile_loadd(QUERIES, query + i / PAIRS * part, 64);
+      _tile_dpbf16ps(SCORES, KEYS, QUERIES);
+    }
+    _tile_stored(SCORES, sums[t], 64);
+  }
+  *next = ahead;
+  for (int64_t t = 0; t < n; t += WIDTH)
+    for (int64_t g = 0; g < rows; g += 4) { /* of 4 queries, keys 4 l + j in quarter l of of[j] */
+      __m512 of[4];
+      for (int j = 0; j < 4; j++) {
+        const float *from = sums[t + j] + g;
+        of[j] = _mm512_castps128_ps512(_mm_load_ps(from));
+        of[j] = _mm512_mask_broadcast_f32x4(of[j], 0x00f0, _mm_load_ps(from + 4 * WIDTH));
+        of[j] = _mm512_mask_broadcast_f32x4(of[j], 0x0f00, _mm_load_ps(from + 8 * WIDTH));
+        of[j] = _mm512_mask_broadcast_f32x4(of[j], 0xf000, _mm_load_ps(from + 12 * WIDTH));
+      }
+      __m512d a = (__m512d)_mm512_unpacklo_ps(of[0], of[1]);
+      __m512d b = (__m512d)_mm512_unpackhi_ps(of[0], of[1]);
+      __m512d c = (__m512d)_mm512_unpacklo_ps(of[2], of[3]);
+      __m512d d = (__m512d)_mm512_unpackhi_ps(of[2], of[3]);
+      float *to = score + g * CHUNK + t;
+      _mm512_storeu_ps(to, (__m512)_mm512_unpacklo_pd(a, c));
+      if (g + 1 < rows) _mm512_storeu_ps(to + CHUNK, (__m512)_mm512_unpackhi_pd(a, c));
+      if (g + 2 < rows) _mm512_storeu_ps(to + 2 * CHUNK, (__m512)_mm512_unpacklo_pd(b, d));
+      if (g + 3 < rows) _mm512_storeu_ps(to + 3 * CHUNK, (__m512)_mm512_unpackhi_pd(b, d));
+    }
+}
+
+/* Values weighted for up to 16 queries, Dv a multiple of 32: 32 columns at a time. */
+static void tile_mix(const float *score, int64_t rows, int64_t n, int64_t Dv, const bf16 *values,
+                     queue *next, float *to, int64_t stride) {
+  bf16 weight[TILE_ROWS * CHUNK] __attribute__((aligned(64)));
+  __m512i pairs[2][CHUNK / 2]; /* of tokens: 16 columns, and 16 others */
+  float sums[2][TILE_ROWS][WIDTH] __attribute__((aligned(64)));
+  queue ahead = *next;
+  int64_t whole = (n + PAIRS - 1) / PAIRS * PAIRS;
+  for (int64_t r = 0; r < rows; r++)
+    round_rows(score + r * CHUNK, weight + r * CHUNK, n, whole);
+  for (int64_t i = 0; i < Dv; i += PAIRS) {
+    for (int64_t t = 0; t < whole; t += 2) {
+      const bf16 *at = values + t * Dv + i;
+      __m512i one = t < n ? _mm512_loadu_si512(at) : _mm512_setzero_si512();
+      __m512i other = t + 1 < n ? _mm512_loadu_si512(at + Dv) : _mm512_setzero_si512();
+      ask(&ahead, 1);
+      pairs[0][t / 2] = _mm512_unpacklo_epi16(one, other);
+      pairs[1][t / 2] = _mm512_unpackhi_epi16(one, other);
+    }
+    _tile_zero(OUT_LOW);
+    _tile_zero(OUT_HIGH);
+    for (int64_t t = 0; t < whole; t += PAIRS) {
+      _tile_loadd(WEIGHTS, weight + t, CHUNK * sizeof *weight);
+      _tile_loadd(VALUES, pairs[0] + t / 2, 64);
+      _tile_dpbf16ps(OUT_LOW, WEIGHTS, VALUES);
+      _tile_loadd(VALUES, pairs[1] + t / 2, 64);
+      _tile_dpbf16ps(OUT_HIGH, WEIGHTS, VALUES);
+    }
+    _tile_stored(OUT_LOW, sums[0], 64);
+    _tile_stored(OUT_HIGH, sums[1], 64);
+    for (int64_t r = 0; r < rows; r++)
+      in_order(_mm512_load_ps(sums[0][r]), _mm512_load_ps(sums[1][r]), to + r * stride + i);
+  }
+  *next = ahead;
+}
+#endif
 
 /* With nothing to ask for next, keys are taken a register at a time, so that they come evenly. */
 static inline void paired_dots(const float *q, int64_t rows, int64_t D, int64_t Dv,
                                const bf16 *keys, const bf16 *values, int64_t n, queue *next,
                                float *score) {
+#ifdef TILES
+  if (tiled(D)) {
+    for (int64_t g = 0; g < rows; g += TILE_ROWS) {
+      int64_t some = rows - g < TILE_ROWS ? rows - g : TILE_ROWS;
+      tiles_on(OF_QUERIES, some);
+      tile_dots(q + g * D, some, D, keys, n, next, score + g * CHUNK);
+    }
+    return;
+  }
+#endif
   if (D % PAIRS) {
     dense_bf16_dots(q, rows, D, Dv, keys, values, n, score);
     return;
@@ -156,6 +271,16 @@ static inline void paired_dots(const float *q, int64_t rows, int64_t D, int64_t 
 
 static inline void paired_mix(const float *score, int64_t rows, int64_t n, int64_t Dv,
                               const bf16 *values, queue *next, float *to, int64_t stride) {
+#ifdef TILES
+  if (tiled(Dv)) {
+    for (int64_t g = 0; g < rows; g += TILE_ROWS) {
+      int64_t some = rows - g < TILE_ROWS ? rows - g : TILE_ROWS;
+      tiles_on(OF_QUERIES, some);
+      tile_mix(score + g * CHUNK, some, n, Dv, values, next, to + g * stride, stride);
+    }
+    return;
+  }
+#endif
   if (Dv % (2 * PAIRS)) {
     dense_bf16_mix(score, rows, n, Dv, values, to, stride);
     return;
@@ -414,6 +539,9 @@ int append_attend(const place *const *places, int64_t count, const float *q, int
         next = to_read(tasks + i + 1, D, Dv, tasks[i].p->rows * group);
       attend_task(tasks + i, q, q_stride, group, D, Dv, scale, is_bf16, &next);
     }
+#ifdef TILES
+    if (is_bf16 && (tiled(D) || tiled(Dv))) _tile_release();
+#endif
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < many; i++) {
       const task *own = tasks + i;

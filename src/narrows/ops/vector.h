@@ -181,23 +181,45 @@ static inline __attribute__((always_inline)) void turn(__m512 *r) {
 }
 #endif
 
+#ifdef __AVX512BF16__
+/* 32 columns of up to WIDTH rows of x [rows, K] -> 16 pairs of WIDTH rows each, rounded; zeros
+ * where there are no rows, and behind K. */
+static inline void turn_rows(const float *x, uint32_t *to, int64_t rows, int64_t left, int64_t K) {
+  __m512 pairs[WIDTH];
+  for (int64_t i = 0; i < WIDTH; i++) {
+    bf16 row[32] = {0};
+    if (i < rows) round_rows(x + i * K, row, left < 32 ? left : 32, 32);
+    pairs[i] = _mm512_loadu_ps(row);
+  }
+  turn(pairs);
+  for (int i = 0; i < WIDTH; i++) _mm512_store_ps(to + i * WIDTH, pairs[i]);
+}
+#endif
+
 /* ---- a few query rows, some dense keys and values -------------------------------------------- */
 
 #define CHUNK 256 /* keys scored by one task; long contexts are split over threads */
 
+#ifdef __AVX512F__
+/* The first n lanes of a register, all of them if there are more. */
+static inline __mmask16 leading(int64_t n) { return n < WIDTH ? (1u << n) - 1 : 0xffff; }
+#endif
+
 /* The greatest of n numbers; -INFINITY of none, and NaN counts as less than any. */
 static inline float greatest(const float *x, int64_t n) {
-  float top = -INFINITY;
   int64_t i = 0;
 #ifdef __AVX512F__ /* the second is taken where one is NaN */
-  __m512 most[4];
-  for (int j = 0; j < 4; j++) most[j] = _mm512_set1_ps(-INFINITY);
+  __m512 most[4], none = _mm512_set1_ps(-INFINITY);
+  for (int j = 0; j < 4; j++) most[j] = none;
   for (; i + 4 * WIDTH <= n; i += 4 * WIDTH)
     for (int j = 0; j < 4; j++)
       most[j] = _mm512_max_ps(_mm512_loadu_ps(x + i + j * WIDTH), most[j]);
+  for (int j = 0; i < n; i += WIDTH, j++)
+    most[j] = _mm512_max_ps(_mm512_mask_loadu_ps(none, leading(n - i), x + i), most[j]);
   for (int j = 1; j < 4; j++) most[0] = _mm512_max_ps(most[0], most[j]);
-  top = _mm512_reduce_max_ps(most[0]);
+  return _mm512_reduce_max_ps(most[0]);
 #else
+  float top = -INFINITY;
   if (n >= WIDTH) {
     vec most = load_f32(x);
     for (i = WIDTH; i + WIDTH <= n; i += WIDTH) {
@@ -206,9 +228,9 @@ static inline float greatest(const float *x, int64_t n) {
     }
     for (int j = 0; j < WIDTH; j++) top = most[j] > top ? most[j] : top;
   }
-#endif
   for (; i < n; i++) top = x[i] > top ? x[i] : top;
   return top;
+#endif
 }
 
 /* e^(score - top) in place over n scores (room up to a multiple of WIDTH); returns their sum. */
@@ -221,7 +243,14 @@ static inline float exponentials(float *score, int64_t n, float top) {
     *(vec *)(score + t) = e;
     total += e;
   }
+#ifdef __AVX512F__
+  __mmask16 last = leading(n - t);
+  __m512 e = (__m512)vexp((vec)_mm512_maskz_loadu_ps(last, score + t) - top);
+  _mm512_mask_storeu_ps(score + t, last, e);
+  total += (vec)_mm512_maskz_mov_ps(last, e);
+#else
   for (; t < n; t++) rest += score[t] = expf(score[t] - top);
+#endif
   return sum(total) + rest;
 }
 
