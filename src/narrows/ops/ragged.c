@@ -120,13 +120,12 @@ static inline __attribute__((always_inline)) void pair_values(const bf16 *weight
 /* The same on AMX tiles, where a product of up to 16 query rows takes no longer than one of a few.
  * What a tile loads must have left the store buffer, and what it stores is slow to be read at once,
  * so each stage goes through all keys before the next begins. */
-#define OUT_LOW 0 /* columns of what is mixed */
-#define OUT_HIGH 1
-#define WEIGHTS 2
-#define OF_QUERIES 3 /* tiles that hold as many rows as there are queries */
-#define SCORES 3
-#define KEYS 4
-#define QUERIES 5
+#define SCORES 0
+#define KEYS 1
+#define QUERIES 2
+#define OUT_LOW 3 /* columns of what is mixed */
+#define OUT_HIGH 4
+#define WEIGHTS 5
 #define VALUES 6
 
 /* Whether vectors of that many numbers are multiplied so. */
@@ -224,7 +223,6 @@ static inline void paired_dots(const float *q, int64_t rows, int64_t D, int64_t 
   if (tiled(D)) {
     for (int64_t g = 0; g < rows; g += TILE_ROWS) {
       int64_t some = rows - g < TILE_ROWS ? rows - g : TILE_ROWS;
-      tiles_on(OF_QUERIES, some);
       tile_dots(q + g * D, some, D, keys, n, next, score + g * CHUNK);
     }
     return;
@@ -275,7 +273,6 @@ static inline void paired_mix(const float *score, int64_t rows, int64_t n, int64
   if (tiled(Dv)) {
     for (int64_t g = 0; g < rows; g += TILE_ROWS) {
       int64_t some = rows - g < TILE_ROWS ? rows - g : TILE_ROWS;
-      tiles_on(OF_QUERIES, some);
       tile_mix(score + g * CHUNK, some, n, Dv, values, next, to + g * stride, stride);
     }
     return;
@@ -532,6 +529,10 @@ int append_attend(const place *const *places, int64_t count, const float *q, int
   }
 #pragma omp parallel num_threads(threads)
   {
+#ifdef TILES /* once, as telling it takes longer than fewer rows of some save */
+    int on = is_bf16 && (tiled(D) || tiled(Dv));
+    if (on) tiles_on(0, 0);
+#endif
 #pragma omp for schedule(guided)
     for (int64_t i = 0; i < many; i++) {
       queue next = {0};
@@ -540,7 +541,7 @@ int append_attend(const place *const *places, int64_t count, const float *q, int
       attend_task(tasks + i, q, q_stride, group, D, Dv, scale, is_bf16, &next);
     }
 #ifdef TILES
-    if (is_bf16 && (tiled(D) || tiled(Dv))) _tile_release();
+    if (on) _tile_release();
 #endif
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < many; i++) {
