@@ -85,10 +85,12 @@ TENSORS = {
 
 class PhraseOptions(Settings):
     """``folder`` holds the phrases, those that come with the package by default; ``most`` tokens of
-    a draft."""
+    a draft; nothing is offered beside more than ``beside`` sequences that decode, where looking
+    for it takes longer than the few guesses that are likely enough save."""
 
     folder: Path | None = None
     most: Annotated[int, Field(ge=1, le=16)] = 4
+    beside: Annotated[int, Field(ge=1)] = 16
 
 
 class PhraseDrafter(Drafter):
@@ -96,13 +98,15 @@ class PhraseDrafter(Drafter):
 
     name = "phrases"
 
-    def __init__(self, phrases: Phrases, most: int = 4) -> None:
-        self.most = most
+    def __init__(self, phrases: Phrases, options: PhraseOptions) -> None:
+        self.most, self.beside = options.most, options.beside
         self._runs = Runs(phrases.keys, phrases.tokens, phrases.sorts, phrases.chances)
         self._sorts = [Sort(chance) for chance in phrases.chances.tolist()]
 
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
         """See Drafter. One offer at most."""
+        if len(asked) > self.beside:
+            return [[] for _ in asked]
         offers: list[list[Offer]] = []
         for one in asked:
             sorts = tuple([self._sorts[self._runs.sorts[at]] for at in self._places(one)])
@@ -137,4 +141,4 @@ def phrases(target: FlatModel, **options: Any) -> PhraseDrafter:
         )
     if len(found.tokens) and int(found.tokens.max()) >= target.shape.vocab_size:
         raise ModelError(f"{folder / FILE} has tokens outside the vocabulary of {target.name}")
-    return PhraseDrafter(found, chosen.most)
+    return PhraseDrafter(found, chosen)

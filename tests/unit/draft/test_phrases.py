@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from narrows.contracts import Asked
 from narrows.draft import phrases as module
-from narrows.draft.phrases import FILE, LONGEST, PhraseDrafter, Phrases
+from narrows.draft.phrases import FILE, LONGEST, PhraseDrafter, PhraseOptions, Phrases
 from narrows.draft.specs import make_drafter
 from narrows.errors import ConfigError, InputError, ModelError
 from narrows.ops.ngrams import longer_key
@@ -119,7 +119,7 @@ KNOWN = table(
 
 
 def drafted(tokens: list[int], k: int, **options) -> tuple[list[int], list[float]]:
-    drafter = PhraseDrafter(KNOWN, **options)
+    drafter = PhraseDrafter(KNOWN, PhraseOptions(**options))
     asked = [Asked(0, tokens, k)]
     (offers,), (draft,) = drafter.offer(asked), drafter.propose(asked)
     assert sum(offer.k for offer in offers) == len(draft.tokens)
@@ -139,6 +139,13 @@ def test_the_longest_run_that_is_known_decides_and_guesses_go_on():
 def test_a_longer_run_is_not_looked_for_where_its_end_is_not_known():
     assert drafted([6, 2], 1) == ([9], [0.9])
     assert drafted([2, 6, 4], 1) == ([], [])
+
+
+def test_nothing_is_offered_beside_more_sequences_than_told():
+    drafter = PhraseDrafter(KNOWN, PhraseOptions(beside=2))
+    asked = [Asked(number, [7, 1], 4) for number in range(3)]
+    assert all(drafter.offer(asked[:2]))
+    assert drafter.offer(asked) == [[], [], []]
 
 
 def test_on_disk(tmp_path):
