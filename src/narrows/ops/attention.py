@@ -85,6 +85,8 @@ def _after_past(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     past, past_sum = flash(rows, k[None, :, : m - n], v[None, :, : m - n], scale=scale)
     own = [x[None, :, m - n :].repeat_interleave(heads // groups, 1) for x in (k, v)]
     here, here_sum = flash(q.transpose(0, 1)[None], *own, is_causal=True, scale=scale)
-    share = torch.sigmoid(past_sum.reshape(heads, n) - here_sum[0])[..., None]
+    # Softmax rounds a row alike however many there are; sigmoid, the same, goes by their number.
+    sums = torch.stack([past_sum.reshape(heads, n), here_sum[0]], dim=-1)
+    share = sums.softmax(dim=-1)[..., :1]
     mixed: Tensor = here[0].float().lerp_(past.reshape(heads, n, -1).float(), share)
     return mixed.transpose(0, 1)

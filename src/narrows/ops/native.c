@@ -285,7 +285,7 @@ int amx_ready(void) {
 static void linear_bf16_amx(const float *x, const bf16 *w, const float *bias, float *y, int64_t M,
                             int64_t N, int64_t K, int threads) {
   int64_t parts = K / TILE_K, groups = (M + LANES - 1) / LANES;
-  uint32_t *turned = (uint32_t *)scratch(2 * groups * K / 2 * LANES);
+  uint32_t *turned = (uint32_t *)scratch(groups * K * LANES);
 #pragma omp parallel num_threads(threads)
   {
     __m512 sums[LANES];

@@ -1,7 +1,7 @@
-/* AMX tiles: registers of 16 rows of 64 bytes, which are multiplied with each other. Where two
- * threads share a core, one that holds many of them at a time waits for each: four sums of products
- * took four times as long there as one after the other, and a third less where a thread has its
- * core alone. So kernels hold few. */
+/* AMX tiles: registers of 16 rows of 64 bytes, which are multiplied with each other. More sums
+ * at once need fewer loads, but where the other thread of a core is busy, loads into many tiles and
+ * products of them wait for each other, so that one sum after the other is faster there, and little
+ * slower where a thread has its core alone. */
 #include <stdint.h>
 
 #define TILE_ROWS 16

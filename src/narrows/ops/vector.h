@@ -236,7 +236,6 @@ static inline float greatest(const float *x, int64_t n) {
 /* e^(score - top) in place over n scores (room up to a multiple of WIDTH); returns their sum. */
 static inline float exponentials(float *score, int64_t n, float top) {
   vec total = {0};
-  float rest = 0;
   int64_t t = 0;
   for (; t + WIDTH <= n; t += WIDTH) {
     vec e = vexp(load_f32(score + t) - top);
@@ -244,14 +243,18 @@ static inline float exponentials(float *score, int64_t n, float top) {
     total += e;
   }
 #ifdef __AVX512F__
-  __mmask16 last = leading(n - t);
-  __m512 e = (__m512)vexp((vec)_mm512_maskz_loadu_ps(last, score + t) - top);
-  _mm512_mask_storeu_ps(score + t, last, e);
-  total += (vec)_mm512_maskz_mov_ps(last, e);
+  if (t < n) {
+    __mmask16 last = leading(n - t);
+    __m512 e = (__m512)vexp((vec)_mm512_maskz_loadu_ps(last, score + t) - top);
+    _mm512_mask_storeu_ps(score + t, last, e);
+    total += (vec)_mm512_maskz_mov_ps(last, e);
+  }
+  return sum(total);
 #else
+  float rest = 0;
   for (; t < n; t++) rest += score[t] = expf(score[t] - top);
-#endif
   return sum(total) + rest;
+#endif
 }
 
 /* Attention of a row to all keys, out of that to `count` stretches of them, whose parts lie `apart`
