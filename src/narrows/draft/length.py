@@ -56,6 +56,9 @@ BUCKET = 4
 the first of some more costs most."""
 BELIEF = 6.0
 """Observations of a bucket that count as much as the line."""
+SLOW, ODD = 1.5, 1.25
+"""Times as long as expected that anything is taken to have taken at most, and what of it may be a
+bucket's own: what else the machine does now and then must not seem to come of so many rows."""
 SURENESS = 10
 """Parts of the way from 0 to 1 that a drafter's own chances are told apart by."""
 DRAFTS = 48
@@ -75,8 +78,9 @@ class Times:
     def __init__(self) -> None:
         self._weight = self._rows = self._seconds = self._spread = self._joint = 0.0
         self._apart: dict[int, _Record] = defaultdict(lambda: _Record(BELIEF, BELIEF))
-        self._asked: dict[int, float] = {}
-        """What has been answered since anything was learnt."""
+        self._stairs: list[tuple[float, float]] = []
+        """By bucket, seconds expected of fewer rows and times as long as by the line, as far as
+        anyone has asked since anything was learnt."""
         self.slope = ROW_COST
         """Seconds for one more row, by the straight line."""
 
@@ -92,12 +96,14 @@ class Times:
         self._draw()
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Note what ``rows`` took. What takes far too long counts as twice what was expected."""
+        """Note what ``rows`` took."""
         if self._weight:
-            seconds = min(seconds, 2 * self(rows))
+            expected = self(rows)
+            seconds = min(seconds, SLOW * expected)
             for record in self._apart.values():
                 record.fade(BELIEF, BELIEF)
-            self._apart[(rows - 1) // BUCKET].add(seconds / self.line(rows))
+            apart = min(seconds, ODD * expected) / self.line(rows)
+            self._apart[(rows - 1) // BUCKET].add(apart)
         self._weight = self._weight * MEMORY + 1
         share = 1 / self._weight
         more_rows, longer = rows - self._rows, seconds - self._seconds
@@ -109,20 +115,21 @@ class Times:
 
     def _draw(self) -> None:
         """The line, and nothing answered by it yet."""
-        self._asked.clear()
+        self._stairs.clear()
         if self._weight:
             usual = ROW_COST * self._seconds / (1 + ROW_COST * (self._rows - 1))
             self.slope = max(0.0, (self._joint + TRUST * usual) / (self._spread + TRUST))
 
     def __call__(self, rows: int) -> float:
         """Seconds expected of ``rows``, in an arbitrary unit before the first observation."""
-        if rows not in self._asked:
-            bucket = (rows - 1) // BUCKET
-            apart = self._apart.get(bucket)
-            fewer = self(bucket * BUCKET) if bucket > 0 else 0.0
-            here = self.line(rows) * (apart.hits / apart.trials if apart else 1.0)
-            self._asked[rows] = max(fewer, here)
-        return self._asked[rows]
+        bucket = max(rows - 1, 0) // BUCKET
+        while len(self._stairs) <= bucket:
+            last = BUCKET * len(self._stairs)
+            apart = self._apart.get(len(self._stairs))
+            off = apart.hits / apart.trials if apart else 1.0
+            self._stairs.append((self(last) if last else 0.0, off))
+        fewer, off = self._stairs[bucket]
+        return max(fewer, off * self.line(rows))
 
     def line(self, rows: int) -> float:
         """The same by the straight line alone."""

@@ -232,6 +232,15 @@ def test_times_are_learnt_and_one_slow_step_is_forgotten():
     assert times(1) == pytest.approx(0.01, rel=0.1)
 
 
+def test_one_slow_step_does_not_keep_others_of_as_many_rows_away():
+    times = Times()
+    for _ in range(40):
+        times.observe(33, 1.0)
+        times.observe(40, 1.01)
+    times.observe(44, 10.0)
+    assert times(44) < 1.15
+
+
 @given(st.lists(st.tuples(st.integers(1, 64), st.floats(1e-3, 1.0)), min_size=1, max_size=80))
 def test_no_step_is_expected_to_be_free_or_faster_with_more_rows(steps):
     times = Times()
