@@ -7,6 +7,7 @@ several matches.
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
@@ -14,7 +15,7 @@ from pydantic import Field, model_validator
 
 from narrows.config import Settings
 from narrows.contracts import Asked, Draft, Drafter, Offer, Sort
-from narrows.ops.ngrams import repeats
+from narrows.ops.ngrams import Repeat, repeats
 
 EXPECTED = {
     1: (0.3, 0.5, 0.15),
@@ -68,32 +69,31 @@ class Lookup(Drafter):
     def __init__(self, options: LookupOptions) -> None:
         self.most = options.most
         self.longest, self.shortest = options.longest, options.shortest
-        self._texts: dict[int, array[int]] = {}
+        self._texts: dict[int, array[int]] = defaultdict(lambda: array("i"))
         """By the sequence's number, as the search reads them."""
 
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
         """See Drafter. One offer at most, of the longest match."""
         offers: list[list[Offer]] = []
-        for one in asked:
-            size, _, went = self._match(one, min(one.k, self.most))
-            sorts = [known[how] for known, how in zip(SORTS[size:], went, strict=False)]
+        for one, (size, _, went) in zip(asked, self._repeats(asked, self.most), strict=True):
+            sorts = [known[how] for known, how in zip(SORTS[size:], went[: one.k], strict=False)]
             offers.append([Offer(self.name, tuple(sorts))] if sorts else [])
         return offers
 
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See Drafter."""
-        drafts = []
-        for one in asked:
-            size, behind, _ = self._match(one, 0)
-            drafts.append(Draft(list(one.tokens[behind : behind + one.k]) if size else []))
-        return drafts
+        return [
+            Draft(list(one.tokens[behind : behind + one.k]) if size else [])
+            for one, (size, behind, _) in zip(asked, self._repeats(asked, 0), strict=True)
+        ]
 
-    def _match(self, one: Asked, most: int) -> tuple[int, int, array[int]]:
-        text = self._texts.get(one.number)
-        if text is None:
-            text = self._texts[one.number] = array("i")
-        text.extend(one.tokens[len(text) :])
-        return repeats(text, self.shortest, self.longest, FAR, most)
+    def _repeats(self, asked: Sequence[Asked], most: int) -> list[Repeat]:
+        texts = []
+        for one in asked:
+            text = self._texts[one.number]
+            text.extend(one.tokens[len(text) :])
+            texts.append(text)
+        return repeats(texts, self.shortest, self.longest, FAR, most)
 
     def forget(self, number: int) -> None:
         """See Drafter."""

@@ -108,19 +108,20 @@ class PhraseDrafter(Drafter):
         if len(asked) > self.beside:
             return [[] for _ in asked]
         offers: list[list[Offer]] = []
-        for one in asked:
-            sorts = tuple([self._sorts[self._runs.sorts[at]] for at in self._places(one)])
+        for places in self._places(asked):
+            sorts = tuple([self._sorts[self._runs.sorts[at]] for at in places])
             offers.append([Offer(self.name, sorts)] if sorts else [])
         return offers
 
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See Drafter."""
-        return [Draft([self._runs.tokens[at] for at in self._places(one)]) for one in asked]
+        return [Draft([self._runs.tokens[at] for at in some]) for some in self._places(asked)]
 
-    def _places(self, one: Asked) -> array[int]:
-        """Where guesses for a sequence stand."""
-        last = array("i", one.tokens[-LONGEST:])
-        return self._runs.behind(last, LONGEST, min(one.k, self.most), LEAST)
+    def _places(self, asked: Sequence[Asked]) -> list[array[int]]:
+        """Where guesses for each sequence stand."""
+        texts = [one.tokens for one in asked]
+        found = self._runs.behind(texts, LONGEST, self.most, LEAST)
+        return [places[: one.k] for places, one in zip(found, asked, strict=True)]
 
 
 def phrases(target: FlatModel, **options: Any) -> PhraseDrafter:

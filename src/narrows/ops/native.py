@@ -69,8 +69,8 @@ SIGNATURES = {
     "likeness": (None, (P, L, L, F, P, P, N)),
     "nearest": (None, (P, L, P, L, L, P, P, P, N)),
     "greedy_cover": (L, (P, L, P, N, P, P, P, N)),
-    "repeats": (L, (P, L, L, L, L, L, P)),
-    "phrases": (L, (P, P, L, L, L, F, P)),
+    "repeats": (None, (P, L, L, L, L, L, P)),
+    "phrases": (None, (P, P, L, L, L, F, P)),
     "append_attend": (N, (P, L, P, L, P, L, P, L, P, L, L, L, L, F, N, N)),
 }
 

@@ -1,6 +1,6 @@
-/* How a text may go on by its last few tokens: as behind where they stood in it before, or as a table
- * of runs has it. Asked for each sequence between steps, which leave little of what it takes at hand:
- * so few instructions and little memory. Defined by ops/ngrams.py. */
+/* How texts may go on by their last few tokens: as behind where they stood before, or as a table of
+ * runs has it. Asked for all sequences between steps, which leave little of what it takes at hand: so
+ * few instructions and little memory. Defined by ops/ngrams.py. */
 #include "vector.h"
 
 /* The last place up to `from` in a text that stands behind the same `size` tokens as `stop`, or -1. */
@@ -23,12 +23,12 @@ static int64_t earlier(const int32_t *text, int64_t stop, int64_t from, int64_t 
 }
 
 /* How many of a text's last tokens, `shortest` to `longest`, stood together in it before, the longest
- * run and of it the last; counted on, up to `far`, if they are `longest`; or 0. found[0] is the place
- * behind them, and from found[1] on stands of each of `most` tokens from there, as far as there are
- * some, how it followed the run before it, of as many tokens as match by then, at most `longest`: 0 if
- * that had not been there before, 1 if it had gone on alike the last time, else 2. */
-int64_t repeats(const int32_t *text, int64_t count, int64_t shortest, int64_t longest, int64_t far,
-                int64_t most, int64_t *found) {
+ * run and of it the last; counted on, up to `far`, if they are `longest`; or 0. `place` is behind them,
+ * and in `went` stands of each of `most` tokens from there, as far as there are some, how it followed
+ * the run before it, of as many tokens as match by then, at most `longest`: 0 if that had not been
+ * there before, 1 if it had gone on alike the last time, else 2. */
+static int64_t repeated(const int32_t *text, int64_t count, int64_t shortest, int64_t longest,
+                        int64_t far, int64_t most, int64_t *behind, int64_t *went) {
   int64_t size = 0, place = count - 1;
   for (int64_t n = shortest; n <= longest && n < count; n++) {
     int64_t at = earlier(text, count, place, n);
@@ -36,16 +36,25 @@ int64_t repeats(const int32_t *text, int64_t count, int64_t shortest, int64_t lo
     size = n, place = at;
   }
   if (!size) return 0;
-  found[0] = place;
+  *behind = place;
   for (int64_t i = 0; i < most && place + i < count; i++) {
     int64_t stop = place + i, run = size + i < longest ? size + i : longest;
     int64_t before = earlier(text, stop, stop - 1, run);
-    found[1 + i] = before < 0 ? 0 : text[before] == text[stop] ? 1 : 2;
+    went[i] = before < 0 ? 0 : text[before] == text[stop] ? 1 : 2;
   }
   while (size >= longest && size < far && size < place &&
          text[place - size - 1] == text[count - size - 1])
     size++;
   return size;
+}
+
+/* The same of `n` texts, given by address and count [n][2]: size, place and `went` in `found`
+ * [n][2 + most]. */
+void repeats(const int64_t *texts, int64_t n, int64_t shortest, int64_t longest, int64_t far,
+             int64_t most, int64_t *found) {
+  for (int64_t i = 0; i < n; i++, found += 2 + most)
+    found[0] = repeated((const int32_t *)texts[2 * i], texts[2 * i + 1], shortest, longest, far, most,
+                        found + 1, found + 2);
 }
 
 /* Runs of tokens by their keys [N], which rise; those that begin with the same bits, above `shift`
@@ -71,23 +80,27 @@ static int64_t place_of(const table *of, int64_t key) {
   return low < stop && of->keys[low] == key ? low : -1;
 }
 
-/* Guesses behind `count` tokens of a text, for which there is room behind them: each what follows the
- * longest run that is known and ends there, of up to `longest` tokens, as long as one is and its chance
- * is at least `least`. places[n] is where in the table guess n stands. Returns how many there are. */
-int64_t phrases(const table *of, int32_t *text, int64_t count, int64_t longest, int64_t most,
-                float least, int64_t *places) {
-  for (int64_t n = 0; n < most; n++, count++) {
-    uint64_t key = 0;
-    int64_t found = -1;
-    for (int64_t i = 1; i <= longest && i <= count; i++) {
-      key = (key * 0x1E3779B97F4A7C15u + (uint64_t)text[count - i] + 1) & INT64_MAX; /* longer_key */
-      int64_t at = place_of(of, (int64_t)key);
-      if (at < 0) break; /* nor is anything longer there */
-      found = at;
+/* Guesses behind each of `n` texts, given by their last `longest` tokens [n][longest], -1 where there
+ * are none: each what follows the longest run that is known and ends there, as long as one is and its
+ * chance is at least `least`. found[i] [1 + most] is how many there are, and where in the table. */
+void phrases(const table *of, const int32_t *texts, int64_t n, int64_t longest, int64_t most,
+             float least, int64_t *found) {
+  for (int64_t text = 0; text < n; text++, texts += longest, found += 1 + most) {
+    int32_t tokens[longest + most];
+    memcpy(tokens, texts, longest * sizeof *tokens);
+    for (int64_t *count = found; *count < most; ++*count) {
+      const int32_t *last = tokens + longest + *count;
+      uint64_t key = 0;
+      int64_t place = -1;
+      for (int64_t i = 1; i <= longest && last[-i] >= 0; i++) {
+        key = (key * 0x1E3779B97F4A7C15u + (uint64_t)last[-i] + 1) & INT64_MAX; /* longer_key */
+        int64_t at = place_of(of, (int64_t)key);
+        if (at < 0) break; /* nor is anything longer there */
+        place = at;
+      }
+      if (place < 0 || of->chances[of->sorts[place]] < least) break;
+      found[1 + *count] = place;
+      tokens[longest + *count] = of->tokens[place];
     }
-    if (found < 0 || of->chances[of->sorts[found]] < least) return n;
-    places[n] = found;
-    text[count] = of->tokens[found];
   }
-  return most;
 }

@@ -1,10 +1,12 @@
-"""How a text may go on, by its last few tokens; see ``ngrams.c``."""
+"""How texts may go on, by their last few tokens; see ``ngrams.c``."""
 
 from __future__ import annotations
 
 import ctypes
 from array import array
 from bisect import bisect_left
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,30 +18,45 @@ ONCE, ALIKE, APART = range(3)
 the last two times, or not."""
 
 
+class Repeat(NamedTuple):
+    """How many of a text's last tokens stood together in it before, 0 if too few; the place
+    ``behind`` them; and how each token from there ``went`` on from those before it."""
+
+    size: int
+    behind: int
+    went: array[int]
+
+
 def repeats(
-    text: array[int], shortest: int, longest: int, far: int, most: int
-) -> tuple[int, int, array[int]]:
-    """How many of the last tokens of ``text`` (of type code i) stood together in it before, 0 if
-    not even ``shortest``; the place behind them; and of each of ``most`` tokens from there, as far
-    as there are some, how it followed those before it as far as they match by then, at most
-    ``longest``: ONCE, ALIKE or APART. The longest match counts, up to ``longest``, of several the
-    last; how far that one goes on is told up to ``far``."""
+    texts: Sequence[array[int]], shortest: int, longest: int, far: int, most: int
+) -> list[Repeat]:
+    """What the last tokens of each of ``texts`` (of type code i) repeat: the longest match counts,
+    of ``shortest`` to ``longest`` tokens, of several the last; how far that one goes on is told up
+    to ``far``. Of each of ``most`` tokens behind it, as far as there are some, how it followed
+    those before it as far as they match by then, at most ``longest``: ONCE, ALIKE or APART."""
     native = library()
     if native is None:
-        return repeats_plain(text, shortest, longest, far, most)
-    found = array("q", bytes(8 * (1 + most)))
-    size = native.repeats(
-        *(text.buffer_info()[0], len(text), shortest, longest, far, most),
+        return [repeats_plain(text, shortest, longest, far, most) for text in texts]
+    held, width = array("q"), 2 + most
+    for text in texts:
+        held.extend(text.buffer_info())
+    found = array("q", bytes(8 * width * len(texts)))
+    native.repeats(
+        *(held.buffer_info()[0], len(texts), shortest, longest, far, most),
         found.buffer_info()[0],
     )
-    behind = found[0]
-    return size, behind, found[1 : 1 + len(text) - behind] if size else found[:0]
+    none = Repeat(0, 0, array("q"))
+    told = [none] * len(texts)
+    for i, (text, at) in enumerate(zip(texts, range(0, len(found), width), strict=True)):
+        if size := found[at]:
+            behind = found[at + 1]
+            known = min(most, len(text) - behind)
+            told[i] = Repeat(size, behind, found[at + 2 : at + 2 + known])
+    return told
 
 
-def repeats_plain(
-    text: array[int], shortest: int, longest: int, far: int, most: int
-) -> tuple[int, int, array[int]]:
-    """The definition of ``repeats``."""
+def repeats_plain(text: array[int], shortest: int, longest: int, far: int, most: int) -> Repeat:
+    """The definition of ``repeats``, of one text."""
     count, told = len(text), text.tobytes()
 
     def earlier(stop: int, size: int) -> int:
@@ -57,7 +74,7 @@ def repeats_plain(
         size, behind = run, at
     went = array("q")
     if not size:
-        return 0, 0, went
+        return Repeat(0, 0, went)
     for i in range(min(most, count - behind)):
         before = earlier(behind + i, min(size + i, longest))
         alike = before >= 0 and text[before] == text[behind + i]
@@ -65,7 +82,7 @@ def repeats_plain(
     if size == longest:  # else no more can match, or a longer one had been found
         while size < min(far, behind) and text[behind - size - 1] == text[count - size - 1]:
             size += 1
-    return size, behind, went
+    return Repeat(size, behind, went)
 
 
 MIX = 0x1E3779B97F4A7C15
@@ -106,23 +123,33 @@ class Runs:
         self._chances = chances.tolist()
         self.tokens, self.sorts = (self._held[name].numpy().data for name in ("tokens", "sorts"))
 
-    def behind(self, text: array[int], longest: int, most: int, least: float) -> array[int]:
-        """Where guesses stand that go on from ``text`` (of type code i), at most ``most``: each
-        what follows the longest run known, of up to ``longest`` tokens, that ends there, as long
-        as one is and its chance is at least ``least``."""
+    def behind(
+        self, texts: Sequence[Sequence[int]], longest: int, most: int, least: float
+    ) -> list[array[int]]:
+        """Where guesses stand that go on from each of ``texts``, at most ``most``: each what
+        follows the longest run known, of up to ``longest`` tokens, that ends there, as long as one
+        is and its chance is at least ``least``."""
         native = library()
         if native is None:
-            return self.behind_plain(text, longest, most, least)
-        text, places = text + array("i", bytes(4 * most)), array("q", bytes(8 * most))
-        count = native.phrases(
-            *(self._address, text.buffer_info()[0], len(text) - most, longest, most, least),
-            places.buffer_info()[0],
+            return [self.behind_plain(text, longest, most, least) for text in texts]
+        last = array("i")
+        for text in texts:
+            end = text[-longest:]
+            last.extend([-1] * (longest - len(end)))
+            last.extend(end)
+        width = 1 + most
+        found = array("q", bytes(8 * width * len(texts)))
+        native.phrases(
+            *(self._address, last.buffer_info()[0], len(texts), longest, most, least),
+            found.buffer_info()[0],
         )
-        return places[:count]
+        return [found[at + 1 : at + 1 + found[at]] for at in range(0, len(found), width)]
 
-    def behind_plain(self, text: array[int], longest: int, most: int, least: float) -> array[int]:
-        """The definition of ``behind``."""
-        text, places = text[:], array("q")
+    def behind_plain(
+        self, text: Sequence[int], longest: int, most: int, least: float
+    ) -> array[int]:
+        """The definition of ``behind``, of one text."""
+        text, places = list(text), array("q")
         while len(places) < most:
             found, key = None, 0
             for token in reversed(text[-longest:]):

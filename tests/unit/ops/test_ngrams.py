@@ -22,21 +22,20 @@ texts = st.one_of(
 
 
 @given(
-    texts,
+    st.lists(st.tuples(texts, st.integers(0, 80)), max_size=4),
     st.tuples(st.integers(1, 4), st.integers(0, 4)),
     st.integers(0, 12),
-    st.integers(0, 80),
 )
-def test_repeats_are_those_of_the_definition(tokens, lengths, most, again):
+def test_repeats_are_those_of_the_definition(drawn, lengths, most):
     shortest, longer = lengths
-    text = array("i", tokens + tokens[:again])
-    asked = (text, shortest, shortest + longer, 32, most)
-    assert repeats(*asked) == repeats_plain(*asked)
+    some = [array("i", tokens + tokens[:again]) for tokens, again in drawn]
+    sizes = (shortest, shortest + longer, 32, most)
+    assert repeats(some, *sizes) == [repeats_plain(text, *sizes) for text in some]
 
 
 def test_a_repeat_far_back_is_found_behind_many_that_only_end_alike():
     text = array("i", [7, 8, 9, 1, *[9, 2, 9, 3] * 200, 7, 8, 9])
-    size, behind, went = repeats(text, 2, 4, 32, 3)
+    ((size, behind, went),) = repeats([text], 2, 4, 32, 3)
     assert (size, behind, list(went)) == (3, 3, [0, 0, 0])
 
 
@@ -63,14 +62,12 @@ def runs(seed: int, count: int, vocabulary: int) -> Runs:
     st.integers(0, 10**6),
     st.integers(0, 300),
     st.sampled_from([2, 5, 2000]),
-    st.lists(st.integers(0, 1999), max_size=6),
+    st.lists(st.lists(st.integers(0, 1999), max_size=6), max_size=4),
     st.tuples(st.integers(1, 5), st.integers(0, 8)),
     st.sampled_from([0.0, 0.2, 0.5]),
 )
-def test_guesses_are_those_of_the_definition(seed, count, vocabulary, tokens, sizes, least):
+def test_guesses_are_those_of_the_definition(seed, count, vocabulary, drawn, sizes, least):
     table = runs(seed, count, vocabulary)
-    text = array("i", [token % vocabulary for token in tokens])
-    before = text[:]
-    asked = (text, *sizes, least)
-    assert table.behind(*asked) == table.behind_plain(*asked)
-    assert text == before
+    some = [[token % vocabulary for token in tokens] for tokens in drawn]
+    expected = [table.behind_plain(text, *sizes, least) for text in some]
+    assert table.behind(some, *sizes, least) == expected
