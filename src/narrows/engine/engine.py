@@ -23,6 +23,7 @@ from narrows.engine.speculation import DraftingPolicy, Speculation
 from narrows.engine.verify import verify_batch
 from narrows.errors import ConfigError, RequestRejected
 from narrows.model.flat import FlatModel
+from narrows.ops.native import few_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,8 @@ class Engine:
             model.shape, policy, config, budget, lambda: policy.build(model.shape), ahead
         )
         self._count = 0
+        self._room = torch.empty(0) if few_rows(1, model.head) else None
+        """The most logits a step has had, for the next to be made in."""
 
     def submit(
         self, prompt: list[int], params: SamplingParams, saved: SavedCache | None = None
@@ -99,7 +102,8 @@ class Engine:
         decoder = None
         if tokenizer is not None:
             decoder = StreamDecoder(tokenizer, params.stop, min_tokens=params.min_tokens)
-        sequence = Sequence(self._count, prompt, params, sampler, decoder, saved)
+        window = self.model.shape.max_tokens
+        sequence = Sequence(self._count, prompt, params, window, sampler, decoder, saved)
         self.scheduler.submit(sequence)
         self._count += 1
         return sequence
@@ -215,12 +219,14 @@ class Engine:
             return []
         drafts = [Draft([])] * len(work)
         if self.speculation:
-            drafts = self.speculation.drafts(work, self._limit)
+            drafts = self.speculation.drafts(work)
         starts = [(item.sequence.number, item.sequence.computed) for item in work]
         taps: tuple[int, ...] = ()
         if self.drafter and self.drafter.wants(starts):
             taps = self.drafter.taps
-        done = runner.forward(self.model, work, drafts, taps)
+        done = runner.forward(self.model, work, drafts, taps, self._room)
+        if self._room is not None and done.logits.dtype is self._room.dtype:
+            self._room = max(self._room, done.logits, key=torch.numel)
         for item in work:
             if item.sequence.computed >= item.sequence.prompt_length:
                 self._seal(item.sequence)
@@ -276,10 +282,6 @@ class Engine:
             self.speculation.forget(sequence)
         return sequence.finish(reason)
 
-    def _limit(self, sequence: Sequence) -> int:
-        """Tokens at which a request ends, prompt included."""
-        return min(sequence.prompt_length + sequence.params.max_tokens, self.model.shape.max_tokens)
-
     def _finish_reason(self, sequence: Sequence, token: int) -> str:
         params = sequence.params
         if token in params.stop_token_ids:
@@ -288,4 +290,4 @@ class Engine:
             return "stop"
         if sequence.decoder is not None and sequence.decoder.stopped:
             return "stop"
-        return "length" if len(sequence.tokens) >= self._limit(sequence) else ""
+        return "length" if len(sequence.tokens) >= sequence.limit else ""

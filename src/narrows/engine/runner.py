@@ -30,9 +30,14 @@ class Pass:
 
 
 def forward(
-    model: FlatModel, work: list[Work], drafts: Sequence[Draft], taps: Sequence[int] = ()
+    model: FlatModel,
+    work: list[Work],
+    drafts: Sequence[Draft],
+    taps: Sequence[int] = (),
+    room: Tensor | None = None,
 ) -> Pass:
-    """Read every planned token, and behind a sequence's newest one its draft."""
+    """Read every planned token, and behind a sequence's newest one its draft. The logits may be
+    made in ``room``."""
     ids: list[int] = []
     positions: list[int] = []
     spans = []
@@ -58,4 +63,4 @@ def forward(
     else:
         hidden = model.hidden(tokens, places, batch)
     last = hidden if len(rows) == len(ids) else hidden[rows]
-    return Pass(spans, ready, model.logits(last), seen)
+    return Pass(spans, ready, model.logits(last, room), seen)

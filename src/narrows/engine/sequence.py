@@ -25,13 +25,15 @@ class State(Enum):
 class Sequence:
     """A request. ``tokens`` is the prompt followed by what was generated; ``caches`` hold the
     keys and values of its first ``computed`` tokens while it runs, and are None otherwise.
-    ``saved`` has read the first tokens of the prompt, so that the rest follows its caches."""
+    ``saved`` has read the first tokens of the prompt, so that the rest follows its caches. It ends
+    at ``limit`` tokens at most, prompt included, none beyond the model's ``window``."""
 
     def __init__(
         self,
         number: int,
         prompt: list[int],
         params: SamplingParams,
+        window: int,
         sampler: Sampler,
         decoder: StreamDecoder | None,
         saved: SavedCache | None = None,
@@ -43,6 +45,7 @@ class Sequence:
         self.decoder = decoder
         self.tokens = list(prompt)
         self.prompt_length = len(prompt)
+        self.limit = min(len(prompt) + params.max_tokens, window)
         self.caches: list[LayerCache] | None = None
         self.sealed = False
         self.state = State.WAITING

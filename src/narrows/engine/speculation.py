@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from narrows.contracts import Asked, CachePolicy, Draft, Drafter, LayerCache, ModelShape, Offer
@@ -67,12 +66,13 @@ class Speculation:
         self._made: set[str] = set()
         """Kinds of guesses made before: the first time is no measure, as nothing is at hand yet."""
 
-    def drafts(self, work: list[Work], limit: Callable[[Sequence], int]) -> list[Draft]:
-        """A draft, often empty, for each item of ``work``; none reaches the request's ``limit``."""
+    def drafts(self, work: list[Work]) -> list[Draft]:
+        """A draft, often empty, for each item of ``work``; none reaches its request's limit."""
         self._offered, self._drafting = {}, 0.0
         self._plan, self._tokens = None, 0
         rows = sum(item.count for item in work)
-        self._decoding = sum(item.count == item.sequence.pending for item in work)
+        ready = [i for i, item in enumerate(work) if item.count == item.sequence.pending]
+        self._decoding = len(ready)
         if self._rest:
             self._rest -= 1
             return [Draft([])] * len(work)
@@ -80,10 +80,10 @@ class Speculation:
             return [Draft([])] * len(work)
         started = time.perf_counter()
         asked: dict[int, Asked] = {}
-        for i, item in enumerate(work):
-            sequence = item.sequence
-            k = min(self.most, limit(sequence) - len(sequence.tokens) - 1)
-            if sequence.sealed and sequence.pending == 1 and k > 0:
+        for i in ready:
+            sequence = work[i].sequence
+            k = min(self.most, sequence.limit - len(sequence.tokens) - 1)
+            if sequence.sealed and work[i].count == 1 and k > 0:
                 asked[i] = Asked(sequence.number, sequence.tokens, k)
         offers = self.drafter.offer(list(asked.values()))
         offered = [(one.number, some) for one, some in zip(asked.values(), offers, strict=True)]

@@ -93,9 +93,9 @@ class FastDecoder:
             delta = after_attention(layer, h, mixed.reshape(count, -1))
         return delta
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, room: Tensor | None) -> Tensor:
         """As ``FlatModel.logits``."""
-        return linear(hidden, self.head)
+        return linear(hidden, self.head, room=room)
 
 
 def _products(layer: Any) -> list[list[nn.Module]]:

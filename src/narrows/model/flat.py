@@ -168,11 +168,12 @@ class FlatModel:
         return None if self._fast is None else (self._fast.norm, self._fast.eps)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
         """Next-token logits of ``hidden`` ``[n, hidden_size]`` -> float32 ``[n, vocab_size]``, or
-        bfloat16 where a float32 pass is given bfloat16 rows."""
+        bfloat16 where a float32 pass is given bfloat16 rows. They may be made in ``room``, float32,
+        such as earlier ones that nobody needs any more."""
         if self._fast is not None:
-            return self._fast.logits(hidden)
+            return self._fast.logits(hidden, room)
         scores: Tensor = self._head(hidden).float()
         if self._softcap is not None:
             scores = torch.tanh(scores / self._softcap) * self._softcap

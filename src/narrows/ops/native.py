@@ -195,17 +195,24 @@ def flow_dtype(rows: int, weight: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, room: Tensor | None = None
+) -> Tensor:
     """``x`` ``[m, k]`` times ``weight`` ``[n, k]`` transposed, plus ``bias`` float32 ``[n]`` ->
     ``[m, n]`` in x's dtype, which is float32, or bfloat16 as the weight's. A bfloat16 weight is
-    read as it is, never rounded again."""
+    read as it is, never rounded again. Where ``few_rows`` says so, it is made in ``room``, float32,
+    if that is large enough: what is made anew each time may have to be cleared page by page."""
     if weight.dtype == x.dtype:
         return torch_linear(x, weight, None if bias is None else bias.to(x.dtype))
     rows, inner = x.shape
     outer = weight.shape[0]
     native = library()
     if native is not None and few_rows(rows, weight):
-        x, out = x.contiguous(), x.new_empty((rows, outer))
+        x = x.contiguous()
+        if room is not None and room.dtype is x.dtype and room.numel() >= rows * outer:
+            out = room.view(-1)[: rows * outer].view(rows, outer)
+        else:
+            out = x.new_empty((rows, outer))
         native.linear_few(
             *(x.data_ptr(), weight.data_ptr(), _pointer(bias), out.data_ptr()),
             *(rows, outer, inner, torch.get_num_threads()),

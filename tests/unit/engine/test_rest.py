@@ -49,10 +49,10 @@ def steps_asked(
         return Plan(taken, [k for _ in asked], speed=(1 + k * gain) * decoding / lasting(decoding))
 
     monkeypatch.setattr(made.length, "choose", choose)
-    sequence = SimpleNamespace(number=0, tokens=[1, 2, 3], sealed=True, pending=1)
+    sequence = SimpleNamespace(number=0, tokens=[1, 2, 3], sealed=True, pending=1, limit=100)
     for drafter.step in range(steps):
         work = [SimpleNamespace(sequence=sequence, count=1)] * beside(drafter.step)
-        drafts = made.drafts(work, lambda sequence: 100)  # type: ignore[arg-type]
+        drafts = made.drafts(work)  # type: ignore[arg-type]
         assert len(drafts[0].tokens) == (drafter.step in worth and drafter.step in drafter.steps)
     return drafter.steps
 
@@ -104,11 +104,11 @@ def steps_with_guesses(sequences: int, k: int, steps: int) -> list[bool]:
     made.length.choose = lambda asked, rows, decoding: Plan(  # type: ignore[method-assign]
         [some[0] for _, some in asked], [k for _ in asked]
     )
-    sequence = SimpleNamespace(number=0, tokens=[1, 2, 3], sealed=True, pending=1)
+    sequence = SimpleNamespace(number=0, tokens=[1, 2, 3], sealed=True, pending=1, limit=100)
     work = [SimpleNamespace(sequence=sequence, count=1)] * sequences
     drafted = []
     for _ in range(steps):
-        drafts = made.drafts(work, lambda sequence: 100)  # type: ignore[arg-type]
+        drafts = made.drafts(work)  # type: ignore[arg-type]
         drafted.append(any(draft.tokens for draft in drafts))
         made.observe(sequences + (k * sequences if drafted[-1] else 0), 1.0)
     return drafted
@@ -128,10 +128,10 @@ def test_steps_of_hardly_more_rows_tell_as_much():
 
 def test_a_fixed_draft_length_is_kept_to():
     made = Speculation(Asked(), fixed=1)  # type: ignore[arg-type]
-    sequence = SimpleNamespace(number=0, tokens=[1, 2, 3], sealed=True, pending=1)
+    sequence = SimpleNamespace(number=0, tokens=[1, 2, 3], sealed=True, pending=1, limit=100)
     work = [SimpleNamespace(sequence=sequence, count=1)] * 8
     for _ in range(8):
-        assert all(d.tokens for d in made.drafts(work, lambda sequence: 100))  # type: ignore[arg-type]
+        assert all(d.tokens for d in made.drafts(work))  # type: ignore[arg-type]
         made.observe(16, 1.0)
 
 

@@ -46,6 +46,20 @@ def test_rows_that_are_not_contiguous() -> None:
     assert torch.equal(native.linear(x, weight), native.linear(x.clone(), weight))
 
 
+def test_room_that_is_large_enough_is_used_and_no_other() -> None:
+    x, weight = torch.randn(3, 70), torch.randn(40, 70).bfloat16()
+    expected = native.linear(x, weight)
+    for room, fits in (
+        (torch.full((4, 40), 7.0), True),
+        (torch.full((100,), 7.0, dtype=torch.float64), False),
+        (torch.full((119,), 7.0), False),
+    ):
+        made = native.linear(x, weight, room=room)
+        assert torch.equal(made, expected)
+        assert (made.data_ptr() == room.data_ptr()) == fits
+        assert bool((room.flatten()[120 if fits else 0 :] == 7).all())
+
+
 @pytest.mark.parametrize(("out", "inner"), [(101, 62), (101, 63), (112, 64)])
 def test_rows_do_not_depend_on_those_beside_them(out: int, inner: int) -> None:
     if not rounds(62):
