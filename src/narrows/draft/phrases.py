@@ -85,12 +85,10 @@ TENSORS = {
 
 class PhraseOptions(Settings):
     """``folder`` holds the phrases, those that come with the package by default; ``most`` tokens of
-    a draft; nothing is offered beside more than ``beside`` sequences that decode, where looking
-    for it takes longer than the few guesses that are likely enough save."""
+    a draft."""
 
     folder: Path | None = None
     most: Annotated[int, Field(ge=1, le=16)] = 4
-    beside: Annotated[int, Field(ge=1)] = 16
 
 
 class PhraseDrafter(Drafter):
@@ -99,14 +97,12 @@ class PhraseDrafter(Drafter):
     name = "phrases"
 
     def __init__(self, phrases: Phrases, options: PhraseOptions) -> None:
-        self.most, self.beside = options.most, options.beside
+        self.most = options.most
         self._runs = Runs(phrases.keys, phrases.tokens, phrases.sorts, phrases.chances)
         self._sorts = [Sort(chance) for chance in phrases.chances.tolist()]
 
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
         """See Drafter. One offer at most."""
-        if len(asked) > self.beside:
-            return [[] for _ in asked]
         offers: list[list[Offer]] = []
         for places in self._places(asked):
             sorts = tuple([self._sorts[self._runs.sorts[at]] for at in places])

@@ -141,13 +141,6 @@ def test_a_longer_run_is_not_looked_for_where_its_end_is_not_known():
     assert drafted([2, 6, 4], 1) == ([], [])
 
 
-def test_nothing_is_offered_beside_more_sequences_than_told():
-    drafter = PhraseDrafter(KNOWN, PhraseOptions(beside=2))
-    asked = [Asked(number, [7, 1], 4) for number in range(3)]
-    assert all(drafter.offer(asked[:2]))
-    assert drafter.offer(asked) == [[], [], []]
-
-
 def test_on_disk(tmp_path):
     KNOWN.save(tmp_path)
     found = Phrases.load(tmp_path)
