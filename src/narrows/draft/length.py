@@ -186,28 +186,33 @@ class DraftLength:
         self._met: set[int] = set()
         """Sequences for which something that tells was offered."""
 
-    def chances(self, number: int, offer: Offer) -> list[float]:
+    def chances(self, number: int, offer: Offer, least: float = 0.0) -> list[float]:
         """Chance of each guess of an offer for a sequence that it stays, given that those before it
-        did."""
+        did; up to the first that is ``least`` likely or less together with those before it."""
         if offer.chances:
             records = [self._surely(offer, place) for place in range(offer.k)]
             return [record.hits / record.trials for record in records]
-        found, own = [], self._own[number]
+        found, own, together = [], self._own[number], 1.0
         for sort in offer.sorts:
             common, mine = self._common(sort), own.get(sort)
             rate = common.hits / common.trials
             if mine is not None:
                 rate = (mine.hits + OWN_TRIALS * rate) / (mine.trials + OWN_TRIALS)
             found.append(rate)
+            together *= rate
+            if together <= least:
+                break
         return found
 
-    def likeliest(self, number: int, offers: Sequence[Offer]) -> tuple[Offer | None, list[float]]:
+    def likeliest(
+        self, number: int, offers: Sequence[Offer], least: float = 0.0
+    ) -> tuple[Offer | None, list[float]]:
         """The one of a sequence's offers of which most is expected, if there are any, and its
-        chances."""
-        found = [(offer, self.chances(number, offer)) for offer in offers]
-        if len(found) <= 1:
-            return found[0] if found else (None, [])
-        return max(found, key=lambda one: _worth(one[1], 0.0))
+        ``chances``."""
+        if not offers:
+            return None, []
+        found = [(offer, self.chances(number, offer, least)) for offer in offers]
+        return max(found, key=lambda one: _worth(one[1], 0.0)) if len(found) > 1 else found[0]
 
     def choose(
         self, asked: Sequence[tuple[int, Sequence[Offer]]], rows: int, decoding: int
@@ -246,15 +251,17 @@ class DraftLength:
         decoding: int,
     ) -> Plan:
         """The best that can be made of offers of ``kinds``; making some of them is ``costly``."""
-        best_of = [
-            self.likeliest(number, [one for one in some if one.chances or one.kind in kinds])
-            for number, some in asked
-        ]
-        offers = [offer for offer, _ in best_of]
         tokens, alone = float(decoding), self.steps(decoding)
         plain, least = self.steps(rows), CHEAP * CAUTION * self.steps.slope
         none = tokens / alone
         best = GAIN / self.kept * none
+        best_of = [
+            self.likeliest(
+                number, [one for one in some if one.chances or one.kind in kinds], best * least
+            )
+            for number, some in asked
+        ]
+        offers = [offer for offer, _ in best_of]
         guesses: list[tuple[float, int, int]] = []
         for i, (_, chances) in enumerate(best_of):
             chance = 1.0
