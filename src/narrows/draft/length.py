@@ -209,10 +209,10 @@ class DraftLength:
     ) -> tuple[Offer | None, list[float]]:
         """The one of a sequence's offers of which most is expected, if there are any, and its
         ``chances``."""
-        if not offers:
-            return None, []
         found = [(offer, self.chances(number, offer, least)) for offer in offers]
-        return max(found, key=lambda one: _worth(one[1], 0.0)) if len(found) > 1 else found[0]
+        if len(found) <= 1:
+            return found[0] if found else (None, [])
+        return max(found, key=lambda one: _worth(one[1], 0.0))
 
     def choose(
         self, asked: Sequence[tuple[int, Sequence[Offer]]], rows: int, decoding: int

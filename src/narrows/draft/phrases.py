@@ -96,8 +96,8 @@ class PhraseDrafter(Drafter):
 
     name = "phrases"
 
-    def __init__(self, phrases: Phrases, options: PhraseOptions) -> None:
-        self.most = options.most
+    def __init__(self, phrases: Phrases, most: int = 4) -> None:
+        self.most = most
         self._runs = Runs(phrases.keys, phrases.tokens, phrases.sorts, phrases.chances)
         self._sorts = [Sort(chance) for chance in phrases.chances.tolist()]
 
@@ -138,4 +138,4 @@ def phrases(target: FlatModel, **options: Any) -> PhraseDrafter:
         )
     if len(found.tokens) and int(found.tokens.max()) >= target.shape.vocab_size:
         raise ModelError(f"{folder / FILE} has tokens outside the vocabulary of {target.name}")
-    return PhraseDrafter(found, chosen)
+    return PhraseDrafter(found, chosen.most)

@@ -64,7 +64,7 @@ class Scheduler:
                 f"the prompt has {prompt} tokens but the model takes {window} with the answer; "
                 "shorten or compress it"
             )
-        longest = min(window, prompt + sequence.params.max_tokens) + self.ahead
+        longest = sequence.limit + self.ahead
         need = self.policy.estimate(self.shape, longest, sequence.sealed_tokens)
         if not sequence.saved:
             need = max(need, self.policy.estimate(self.shape, prompt))

@@ -153,6 +153,15 @@ def test_the_choice_is_the_best_of_all_choices():
     assert any(ks != none for ks in taken)
 
 
+def test_chances_end_where_all_before_them_are_unlikely_enough():
+    length, one = DraftLength(), offer("x", 8)
+    whole = length.chances(0, one)
+    together = list(itertools.accumulate(whole, mul))
+    for least in (0.0, together[0], together[3] + 1e-9, together[3] - 1e-9, 1.0):
+        cut = next((i for i, chance in enumerate(together, 1) if chance <= least), len(whole))
+        assert length.chances(0, one, least) == whole[:cut]
+
+
 def test_a_kind_that_fails_is_left_and_tried_again_later():
     length, failing = length_for((1, 1.0), (2, 1.3), (3, 1.6)), offer("x", 2)
     tries = []

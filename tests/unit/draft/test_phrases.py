@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from narrows.contracts import Asked
 from narrows.draft import phrases as module
-from narrows.draft.phrases import FILE, LONGEST, PhraseDrafter, PhraseOptions, Phrases
+from narrows.draft.phrases import FILE, LONGEST, PhraseDrafter, Phrases
 from narrows.draft.specs import make_drafter
 from narrows.errors import ConfigError, InputError, ModelError
 from narrows.ops.ngrams import longer_key
@@ -119,7 +119,7 @@ KNOWN = table(
 
 
 def drafted(tokens: list[int], k: int, **options) -> tuple[list[int], list[float]]:
-    drafter = PhraseDrafter(KNOWN, PhraseOptions(**options))
+    drafter = PhraseDrafter(KNOWN, **options)
     asked = [Asked(0, tokens, k)]
     (offers,), (draft,) = drafter.offer(asked), drafter.propose(asked)
     assert sum(offer.k for offer in offers) == len(draft.tokens)
