@@ -10,7 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -217,8 +217,7 @@ class CachePolicy(Protocol):
 # ------------------------------------------------------------------------------------- drafting
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(NamedTuple):
     """Guessed tokens that may follow a sequence's newest one.
 
     ``probabilities`` float64 ``[k, vocab_size]`` are the distributions the tokens were drawn
@@ -246,16 +245,17 @@ class Sort:
         return cls(first), *(cls(later) for _ in range(most - 1))
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(NamedTuple):
     """Guesses that could be made, at least one. ``kind`` names what makes them, whose cost is
-    learnt by kind; ``sorts`` are those of each. If it ``tells``, the draft will come with chances;
-    ``chances`` are those of one that has been made, and stand for its sorts."""
+    learnt by kind; ``sorts`` are those of each. ``tokens`` are those that have been made, as all
+    are that cost nothing but to find that there are some. If it ``tells``, the draft will come with
+    chances; ``chances`` are those of one that has been made, and stand for its sorts."""
 
     kind: str
     sorts: tuple[Sort, ...] = ()
     tells: bool = False
     chances: tuple[float, ...] = ()
+    tokens: Sequence[int] = ()
 
     @property
     def k(self) -> int:
@@ -263,8 +263,7 @@ class Offer:
         return len(self.chances or self.sorts)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """A sequence that wants at most ``k`` guesses behind ``tokens``, all that it has so far, of
     the offered ``kind``. Where those made are together less likely than ``worth``, more are not
     wanted."""
@@ -276,8 +275,7 @@ class Asked:
     worth: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(NamedTuple):
     """Rows of a step, from ``first`` up to ``stop``, whose tokens stay in a sequence: the first of
     them is its token number ``start``. The rows of one step after the other leave nothing out; a
     sequence that lost its caches begins at 0 again."""
@@ -291,9 +289,9 @@ class Kept:
 class Drafter(ABC):
     """Guesses what sequences will say next. Sequences are known by a number.
 
-    In every engine step ``offer`` and then ``propose`` are asked first; the target reads the
-    newest tokens and the guesses; once these have been verified, ``read`` is shown what the target
-    made of all tokens that stay.
+    In every engine step ``offer``, and ``propose`` for what is not made yet, are asked first; the
+    target reads the newest tokens and the guesses; once these have been verified, ``read`` is shown
+    what the target made of all tokens that stay.
     """
 
     name: str
@@ -322,9 +320,10 @@ class Drafter(ABC):
         what is worth verifying, is then asked for. An offer depends on the tokens so far only, and
         is of at most ``most`` guesses, whatever is asked."""
 
-    @abstractmethod
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
-        """A draft for each sequence asked about; it may be shorter than asked, or empty."""
+        """A draft for each sequence asked about; it may be shorter than asked, or empty. Never
+        asked of a drafter whose offers have their tokens."""
+        raise NotImplementedError
 
     def forget(self, number: int) -> None:  # noqa: B027 - most drafters have nothing to forget
         """Sequence ``number`` has ended."""

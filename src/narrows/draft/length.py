@@ -16,8 +16,10 @@ earlier ones were worth it, and a guess's chance is what became of those it was 
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections import Counter, defaultdict, deque
-from collections.abc import Container, Sequence, Set
+from collections.abc import Container, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from narrows.contracts import Offer, Sort
@@ -187,22 +189,29 @@ class DraftLength:
         """Sequences for which something that tells was offered."""
 
     def chances(self, number: int, offer: Offer, least: float = 0.0) -> list[float]:
-        """Chance of each guess of an offer for a sequence that it stays, given that those before it
-        did; up to the first that is ``least`` likely or less together with those before it."""
+        """Chance of each guess of an offer for a sequence that it stays, and so those before it;
+        up to the first whose chance is ``least`` or less."""
+        found = []
+        for chance in itertools.accumulate(self._rates(number, offer), operator.mul):
+            found.append(chance)
+            if chance <= least:
+                break
+        return found
+
+    def _rates(self, number: int, offer: Offer) -> Iterator[float]:
+        """Of each guess, the chance that it stays if those before it do."""
         if offer.chances:
-            records = [self._surely(offer, place) for place in range(offer.k)]
-            return [record.hits / record.trials for record in records]
-        found, own, together = [], self._own[number], 1.0
+            for place in range(offer.k):
+                record = self._surely(offer, place)
+                yield record.hits / record.trials
+            return
+        own = self._own[number]
         for sort in offer.sorts:
             common, mine = self._common(sort), own.get(sort)
             rate = common.hits / common.trials
             if mine is not None:
                 rate = (mine.hits + OWN_TRIALS * rate) / (mine.trials + OWN_TRIALS)
-            found.append(rate)
-            together *= rate
-            if together <= least:
-                break
-        return found
+            yield rate
 
     def likeliest(
         self, number: int, offers: Sequence[Offer], least: float = 0.0
@@ -212,7 +221,7 @@ class DraftLength:
         found = [(offer, self.chances(number, offer, least)) for offer in offers]
         if len(found) <= 1:
             return found[0] if found else (None, [])
-        return max(found, key=lambda one: _worth(one[1], 0.0))
+        return max(found, key=lambda one: sum(one[1]))
 
     def choose(
         self, asked: Sequence[tuple[int, Sequence[Offer]]], rows: int, decoding: int
@@ -221,7 +230,7 @@ class DraftLength:
         step has ``rows`` rows, and ``decoding`` sequences get a token each. The other rows are read
         anyway: what they take makes no token worth more time than in a step without them."""
         untold = [(number, one) for number, some in asked for one in some if not one.chances]
-        kinds = {offer.kind for _, offer in untold}
+        kinds = {offer.kind for _, offer in untold if not offer.tokens}
         least = NEGLIGIBLE * self.steps(decoding)
         costs = {kind: cost for kind in kinds if (cost := self._seconds(kind, 1)) > least}
         best = self._plan(asked, kinds, costs, rows, decoding)
@@ -250,26 +259,22 @@ class DraftLength:
         rows: int,
         decoding: int,
     ) -> Plan:
-        """The best that can be made of offers of ``kinds``; making some of them is ``costly``."""
+        """The best that can be made of guesses there are and offers of ``kinds``; making some of
+        those is ``costly``."""
         tokens, alone = float(decoding), self.steps(decoding)
         plain, least = self.steps(rows), CHEAP * CAUTION * self.steps.slope
         none = tokens / alone
         best = GAIN / self.kept * none
         best_of = [
             self.likeliest(
-                number, [one for one in some if one.chances or one.kind in kinds], best * least
+                number, [one for one in some if one.tokens or one.kind in kinds], best * least
             )
             for number, some in asked
         ]
         offers = [offer for offer, _ in best_of]
         guesses: list[tuple[float, int, int]] = []
         for i, (_, chances) in enumerate(best_of):
-            chance = 1.0
-            for place, one in enumerate(chances):
-                chance *= one
-                if chance < best * least:  # as are those behind it
-                    break
-                guesses.append((-chance, place, i))
+            guesses.extend((-chance, place, i) for place, chance in enumerate(chances))
         guesses.sort()  # those of one draft stay in their order, as chances fall along it
         made: Counter[str] = Counter()
         spent: dict[str, float] = {}
@@ -279,7 +284,7 @@ class DraftLength:
                 break
             offer = offers[i]
             assert offer is not None
-            if offer.kind in costly and not offer.chances:
+            if offer.kind in costly and not offer.tokens:
                 made[offer.kind] += 1
                 taking = self._seconds(offer.kind, made[offer.kind])
                 making += taking - spent.get(offer.kind, 0.0)
@@ -319,7 +324,7 @@ class DraftLength:
                 self._met.add(number)
                 for _ in range(min(len(drafts), -(-DRAFTS // decoding))):
                     drafts.popleft()
-        usual = [sort.expected for sort in first.sorts]
+        usual = list(itertools.accumulate((one.expected for one in first.sorts), operator.mul))
         likely = [*drafts, *[usual] * (UNHEARD - len(drafts))]
         worth = [_worth(draft, price) for draft in likely]
         slots = sum(map(len, likely)) / len(likely)
@@ -399,11 +404,5 @@ class DraftLength:
 
 
 def _worth(chances: Sequence[float], price: float) -> float:
-    """Tokens that guesses are expected to give beyond their ``price`` each."""
-    total, chance = 0.0, 1.0
-    for one in chances:
-        chance *= one
-        if chance <= price:
-            break
-        total += chance - price
-    return total
+    """Tokens that guesses of such ``DraftLength.chances`` give beyond their ``price`` each."""
+    return sum(chance - price for chance in chances if chance > price)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from narrows.config import Settings
-from narrows.contracts import Asked, Draft, Drafter, Offer, Sort
+from narrows.contracts import Asked, Drafter, Offer, Sort
 from narrows.ops.ngrams import Repeat, repeats
 
 EXPECTED = {
@@ -75,25 +75,19 @@ class Lookup(Drafter):
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
         """See Drafter. One offer at most, of the longest match."""
         offers: list[list[Offer]] = []
-        for one, (size, _, went) in zip(asked, self._repeats(asked, self.most), strict=True):
+        for one, (size, behind, went) in zip(asked, self._repeats(asked), strict=True):
             sorts = [known[how] for known, how in zip(SORTS[size:], went[: one.k], strict=False)]
-            offers.append([Offer(self.name, tuple(sorts))] if sorts else [])
+            tokens = one.tokens[behind : behind + len(sorts)]
+            offers.append([Offer(self.name, tuple(sorts), tokens=tokens)] if sorts else [])
         return offers
 
-    def propose(self, asked: Sequence[Asked]) -> list[Draft]:
-        """See Drafter."""
-        return [
-            Draft(list(one.tokens[behind : behind + one.k]) if size else [])
-            for one, (size, behind, _) in zip(asked, self._repeats(asked, 0), strict=True)
-        ]
-
-    def _repeats(self, asked: Sequence[Asked], most: int) -> list[Repeat]:
+    def _repeats(self, asked: Sequence[Asked]) -> list[Repeat]:
         texts = []
         for one in asked:
             text = self._texts[one.number]
             text.extend(one.tokens[len(text) :])
             texts.append(text)
-        return repeats(texts, self.shortest, self.longest, FAR, most)
+        return repeats(texts, self.shortest, self.longest, FAR, self.most)
 
     def forget(self, number: int) -> None:
         """See Drafter."""

@@ -7,7 +7,6 @@ to make, so it pays at batches where a module's guesses do not. ``narrows.train.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from narrows.config import Settings
-from narrows.contracts import Asked, Draft, Drafter, Offer, Sort
+from narrows.contracts import Asked, Drafter, Offer, Sort
 from narrows.draft.specs import shipped_for
 from narrows.errors import ConfigError, ModelError
 from narrows.files import replacing
@@ -104,20 +103,13 @@ class PhraseDrafter(Drafter):
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:
         """See Drafter. One offer at most."""
         offers: list[list[Offer]] = []
-        for places in self._places(asked):
-            sorts = tuple([self._sorts[self._runs.sorts[at]] for at in places])
-            offers.append([Offer(self.name, sorts)] if sorts else [])
+        found = self._runs.behind([one.tokens for one in asked], LONGEST, self.most, LEAST)
+        for one, places in zip(asked, found, strict=True):
+            some = places[: one.k]
+            sorts = tuple([self._sorts[self._runs.sorts[at]] for at in some])
+            tokens = [self._runs.tokens[at] for at in some]
+            offers.append([Offer(self.name, sorts, tokens=tokens)] if some else [])
         return offers
-
-    def propose(self, asked: Sequence[Asked]) -> list[Draft]:
-        """See Drafter."""
-        return [Draft([self._runs.tokens[at] for at in some]) for some in self._places(asked)]
-
-    def _places(self, asked: Sequence[Asked]) -> list[array[int]]:
-        """Where guesses for each sequence stand."""
-        texts = [one.tokens for one in asked]
-        found = self._runs.behind(texts, LONGEST, self.most, LEAST)
-        return [places[: one.k] for places, one in zip(found, asked, strict=True)]
 
 
 def phrases(target: FlatModel, **options: Any) -> PhraseDrafter:

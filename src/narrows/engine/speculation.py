@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from narrows.contracts import Asked, CachePolicy, Draft, Drafter, LayerCache, ModelShape, Offer
 from narrows.draft.length import BUCKET, MEMORY, DraftLength, Plan
@@ -87,9 +87,8 @@ class Speculation:
                 asked[i] = Asked(sequence.number, sequence.tokens, k)
         offers = self.drafter.offer(list(asked.values()))
         offered = [(one.number, some) for one, some in zip(asked.values(), offers, strict=True)]
-        told: dict[int, Draft] = {}
         if self.adapts:
-            plan, told = self._choose(list(asked.values()), offered, rows, self._decoding)
+            plan = self._choose(list(asked.values()), offered, rows, self._decoding)
             if asked:
                 self._pause(plan, time.perf_counter() - started, rows)
             self._plan = plan if self.length.steps.known else None  # else it promised no seconds
@@ -102,8 +101,8 @@ class Speculation:
             if offer is None:
                 continue
             self._offered[one.number] = offer
-            if offer.chances:
-                made[i] = Draft(told[one.number].tokens[:k])
+            if offer.tokens:
+                made[i] = Draft(list(offer.tokens[:k]))
             else:
                 wanted[offer.kind][i] = Asked(one.number, one.tokens, k, offer.kind)
         for kind, some in wanted.items():
@@ -113,11 +112,9 @@ class Speculation:
             self._note(kind, drafts, started)
         return [made.get(i, Draft([])) for i in range(len(work))]
 
-    def _choose(
-        self, asked: list[Asked], offered: list[Offered], rows: int, decoding: int
-    ) -> tuple[Plan, dict[int, Draft]]:
-        """What to verify; of the offers that tell, those drafts are made first, by sequence, that
-        seem worth it, and the others are none."""
+    def _choose(self, asked: list[Asked], offered: list[Offered], rows: int, decoding: int) -> Plan:
+        """What to verify; of the offers that tell, those drafts are made first that seem worth it,
+        and the others are none."""
         others = [(number, [one for one in some if not one.tells]) for number, some in offered]
         plan = self.length.choose(others, rows, decoding)
         worth, price = self.length.worth_making(offered, plan, rows, decoding)
@@ -127,19 +124,19 @@ class Speculation:
             if offer is not None
         ]
         if not some:
-            return plan, {}
+            return plan
         started = time.perf_counter()
         drafts = self.drafter.propose(some)
         told = {one.number: draft for one, draft in zip(some, drafts, strict=True) if draft.tokens}
         for (number, left), offer in zip(others, worth, strict=True):
             if offer is not None and number in told:
-                chances = told[number].chances
-                left.append(replace(offer, chances=chances))
+                draft = told[number]
+                left.append(offer._replace(chances=draft.chances, tokens=draft.tokens))
                 self.length.told(number, left[-1])
         plan = self.length.choose(others, rows, decoding)
         # Choosing once more is part of what such drafts cost.
         self._note(some[0].kind, drafts, started)
-        return plan, told
+        return plan
 
     def _pause(self, plan: Plan, seconds: float, rows: int) -> None:
         """Rest, twice as long each time, if a step of ``rows`` that took so many to plan verifies

@@ -181,7 +181,7 @@ def test_a_sequence_that_is_never_drafted_for_is_let_go(limit, monkeypatch):
         taken = [offers[0] if number and offers else None for number, offers in asked]
         return Plan(taken, [2 if offer else 0 for offer in taken], 0.0)
 
-    machine.speculation._choose = lambda asked, *more: (take(*more), {})
+    machine.speculation._choose = lambda asked, *more: take(*more)
     for prompt in prompts(2, longest=10, seed=5):
         machine.submit(prompt, SamplingParams(max_tokens=60, ignore_eos=True))
     for _ in machine.run():
@@ -201,7 +201,7 @@ def test_where_no_drafts_are_asked_for_few_sequences_are_followed(monkeypatch):
 
     def take(asked, offered, rows, decoding):
         taken = [offers[0] if wish and offers else None for _, offers in offered]
-        return Plan(taken, [1 if offer else 0 for offer in taken]), {}
+        return Plan(taken, [1 if offer else 0 for offer in taken])
 
     machine.speculation._choose = take
     period = PROBED << 1
@@ -254,10 +254,14 @@ def test_after_a_saved_cache_only_lookup_drafts():
         saved = machine.read(prompt)
         request = machine.submit(more, params, saved)
         if drafter is not None:
-            plain = drafter.propose
-            drafter.propose = lambda asked, plain=plain: (
-                kinds.update(a.kind for a in asked) or plain(asked)
-            )
+            offer = drafter.offer
+
+            def note(asked, offer=offer):
+                found = offer(asked)
+                kinds.update(one.kind for some in found for one in some)
+                return found
+
+            drafter.offer = note
         for _ in machine.run():
             pass
         texts.append(request.generated)
