@@ -39,7 +39,7 @@ from narrows.data import find, locate, read_rows
 from narrows.draft.specs import NONE, make_drafter
 from narrows.engine.engine import Engine, Step
 from narrows.engine.memory import settle
-from narrows.engine.sampling import Sampled, Sampler
+from narrows.engine.sampling import Sampler
 from narrows.errors import ConfigError, InputError
 from narrows.llm import LLM
 from narrows.train.prompts import BENCHMARK
@@ -198,12 +198,10 @@ class _Told(Sampler):
         super().__init__(SamplingParams(), vocab_size, frozenset(), ())
         self.text = text
 
-    def takes_best(self, generated: Sequence[int], ahead: Sequence[int] = ()) -> bool:
-        return False
-
-    def sample(self, logits: Tensor, generated: Sequence[int]) -> Sampled:
+    def given_best(self, tokens: list[int], generated: Sequence[int]) -> list[int]:
+        known = self.text[len(generated) : len(generated) + len(tokens)]
         # A draft may go on behind the end, where nothing is committed any more.
-        return self.text[min(len(generated), len(self.text) - 1)], None
+        return [*known, *tokens[len(known) :]]
 
 
 class _Writer:

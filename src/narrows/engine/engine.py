@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from narrows.cache.rehearse import rehearse
 from narrows.cache.saved import SavedCache
@@ -49,6 +50,21 @@ class Move(NamedTuple):
     drafted: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """See ``verify.Scores``: of ``states``, made in ``room`` if there is any."""
+
+    model: FlatModel
+    states: Tensor
+    room: Tensor | None
+
+    def logits(self) -> Tensor:
+        return self.model.logits(self.states, self.room)
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        return self.model.best(self.states, self.room)
+
+
 class Engine:
     """Continuous batching over one model with one cache policy.
 
@@ -81,7 +97,7 @@ class Engine:
         )
         self._count = 0
         self._room = torch.empty(0) if few_rows(1, model.head) else None
-        """The most logits a step has had, for the next to be made in."""
+        """For logits to be made in, of as many rows as any step has had."""
 
     def submit(
         self, prompt: list[int], params: SamplingParams, saved: SavedCache | None = None
@@ -224,9 +240,7 @@ class Engine:
         taps: tuple[int, ...] = ()
         if self.drafter and self.drafter.wants(starts):
             taps = self.drafter.taps
-        done = runner.forward(self.model, work, drafts, taps, self._room)
-        if self._room is not None and done.logits.dtype is self._room.dtype:
-            self._room = max(self._room, done.logits, key=torch.numel)
+        done = runner.forward(self.model, work, drafts, taps)
         for item in work:
             if item.sequence.computed >= item.sequence.prompt_length:
                 self._seal(item.sequence)
@@ -252,8 +266,12 @@ class Engine:
         """Commit what the target says to each sequence that is ready, and take the rest back."""
         sequences = [work[i].sequence for i in done.ready]
         tried = [drafts[i] for i in done.ready]
+        size = len(done.states) * self.model.shape.vocab_size
+        if self._room is not None and self._room.numel() < size:
+            self._room = torch.empty(size)
+        scores = _Scores(self.model, done.states, self._room)
         committed = verify_batch(
-            [s.sampler for s in sequences], done.logits, [s.generated for s in sequences], tried
+            [s.sampler for s in sequences], scores, [s.generated for s in sequences], tried
         )
         moved = []
         for sequence, draft, samples in zip(sequences, tried, committed, strict=True):

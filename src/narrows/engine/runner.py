@@ -1,4 +1,4 @@
-"""One step's forward pass: packs the planned tokens flat, runs the model, gives logits."""
+"""One step's forward pass: packs the planned tokens flat and runs the model."""
 
 from __future__ import annotations
 
@@ -18,26 +18,21 @@ class Pass:
     """What one pass made.
 
     ``spans`` are the rows of each item of work, guesses included. ``ready`` numbers the items
-    whose newest token was read; ``logits`` float32 ``[n, vocab_size]`` are of what follows it and
-    each guess: those of the first such item, then of the next. ``taps`` as
-    ``FlatModel.hidden_and_taps`` gives them, if any were asked for.
+    whose newest token was read; ``states`` ``[n, hidden_size]`` are of it and each guess: those of
+    the first such item, then of the next. ``taps`` as ``FlatModel.hidden_and_taps`` gives them, if
+    any were asked for.
     """
 
     spans: list[Span]
     ready: list[int]
-    logits: Tensor
+    states: Tensor
     taps: Tensor | None
 
 
 def forward(
-    model: FlatModel,
-    work: list[Work],
-    drafts: Sequence[Draft],
-    taps: Sequence[int] = (),
-    room: Tensor | None = None,
+    model: FlatModel, work: list[Work], drafts: Sequence[Draft], taps: Sequence[int] = ()
 ) -> Pass:
-    """Read every planned token, and behind a sequence's newest one its draft. The logits may be
-    made in ``room``."""
+    """Read every planned token, and behind a sequence's newest one its draft."""
     ids: list[int] = []
     positions: list[int] = []
     spans = []
@@ -63,4 +58,4 @@ def forward(
     else:
         hidden = model.hidden(tokens, places, batch)
     last = hidden if len(rows) == len(ids) else hidden[rows]
-    return Pass(spans, ready, model.logits(last, room), seen)
+    return Pass(spans, ready, last, seen)

@@ -80,6 +80,11 @@ class Sampler:
         # Settings that begin to matter as a text grows, and those that cease to.
         return not self.edits(generated) and not (ahead and self.edits([*generated, *ahead]))
 
+    def given_best(self, tokens: list[int], generated: Sequence[int]) -> list[int]:
+        """The tokens taken where it ``takes_best`` after ``generated`` and these are best scored,
+        place by place: they themselves."""
+        return tokens
+
     def process(self, logits: Tensor, generated: Sequence[int]) -> Tensor:
         """Scores float32 ``[V]`` with minimum length, bias and penalties applied.
 

@@ -10,6 +10,7 @@ text is the same, to the token, as without a drafter. A drawn guess stays with p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
@@ -56,32 +57,47 @@ def settle(sampler: Sampler, target: Tensor, guess: int, draft: Draft, place: in
     return sampler.draw(rest if float(rest.sum()) > 0.0 else target)
 
 
+class Scores(Protocol):
+    """The target's scores of what follows rows, made as far as they are asked for."""
+
+    def logits(self) -> Tensor:
+        """All of them, float32 ``[n, vocab_size]``."""
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """``row_maxima`` of them, which may take less than making them all."""
+
+
 def verify_batch(
     samplers: Sequence[Sampler],
-    logits: Tensor,
+    scores: Scores,
     generated: Sequence[Sequence[int]],
     drafts: Sequence[Draft],
 ) -> list[list[Sampled]]:
-    """What ``verify`` gives for each sequence's rows of ``logits`` float32 ``[n, vocab_size]``,
-    which lie end to end: one row more than its draft has tokens.
+    """What ``verify`` gives for each sequence's rows of ``scores``, which lie end to end: one row
+    more than its draft has tokens.
 
     All rows are checked, and the best token of each found, in one pass; greedy sequences that
-    need nothing else are then done. Raises NumericalError before any random number is used if a
-    row holds NaN or +inf or nothing but -inf.
+    need nothing else are then done, and where all are such, no other score is asked for. Raises
+    NumericalError before any random number is used if a row holds NaN or +inf or nothing but -inf.
     """
-    values, indices = row_maxima(logits)
+    simple = [
+        draft.probabilities is None and sampler.takes_best(said, draft.tokens)
+        for sampler, said, draft in zip(samplers, generated, drafts, strict=True)
+    ]
+    logits = None if all(simple) else scores.logits()
+    values, indices = scores.best() if logits is None else row_maxima(logits)
     check_scores(values.tolist())
     best = indices.tolist()
     committed: list[list[Sampled]] = []
     start = 0
-    for sampler, said, draft in zip(samplers, generated, drafts, strict=True):
+    for i, (sampler, draft) in enumerate(zip(samplers, drafts, strict=True)):
         stop = start + len(draft.tokens) + 1
-        if draft.probabilities is None and sampler.takes_best(said, draft.tokens):
-            stay = 0
-            while stay < len(draft.tokens) and best[start + stay] == draft.tokens[stay]:
+        if logits is None or simple[i]:
+            tokens, stay = sampler.given_best(best[start:stop], generated[i]), 0
+            while stay < len(draft.tokens) and tokens[stay] == draft.tokens[stay]:
                 stay += 1
-            committed.append([(token, None) for token in best[start : start + stay + 1]])
+            committed.append([(token, None) for token in tokens[: stay + 1]])
         else:
-            committed.append(verify(sampler, logits[start:stop], said, draft))
+            committed.append(verify(sampler, logits[start:stop], generated[i], draft))
         start = stop
     return committed

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from narrows.contracts import FlatBatch, LayerShape, ModelShape
 from narrows.ops.decoder import Decoder, Layer, after_attention, before_attention
-from narrows.ops.native import add_rms_norm, gather_rows, linear
+from narrows.ops.native import add_rms_norm, gather_rows, linear, linear_maxima
 from narrows.ops.pages import reserve
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
@@ -96,6 +96,10 @@ class FastDecoder:
     def logits(self, hidden: Tensor, room: Tensor | None) -> Tensor:
         """As ``FlatModel.logits``."""
         return linear(hidden, self.head, room=room)
+
+    def best(self, hidden: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As ``FlatModel.best``."""
+        return linear_maxima(hidden, self.head, room)
 
 
 def _products(layer: Any) -> list[list[nn.Module]]:

@@ -25,6 +25,7 @@ from narrows.model.latent import is_converted
 from narrows.model.pretrained import from_folder, weights_from_folder
 from narrows.model.rotary import ModelRotary
 from narrows.model.taps import tapped
+from narrows.ops.native import row_maxima
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -178,6 +179,14 @@ class FlatModel:
         if self._softcap is not None:
             scores = torch.tanh(scores / self._softcap) * self._softcap
         return scores
+
+    @torch.inference_mode()
+    def best(self, hidden: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``row_maxima(logits(hidden, room))``: the greatest logit of each row and its token, which
+        may be known without making the others."""
+        if self._fast is not None:
+            return self._fast.best(hidden, room)
+        return row_maxima(self.logits(hidden, room))
 
     def _probe(self) -> None:
         """Refuse a model whose layers do not pass our batch to the attention function; passing

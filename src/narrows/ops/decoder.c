@@ -32,12 +32,9 @@ void before_attention(const layer *l, float *h, const float *delta, const float 
  * half of it, and delta [M, hidden] becomes the second. x [M, hidden] and y [M, 3 wide] are room. */
 void after_attention(const layer *l, float *h, const float *mixed, float *delta, float *x,
                      float *y, int64_t M, int threads) {
-  float *gated = y + M * 2 * l->wide;
   linear_few(mixed, l->out, l->out_bias, delta, M, l->hidden, l->heads * l->value_dim, threads);
   add_rms_norm(h, delta, 0, l->second_norm, l->eps, x, 0, M, l->hidden, threads);
-  linear_few(x, l->gate_up, 0, y, M, 2 * l->wide, l->hidden, threads);
-  silu_mul(y, gated, M, l->wide, threads);
-  linear_few(gated, l->down, 0, delta, M, l->hidden, l->wide, threads);
+  gated_mlp(x, l->gate_up, l->down, delta, y, M, l->wide, l->hidden, threads);
 }
 
 /* Floats of room that `decode` needs for M rows. */

@@ -281,39 +281,143 @@ int amx_ready(void) {
   return known;
 }
 
+/* What follows is shared among the threads of a parallel region that have called tiles_on. */
+
+/* Rows of x [M, K] -> groups of 16 of them, turned: [groups][K / 32][16 pairs][16 lanes]. */
+static void turn_all(const float *x, uint32_t *turned, int64_t M, int64_t K) {
+  int64_t parts = K / TILE_K, groups = (M + LANES - 1) / LANES;
+#pragma omp for schedule(static) collapse(2)
+  for (int64_t g = 0; g < groups; g++)
+    for (int64_t part = 0; part < parts; part++)
+      turn_rows(x + g * LANES * K + part * TILE_K, turned + (g * parts + part) * 16 * LANES,
+                M - g * LANES, TILE_K, K);
+}
+
+/* The weights after those that a thread multiplies, asked of memory all that time, `share` numbers a
+ * tile, so that neither waits for the other. */
+typedef struct {
+  const bf16 *at, *stop;
+  int64_t share;
+} waiting;
+
+/* The block of weight rows behind that at w, if it does not begin at `end`. */
+static inline waiting behind(const bf16 *w, const bf16 *end, int64_t K, int64_t groups) {
+  const bf16 *next = w + LANES * K;
+  return (waiting){next, next < end ? next + LANES * K : next, (LANES + groups - 1) / groups * TILE_K};
+}
+
+/* 16 weight rows times a group of turned rows. */
+static inline void tile_sums(const bf16 *w, const uint32_t *rows, int64_t K, __m512 *sums,
+                             waiting *next) {
+  _tile_zero(0);
+  for (int64_t k = 0; k < K; k += TILE_K, rows += 16 * LANES) {
+    if (next->at < next->stop) fetch(next->at, next->share * sizeof *w), next->at += next->share;
+    _tile_loadd(1, w + k, K * sizeof *w);
+    _tile_loadd(2, rows, 64);
+    _tile_dpbf16ps(0, 1, 2);
+  }
+  _tile_stored(0, sums, 64);
+}
+
+/* As linear_bf16, of turned rows. */
+static void linear_turned(const uint32_t *turned, const bf16 *w, const float *bias, float *y,
+                          int64_t M, int64_t N, int64_t K) {
+  int64_t groups = (M + LANES - 1) / LANES;
+#pragma omp for schedule(static)
+  for (int64_t n = 0; n < N; n += LANES) {
+    __m512 sums[LANES], more = bias ? _mm512_loadu_ps(bias + n) : _mm512_setzero_ps();
+    waiting next = behind(w + n * K, w + N * K, K, groups);
+    for (int64_t g = 0; g < groups; g++) {
+      tile_sums(w + n * K, turned + g * K / 2 * LANES, K, sums, &next);
+      int64_t left = M - g * LANES;
+      put_rows(sums, y + g * LANES * N + n, left < LANES ? left : LANES, N, -1, more);
+    }
+  }
+}
+
 /* As linear_bf16, for N a multiple of 16, K of 32, after amx_ready() said yes. */
 static void linear_bf16_amx(const float *x, const bf16 *w, const float *bias, float *y, int64_t M,
                             int64_t N, int64_t K, int threads) {
-  int64_t parts = K / TILE_K, groups = (M + LANES - 1) / LANES;
-  uint32_t *turned = (uint32_t *)scratch(groups * K * LANES);
+  uint32_t *turned = (uint32_t *)scratch((M + LANES - 1) / LANES * K * LANES);
 #pragma omp parallel num_threads(threads)
   {
-    __m512 sums[LANES];
     tiles_on(0, 0);
-#pragma omp for schedule(static) collapse(2)
-    for (int64_t g = 0; g < groups; g++)
-      for (int64_t part = 0; part < parts; part++)
-        turn_rows(x + g * LANES * K + part * TILE_K, turned + (g * parts + part) * 16 * LANES,
-                  M - g * LANES, TILE_K, K);
+    turn_all(x, turned, M, K);
+    linear_turned(turned, w, bias, y, M, N, K);
+    _tile_release();
+  }
+}
+
+/* The greatest numbers of 16 rows so far, and the first places where they stand. */
+typedef struct {
+  float value[LANES];
+  int32_t at[LANES];
+} maxima;
+
+/* Of linear_turned's y without a bias, as row_maxima tells; `found` [threads][groups] is room. */
+static void maxima_turned(const uint32_t *turned, const bf16 *w, maxima *found, float *value,
+                          int64_t *at, int64_t M, int64_t N, int64_t K) {
+  int64_t groups = (M + LANES - 1) / LANES;
+  maxima *mine = found + omp_get_thread_num() * groups;
+  for (int64_t g = 0; g < groups; g++)
+    for (int i = 0; i < LANES; i++) mine[g].value[i] = -INFINITY, mine[g].at[i] = 0;
 #pragma omp for schedule(static)
-    for (int64_t n = 0; n < N; n += LANES) {
-      const bf16 *weight = w + n * K, *ahead = n + LANES < N ? weight + LANES * K : 0;
-      __m512 more = bias ? _mm512_loadu_ps(bias + n) : _mm512_setzero_ps();
-      for (int64_t g = 0; g < groups; g++, ahead = 0) {
-        const uint32_t *rows = turned + g * parts * 16 * LANES;
-        _tile_zero(0);
-        for (int64_t part = 0; part < parts; part++) {
-          if (ahead) fetch(ahead + part * TILE_K * LANES, TILE_K * LANES * sizeof *w);
-          _tile_loadd(1, weight + part * TILE_K, K * sizeof *w);
-          _tile_loadd(2, rows + part * 16 * LANES, 64);
-          _tile_dpbf16ps(0, 1, 2);
-        }
-        _tile_stored(0, sums, 64);
-        int64_t left = M - g * LANES;
-        put_rows(sums, y + g * LANES * N + n, left < LANES ? left : LANES, N, -1, more);
+  for (int64_t n = 0; n < N; n += LANES) {
+    __m512 sums[LANES];
+    waiting next = behind(w + n * K, w + N * K, K, groups);
+    for (int64_t g = 0; g < groups; g++) {
+      tile_sums(w + n * K, turned + g * K / 2 * LANES, K, sums, &next);
+      __m512 most = _mm512_loadu_ps(mine[g].value), top = sums[0], total = top;
+      for (int i = 1; i < LANES; i++)
+        top = _mm512_max_ps(top, sums[i]), total = _mm512_add_ps(total, sums[i]);
+      /* Seldom is there a greater one. A sum is NaN where a number is. */
+      if (!(_mm512_cmp_ps_mask(top, most, _CMP_GT_OQ) | _mm512_cmp_ps_mask(total, total, _CMP_UNORD_Q)))
+        continue;
+      __m512i place = _mm512_loadu_si512(mine[g].at);
+      for (int i = 0; i < LANES; i++) {
+        __mmask16 more = _mm512_cmp_ps_mask(sums[i], most, _CMP_NLE_UQ);
+        more &= _mm512_cmp_ps_mask(most, most, _CMP_ORD_Q); /* the first NaN stays */
+        most = _mm512_mask_mov_ps(most, more, sums[i]);
+        place = _mm512_mask_mov_epi32(place, more, _mm512_set1_epi32((int)(n + i)));
+      }
+      _mm512_storeu_ps(mine[g].value, most);
+      _mm512_storeu_si512(mine[g].at, place);
+    }
+  }
+#pragma omp for schedule(static)
+  for (int64_t m = 0; m < M; m++) {
+    value[m] = -INFINITY, at[m] = 0;
+    for (int t = 0; t < omp_get_num_threads(); t++) { /* later threads had later places */
+      const maxima *of = found + t * groups + m / LANES;
+      float here = of->value[m % LANES];
+      if (value[m] == value[m] && !(here <= value[m])) value[m] = here, at[m] = of->at[m % LANES];
+    }
+  }
+}
+
+static inline __m512i rounded(vec x) {
+  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+
+/* silu(gate[n,:] . x) * (up[n,:] . x) of turned rows, [N, K] each, turned likewise. */
+static void gated_turned(const uint32_t *turned, const bf16 *gate, const bf16 *up, uint32_t *to,
+                         int64_t M, int64_t N, int64_t K) {
+  int64_t groups = (M + LANES - 1) / LANES;
+#pragma omp for schedule(static)
+  for (int64_t n = 0; n < N; n += LANES) {
+    __m512 opened[LANES], raised[LANES];
+    waiting next = behind(gate + n * K, gate + N * K, K, groups);
+    waiting other = behind(up + n * K, up + N * K, K, groups);
+    for (int64_t g = 0; g < groups; g++) {
+      tile_sums(gate + n * K, turned + g * K / 2 * LANES, K, opened, &next);
+      tile_sums(up + n * K, turned + g * K / 2 * LANES, K, raised, &other);
+      uint32_t *pairs = to + (g * N + n) / 2 * LANES;
+      for (int i = 0; i < LANES; i += 2, pairs += LANES) {
+        __m512i even = rounded(silu((vec)opened[i]) * (vec)raised[i]);
+        __m512i odd = rounded(silu((vec)opened[i + 1]) * (vec)raised[i + 1]);
+        _mm512_store_si512(pairs, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
       }
     }
-    _tile_release();
   }
 }
 #endif
@@ -331,6 +435,55 @@ void linear_few(const float *x, const bf16 *w, const float *bias, float *y, int6
     linear_bf16_dot(x, w, bias, y, M, N, K, threads);
   else
     linear_bf16(x, w, bias, y, M, N, K, threads);
+}
+
+/* y[m,:] = down . (silu(gate . x[m,:]) * (up . x[m,:])), gate and up [N, K] one after the other, down
+ * [K, N]. `room` is for 3 N numbers a row. */
+void gated_mlp(const float *x, const bf16 *gate_up, const bf16 *down, float *y, float *room,
+               int64_t M, int64_t N, int64_t K, int threads) {
+#ifdef TILES
+  if (N % TILE_K == 0 && K % TILE_K == 0 && amx_ready()) {
+    int64_t groups = (M + LANES - 1) / LANES;
+    uint32_t *turned = (uint32_t *)scratch(groups * (K + N) * LANES);
+    uint32_t *gated = turned + groups * K / 2 * LANES;
+#pragma omp parallel num_threads(threads)
+    {
+      tiles_on(0, 0);
+      turn_all(x, turned, M, K);
+      gated_turned(turned, gate_up, gate_up + N * K, gated, M, N, K);
+      linear_turned(gated, down, 0, y, M, K, N);
+      _tile_release();
+    }
+    return;
+  }
+#endif
+  linear_few(x, gate_up, 0, room, M, 2 * N, K, threads);
+  silu_mul(room, room + 2 * M * N, M, N, threads);
+  linear_few(room + 2 * M * N, down, 0, y, M, K, N, threads);
+}
+
+int linear_maxima_ready(int64_t N, int64_t K) {
+#ifdef TILES
+  return N % LANES == 0 && K % TILE_K == 0 && amx_ready();
+#else
+  return 0;
+#endif
+}
+
+/* row_maxima of linear_few's y without a bias, which is not made, after linear_maxima_ready said yes.
+ * `room` is for 32 numbers a row and thread, rows counted by 16. */
+void linear_maxima(const float *x, const bf16 *w, float *value, int64_t *at, float *room, int64_t M,
+                   int64_t N, int64_t K, int threads) {
+#ifdef TILES
+  uint32_t *turned = (uint32_t *)scratch((M + LANES - 1) / LANES * K * LANES);
+#pragma omp parallel num_threads(threads)
+  {
+    tiles_on(0, 0);
+    turn_all(x, turned, M, K);
+    maxima_turned(turned, w, (maxima *)room, value, at, M, N, K);
+    _tile_release();
+  }
+#endif
 }
 
 /* ---- small row-wise operators -------------------------------------------------------------- */
@@ -429,10 +582,8 @@ void norm_rotate(float *x, int64_t stride, int64_t heads, int64_t dim, const flo
       const T *gate = gate_up + 2 * m * N, *up = gate + N;                                     \
       T *to = out + m * N;                                                                     \
       int64_t i = 0;                                                                           \
-      for (; i + WIDTH <= N; i += WIDTH) {                                                     \
-        vec g = load(gate + i);                                                                \
-        store(to + i, g / (1.0f + vexp(-g)) * load(up + i));                                   \
-      }                                                                                        \
+      for (; i + WIDTH <= N; i += WIDTH)                                                       \
+        store(to + i, silu(load(gate + i)) * load(up + i));                                    \
       for (; i < N; i++) {                                                                     \
         float g = scalar(gate[i]);                                                             \
         to[i] = round(g / (1.0f + expf(-g)) * scalar(up[i]));                                  \

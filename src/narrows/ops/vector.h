@@ -101,6 +101,8 @@ static inline vec vexp(vec x) {
   return p * scale;
 }
 
+static inline vec silu(vec x) { return x / (1.0f + vexp(-x)); }
+
 /* fold: the way to four sums, of v[0] to v[3]; folded: sum j of those, j < WIDTH. */
 #ifdef __AVX512F__
 #define ADD(lo, hi) _mm512_add_ps(lo, hi)
@@ -420,6 +422,8 @@ void linear_bytes(const float *x, const uint8_t *w, const float *bias, float *y,
 void add_rms_norm(float *h, const void *delta, int delta_bf16, const float *weight, float eps,
                   void *out, int out_bf16, int64_t M, int64_t N, int threads);
 void row_maxima(const float *x, int64_t M, int64_t N, float *value, int64_t *at, int threads);
+void gated_mlp(const float *x, const bf16 *gate_up, const bf16 *down, float *y, float *room,
+               int64_t M, int64_t N, int64_t K, int threads);
 void silu_mul(const float *gate_up, float *out, int64_t M, int64_t N, int threads);
 void norm_rotate(float *x, int64_t stride, int64_t heads, int64_t dim, const float *weight,
                  float eps, const float *cosine, const float *sine, int64_t M, int threads);

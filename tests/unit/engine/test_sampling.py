@@ -16,6 +16,7 @@ from narrows.engine.sampling import Sampler
 from narrows.engine.verify import verify_batch
 from narrows.errors import ConfigError, NumericalError
 from oracles import sampling_reference
+from tiny_scores import Given
 
 V = 23
 EOS = frozenset({2, 5})
@@ -55,7 +56,8 @@ def truncation_settings(draw):
 
 def sample_batch(samplers, logits, said):
     """One token each: a batch without drafts."""
-    return [one for (one,) in verify_batch(samplers, logits, said, [Draft([])] * len(samplers))]
+    drafts = [Draft([])] * len(samplers)
+    return [one for (one,) in verify_batch(samplers, Given(logits), said, drafts)]
 
 
 def sampler(prompt=PROMPT, vocab=V, **values):

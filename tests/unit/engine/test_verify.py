@@ -17,6 +17,7 @@ from narrows.contracts import Draft
 from narrows.engine import verify as verify_module
 from narrows.engine.sampling import Sampler
 from narrows.engine.verify import settle, verify, verify_batch
+from tiny_scores import Given
 
 V = 5
 
@@ -196,11 +197,19 @@ def test_chosen_guesses_change_no_token_and_no_random_number(values: dict) -> No
                 ahead.restore(state)
             rows = target_rows(tuple(said), guesses, 3)
             drafts = [Draft(guesses)]
-            (committed,) = verify_batch([ahead], rows, [said], drafts)
+            (committed,) = verify_batch([ahead], Given(rows), [said], drafts)
             for sampled in committed:
                 assert sampled == plain.sample(target_rows(tuple(said), [], 3)[0], said)
                 said.append(sampled[0])
         assert torch.equal(plain.state(), ahead.state())
+
+
+def test_logits_are_wanted_only_where_the_best_do_not_tell() -> None:
+    drafts = [Draft([]), Draft([1, 2])]
+    for settings, asked in (({}, 0), ({"temperature": 1.0}, 1), ({"logprobs": 1}, 1)):
+        scores = Given(torch.randn(4, V))
+        verify_batch([sampler(), sampler(**settings)], scores, [[], [1]], drafts)
+        assert scores.asked == asked
 
 
 def test_a_batch_is_its_rows_one_by_one() -> None:
@@ -208,7 +217,7 @@ def test_a_batch_is_its_rows_one_by_one() -> None:
     rows = torch.randn(sum(len(d.tokens) + 1 for d in drafts), V)
     kinds = [{}, {}, {"temperature": 1.0, "seed": 4}, {"presence_penalty": 1.0}]
     many, alone = ([sampler(**k) for k in kinds] for _ in range(2))
-    got = verify_batch(many, rows, [[1]] * 4, drafts)
+    got = verify_batch(many, Given(rows), [[1]] * 4, drafts)
     start = 0
     for one, draft, committed in zip(alone, drafts, got, strict=True):
         stop = start + len(draft.tokens) + 1

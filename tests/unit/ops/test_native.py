@@ -137,6 +137,27 @@ def test_row_maxima(n: int) -> None:
     assert torch.equal(places[3:5], first[3:5])
 
 
+@pytest.mark.parametrize("rows", [1, 16, 37])
+@pytest.mark.parametrize(("n", "k"), [(16, 32), (208, 96), (1040, 64), (50, 32), (64, 40)])
+def test_linear_maxima_are_those_of_the_product(rows: int, n: int, k: int) -> None:
+    """With equals, in parts of several threads too, infinities, NaN, and rows of them alone."""
+    torch.manual_seed(n)
+    x, weight = torch.randn(rows, k).round(), torch.randn(n, k).round().bfloat16()
+    weight[n // 2 :] = weight[: n - n // 2].clone()
+    x[rows // 2] = 0.0
+    for wrong in ({}, {5: torch.nan}, {5: torch.inf}, {3: torch.nan, n - 2: torch.nan}):
+        spoilt = weight.clone()
+        for row, value in wrong.items():
+            spoilt[row, 0] = value
+        values, places = native.linear_maxima(x, spoilt)
+        expected, first = native.row_maxima(native.linear(x, spoilt))
+        assert torch.equal(values.nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0))
+        assert torch.equal(places, first)
+    values, places = native.linear_maxima(torch.ones(rows, k), torch.full_like(weight, -torch.inf))
+    assert (values == -torch.inf).all()
+    assert not places.any()
+
+
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 17), (40, 1536)])
 def test_silu_mul(m: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(m, 2 * n) * 20
