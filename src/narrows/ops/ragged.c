@@ -11,19 +11,18 @@
 #define WEIGHING 15 /* steps of a tile that take as long as the weights of a row */
 
 /* What is read next is asked of memory in small parts while there is something to compute, so that
- * neither waits for the other: lines [at, end), then those of [then, last). */
+ * neither waits for the other: [at, end), then [then, last). */
 typedef struct {
   const char *at, *end, *then, *last;
   int64_t pace; /* lines that are asked for at each step of a tile */
 } queue;
 static inline __attribute__((always_inline)) void ask(queue *q, int64_t times) {
-  for (int64_t i = 0; i < times * q->pace; i++, q->at += 64) {
-    if (q->at >= q->end) {
-      if (q->then == q->last) return;
-      q->at = q->then, q->end = q->then = q->last;
-    }
-    __builtin_prefetch(q->at, 0, 2); /* past the first level, which holds what is read now */
-  }
+  const char *at = q->at, *stop = at + times * q->pace * 64;
+  /* Past the first level, which holds what is read now. */
+  for (const char *end = stop < q->end ? stop : q->end; at < end; at += 64)
+    __builtin_prefetch(at, 0, 2);
+  if (at >= q->end) at = q->then, q->end = q->then = q->last;
+  q->at = at;
 }
 
 /* dense_bf16_dots and dense_bf16_mix by products of bfloat16 pairs, where there are units for them:
@@ -87,7 +86,17 @@ static inline void in_order(__m512 low, __m512 high, float *to) {
   _mm512_storeu_ps(to + WIDTH, _mm512_permutex2var_ps(low, last, high));
 }
 
-/* 64 columns. Those of two tokens' values are brought next to each other, four by four. */
+/* 32 columns of two tokens' values, of which there are n, brought next to each other, four by four:
+ * those of the low and of the high half of each quarter. */
+static inline __attribute__((always_inline)) void pair_columns(const bf16 *v, int64_t Dv, int64_t n,
+                                                               __m512i *low, __m512i *high) {
+  __m512i one = n > 0 ? _mm512_loadu_si512(v) : _mm512_setzero_si512();
+  __m512i other = n > 1 ? _mm512_loadu_si512(v + Dv) : _mm512_setzero_si512();
+  *low = _mm512_unpacklo_epi16(one, other);
+  *high = _mm512_unpackhi_epi16(one, other);
+}
+
+/* 64 columns. */
 static inline __attribute__((always_inline)) void pair_values(const bf16 *weight, int64_t rows,
                                                               int64_t n, int64_t Dv, const bf16 *v,
                                                               queue *next, float *out,
@@ -97,13 +106,8 @@ static inline __attribute__((always_inline)) void pair_values(const bf16 *weight
     for (int j = 0; j < ACROSS; j++) acc[g][j] = _mm512_setzero_ps();
   for (int64_t t = 0; t < n; t += 2) {
     __m512i pairs[ACROSS];
-    for (int j = 0; j < 2; j++) {
-      const bf16 *at = v + t * Dv + j * PAIRS;
-      __m512i one = _mm512_loadu_si512(at);
-      __m512i other = t + 1 < n ? _mm512_loadu_si512(at + Dv) : _mm512_setzero_si512();
-      pairs[2 * j] = _mm512_unpacklo_epi16(one, other);
-      pairs[2 * j + 1] = _mm512_unpackhi_epi16(one, other);
-    }
+    for (int j = 0; j < ACROSS; j += 2)
+      pair_columns(v + t * Dv + j * WIDTH, Dv, n - t, pairs + j, pairs + j + 1);
     ask(next, 1);
     for (int64_t g = 0; g < rows; g++) {
       __m512bh x = both(weight + g * CHUNK + t);
@@ -119,14 +123,21 @@ static inline __attribute__((always_inline)) void pair_values(const bf16 *weight
 #ifdef TILES
 /* The same on AMX tiles, where a product of up to 16 query rows takes no longer than one of a few.
  * What a tile loads must have left the store buffer, and what it stores is slow to be read at once,
- * so each stage goes through all keys before the next begins. */
+ * so neither follows the other at once. */
 #define SCORES 0
 #define KEYS 1
 #define QUERIES 2
-#define OUT_LOW 3 /* columns of what is mixed */
-#define OUT_HIGH 4
-#define WEIGHTS 5
-#define VALUES 6
+#define FIRST 3 /* of the queries, and these, which stay */
+#define SECOND 4
+#define OUT_0 0 /* columns of what is mixed */
+#define OUT_1 1
+#define OUT_2 2
+#define OUT_3 3
+#define WEIGHTS 4
+#define VALUES 5
+#define TILED_PACE 4 /* lines a step, whatever the rows; a tile of keys takes so many steps, */
+#define SCORING 5
+#define MIXING 10 /* and a block of values so many */
 
 /* Whether vectors of that many numbers are multiplied so. */
 static inline int tiled(int64_t D) { return D % PAIRS == 0 && amx_ready(); }
@@ -140,9 +151,11 @@ static void tile_dots(const float *q, int64_t rows, int64_t D, const bf16 *keys,
   queue ahead = *next;
   int64_t part = TILE_ROWS * WIDTH;
   for (int64_t i = 0; i < D; i += PAIRS) turn_rows(q + i, query + i / PAIRS * part, rows, PAIRS, D);
+  _tile_loadd(FIRST, query, 64);
+  if (D > PAIRS) _tile_loadd(SECOND, query + part, 64);
   for (int64_t t = 0; t < n; t += TILE_ROWS) {
     const bf16 *key = keys + t * D;
-    ask(&ahead, TILE_ROWS);
+    ask(&ahead, SCORING);
     if (n - t < TILE_ROWS) { /* the last few, with others that do not count */
       memset(end, 0, sizeof end);
       key = memcpy(end, key, (n - t) * D * sizeof *end);
@@ -150,6 +163,13 @@ static void tile_dots(const float *q, int64_t rows, int64_t D, const bf16 *keys,
     _tile_zero(SCORES);
     for (int64_t i = 0; i < D; i += PAIRS) {
       _tile_loadd(KEYS, key + i, D * sizeof *key);
+      if (i < 2 * PAIRS) {
+        if (i)
+          _tile_dpbf16ps(SCORES, KEYS, SECOND);
+        else
+          _tile_dpbf16ps(SCORES, KEYS, FIRST);
+        continue;
+      }
       _tile_loadd(QUERIES, query + i / PAIRS * part, 64);
       _tile_dpbf16ps(SCORES, KEYS, QUERIES);
     }
@@ -178,38 +198,57 @@ static void tile_dots(const float *q, int64_t rows, int64_t D, const bf16 *keys,
     }
 }
 
-/* Values weighted for up to 16 queries, Dv a multiple of 32: 32 columns at a time. */
+/* Values of 32 tokens, of which there are n: pairs of tokens, in tiles of 16 columns. */
+static inline void pair_block(const bf16 *v, int64_t n, int64_t Dv, int64_t wide,
+                              __m512i (*to)[PAIRS / 2]) {
+  for (int64_t t = 0; t < PAIRS; t += 2)
+    for (int64_t j = 0; j < wide; j += 2)
+      pair_columns(v + t * Dv + j * WIDTH, Dv, n - t, &to[j][t / 2], &to[j + 1][t / 2]);
+}
+
+/* Values weighted for up to 16 queries, Dv a multiple of 32: up to 64 columns at a time. A block of
+ * tokens is paired while the one before it is multiplied. */
 static void tile_mix(const float *score, int64_t rows, int64_t n, int64_t Dv, const bf16 *values,
                      queue *next, float *to, int64_t stride) {
   bf16 weight[TILE_ROWS * CHUNK] __attribute__((aligned(64)));
-  __m512i pairs[2][CHUNK / 2]; /* of tokens: 16 columns, and 16 others */
-  float sums[2][TILE_ROWS][WIDTH] __attribute__((aligned(64)));
+  __m512i pairs[2][ACROSS][PAIRS / 2]; /* of two blocks */
+  float sums[ACROSS][TILE_ROWS][WIDTH] __attribute__((aligned(64)));
   queue ahead = *next;
   int64_t whole = (n + PAIRS - 1) / PAIRS * PAIRS;
   for (int64_t r = 0; r < rows; r++)
     round_rows(score + r * CHUNK, weight + r * CHUNK, n, whole);
-  for (int64_t i = 0; i < Dv; i += PAIRS) {
-    for (int64_t t = 0; t < whole; t += 2) {
-      const bf16 *at = values + t * Dv + i;
-      __m512i one = t < n ? _mm512_loadu_si512(at) : _mm512_setzero_si512();
-      __m512i other = t + 1 < n ? _mm512_loadu_si512(at + Dv) : _mm512_setzero_si512();
-      ask(&ahead, 1);
-      pairs[0][t / 2] = _mm512_unpacklo_epi16(one, other);
-      pairs[1][t / 2] = _mm512_unpackhi_epi16(one, other);
-    }
-    _tile_zero(OUT_LOW);
-    _tile_zero(OUT_HIGH);
+  for (int64_t i = 0, wide; i < Dv; i += wide * WIDTH) {
+    const bf16 *from = values + i;
+    wide = Dv - i < ACROSS * WIDTH ? 2 : ACROSS;
+    _tile_zero(OUT_0);
+    _tile_zero(OUT_1);
+    _tile_zero(OUT_2);
+    _tile_zero(OUT_3);
+    pair_block(from, n, Dv, wide, pairs[0]);
     for (int64_t t = 0; t < whole; t += PAIRS) {
+      __m512i(*held)[PAIRS / 2] = pairs[t / PAIRS % 2];
+      ask(&ahead, MIXING);
+      if (t + PAIRS < whole)
+        pair_block(from + (t + PAIRS) * Dv, n - t - PAIRS, Dv, wide, pairs[(t / PAIRS + 1) % 2]);
       _tile_loadd(WEIGHTS, weight + t, CHUNK * sizeof *weight);
-      _tile_loadd(VALUES, pairs[0] + t / 2, 64);
-      _tile_dpbf16ps(OUT_LOW, WEIGHTS, VALUES);
-      _tile_loadd(VALUES, pairs[1] + t / 2, 64);
-      _tile_dpbf16ps(OUT_HIGH, WEIGHTS, VALUES);
+      _tile_loadd(VALUES, held[0], 64);
+      _tile_dpbf16ps(OUT_0, WEIGHTS, VALUES);
+      _tile_loadd(VALUES, held[1], 64);
+      _tile_dpbf16ps(OUT_1, WEIGHTS, VALUES);
+      if (wide == 2) continue;
+      _tile_loadd(VALUES, held[2], 64);
+      _tile_dpbf16ps(OUT_2, WEIGHTS, VALUES);
+      _tile_loadd(VALUES, held[3], 64);
+      _tile_dpbf16ps(OUT_3, WEIGHTS, VALUES);
     }
-    _tile_stored(OUT_LOW, sums[0], 64);
-    _tile_stored(OUT_HIGH, sums[1], 64);
+    _tile_stored(OUT_0, sums[0], 64);
+    _tile_stored(OUT_1, sums[1], 64);
+    _tile_stored(OUT_2, sums[2], 64);
+    _tile_stored(OUT_3, sums[3], 64);
     for (int64_t r = 0; r < rows; r++)
-      in_order(_mm512_load_ps(sums[0][r]), _mm512_load_ps(sums[1][r]), to + r * stride + i);
+      for (int64_t j = 0; j < wide; j += 2)
+        in_order(_mm512_load_ps(sums[j][r]), _mm512_load_ps(sums[j + 1][r]),
+                 to + r * stride + i + j * WIDTH);
   }
   *next = ahead;
 }
@@ -425,8 +464,12 @@ static queue to_read(const task *t, int64_t D, int64_t Dv, int64_t rows) {
   if (t->from < p->k_codes.n || t->from < p->v_codes.n) return (queue){0};
   const bf16 *k = (const bf16 *)p->k + (first - p->k_codes.n) * D;
   const bf16 *v = (const bf16 *)p->v + (first - p->v_codes.n) * Dv;
+  int64_t pace = (3 + tiles - 1) / tiles;
+#ifdef TILES
+  if (tiled(D)) pace = TILED_PACE;
+#endif
   return (queue){(const char *)k, (const char *)(k + n * D), (const char *)v,
-                 (const char *)(v + n * Dv), (3 + tiles - 1) / tiles};
+                 (const char *)(v + n * Dv), pace};
 }
 
 static void attend_task(const task *t, const float *q, int64_t q_stride, int64_t group, int64_t D,
