@@ -206,7 +206,7 @@ def test_silu_and_norm_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("window", [None, 1, 5, 300])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim"),
-    [(4, 2, 16), (9, 3, 64), (10, 2, 32), (3, 3, 20), (16, 1, 64), (5, 1, 128)],
+    [(4, 2, 16), (9, 3, 64), (10, 2, 32), (3, 3, 20), (16, 1, 64), (5, 1, 128), (4, 2, 96)],
 )
 def test_append_attend(
     dtype: torch.dtype, window: int | None, heads: int, kv_heads: int, dim: int
