@@ -311,10 +311,10 @@ class DraftLength:
         of the other offers, and the chance below which a guess is not worth verifying. As if the
         drafts turned out like the latest ones."""
         chosen: list[Offer | None] = [None] * len(asked)
-        telling = [next((one for one in some if one.tells), None) for _, some in asked]
-        first = next((one for one in telling if one is not None), None)
+        first = next((one for _, some in asked for one in some if one.tells), None)
         if first is None:
             return chosen, 0.0
+        telling = [next((one for one in some if one.tells), None) for _, some in asked]
         total = rows + sum(plan.lengths)
         more = (self.steps(total + decoding) - self.steps(total)) / decoding
         price = min(1.0, CAUTION * more * plan.speed)

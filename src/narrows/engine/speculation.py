@@ -110,7 +110,8 @@ class Speculation:
             drafts = self.drafter.propose(list(some.values()))
             made |= zip(some, drafts, strict=True)
             self._note(kind, drafts, started)
-        return [made.get(i, Draft([])) for i in range(len(work))]
+        none = Draft([])
+        return [made.get(i, none) for i in range(len(work))]
 
     def _choose(self, asked: list[Asked], offered: list[Offered], rows: int, decoding: int) -> Plan:
         """What to verify; of the offers that tell, those drafts are made first that seem worth it,

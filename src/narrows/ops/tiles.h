@@ -1,7 +1,7 @@
 /* AMX tiles: registers of 16 rows of 64 bytes, which are multiplied with each other. More sums
  * at once need fewer loads, but where the other thread of a core is busy, loads into many tiles and
  * products of them wait for each other, so that one sum after the other is faster there, and little
- * slower where a thread has its core alone. */
+ * slower where a thread has its core alone; but for sums that share what was made for them. */
 #include <stdint.h>
 
 #define TILE_ROWS 16
