@@ -58,6 +58,8 @@ BUCKET = 4
 the first of some more costs most."""
 BELIEF = 6.0
 """Observations of a bucket that count as much as the line."""
+FIRST = 0.6
+"""Of what rows that are multiplied together add to a step, what the first of them adds."""
 SLOW, ODD = 1.5, 1.25
 """Times as long as expected that anything is taken to have taken at most, and what of it may be a
 bucket's own: what else the machine does now and then must not seem to come of so many rows."""
@@ -75,9 +77,11 @@ class Times:
     """Seconds by rows of tokens, learnt from what was done: a straight line through the mean, the
     latest weighing most, steeper or flatter than ROW_COST has it as far as different rows have
     shown that; and, bucket by bucket, how many times as long as by the line it took. More rows are
-    never expected to take less."""
+    never expected to take less. Where ``together`` rows are multiplied at once, most of what one of
+    them takes is taken by the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, together: int = 1) -> None:
+        self.together = together
         self._weight = self._rows = self._seconds = self._spread = self._joint = 0.0
         self._apart: dict[int, _Record] = defaultdict(lambda: _Record(BELIEF, BELIEF))
         self._stairs: list[tuple[float, float]] = []
@@ -108,7 +112,7 @@ class Times:
             self._apart[(rows - 1) // BUCKET].add(apart)
         self._weight = self._weight * MEMORY + 1
         share = 1 / self._weight
-        more_rows, longer = rows - self._rows, seconds - self._seconds
+        more_rows, longer = self._counted(rows) - self._rows, seconds - self._seconds
         self._rows += share * more_rows
         self._seconds += share * longer
         self._spread = (1 - share) * (self._spread + share * more_rows**2)
@@ -135,9 +139,14 @@ class Times:
 
     def line(self, rows: int) -> float:
         """The same by the straight line alone."""
+        counted = self._counted(rows)
         if not self._weight:
-            return 1 + ROW_COST * (rows - 1)
-        return max(self._seconds + self.slope * (rows - self._rows), LEAST * self._seconds)
+            return 1 + ROW_COST * (counted - 1)
+        return max(self._seconds + self.slope * (counted - self._rows), LEAST * self._seconds)
+
+    def _counted(self, rows: int) -> float:
+        """Rows, those that would be multiplied with them counting FIRST each."""
+        return rows + FIRST * (-rows % self.together)
 
 
 class _Record:
@@ -172,11 +181,11 @@ class DraftLength:
     """Chooses draft lengths and learns from their outcomes.
 
     ``steps`` learns what steps of the target cost by their rows, ``making[kind]`` what making
-    guesses of a kind costs by their number.
+    guesses of a kind costs by their number. The target multiplies ``together`` rows at once.
     """
 
-    def __init__(self) -> None:
-        self.steps = Times()
+    def __init__(self, together: int = 1) -> None:
+        self.steps = Times(together)
         self.making: dict[str, Times] = defaultdict(Times)
         self._sorts: dict[Sort, _Record] = {}
         self._own: dict[int, dict[Sort, _Record]] = defaultdict(dict)

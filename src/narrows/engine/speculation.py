@@ -32,16 +32,17 @@ class Speculation:
     Args:
         drafter: makes the guesses.
         fixed: verify that many guesses of each draft; None chooses what is fastest.
+        together: rows that the target multiplies at once.
 
     ``tried[i]`` and ``kept[i]`` count the guesses verified at place ``i`` of their drafts, and
     those that stayed.
     """
 
-    def __init__(self, drafter: Drafter, fixed: int | None = None) -> None:
+    def __init__(self, drafter: Drafter, fixed: int | None = None, together: int = 1) -> None:
         self.drafter = drafter
         self.most = drafter.most if fixed is None else min(fixed, drafter.most)
         self.adapts = fixed is None
-        self.length = DraftLength()
+        self.length = DraftLength(together)
         self.tried = [0] * self.most
         self.kept = [0] * self.most
         self._offered: dict[int, Offer] = {}

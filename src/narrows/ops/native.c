@@ -422,11 +422,20 @@ static void gated_turned(const uint32_t *turned, const bf16 *gate, const bf16 *u
 }
 #endif
 
+/* Whether products with weights [N, K] run on tiles. */
+int on_tiles(int64_t N, int64_t K) {
+#ifdef TILES
+  return N % LANES == 0 && K % TILE_K == 0 && amx_ready();
+#else
+  return 0;
+#endif
+}
+
 /* The fastest of the three for weights of a size on this processor. */
 void linear_few(const float *x, const bf16 *w, const float *bias, float *y, int64_t M, int64_t N,
                 int64_t K, int threads) {
 #ifdef TILES
-  if (N % LANES == 0 && K % TILE_K == 0 && amx_ready()) {
+  if (on_tiles(N, K)) {
     linear_bf16_amx(x, w, bias, y, M, N, K, threads);
     return;
   }
@@ -442,7 +451,7 @@ void linear_few(const float *x, const bf16 *w, const float *bias, float *y, int6
 void gated_mlp(const float *x, const bf16 *gate_up, const bf16 *down, float *y, float *room,
                int64_t M, int64_t N, int64_t K, int threads) {
 #ifdef TILES
-  if (N % TILE_K == 0 && K % TILE_K == 0 && amx_ready()) {
+  if (N % TILE_K == 0 && on_tiles(N, K)) {
     int64_t groups = (M + LANES - 1) / LANES;
     uint32_t *turned = (uint32_t *)scratch(groups * (K + N) * LANES);
     uint32_t *gated = turned + groups * K / 2 * LANES;
@@ -462,15 +471,7 @@ void gated_mlp(const float *x, const bf16 *gate_up, const bf16 *down, float *y, 
   linear_few(room + 2 * M * N, down, 0, y, M, K, N, threads);
 }
 
-int linear_maxima_ready(int64_t N, int64_t K) {
-#ifdef TILES
-  return N % LANES == 0 && K % TILE_K == 0 && amx_ready();
-#else
-  return 0;
-#endif
-}
-
-/* row_maxima of linear_few's y without a bias, which is not made, after linear_maxima_ready said yes.
+/* row_maxima of linear_few's y without a bias, which is not made, after on_tiles said yes.
  * `room` is for 32 numbers a row and thread, rows counted by 16. */
 void linear_maxima(const float *x, const bf16 *w, float *value, int64_t *at, float *room, int64_t M,
                    int64_t N, int64_t K, int threads) {

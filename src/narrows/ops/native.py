@@ -42,7 +42,7 @@ P, L, F, N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES = {
     "bf16_dots": (N, ()),
     "linear_few": (None, (P, P, P, P, L, L, L, N)),
-    "linear_maxima_ready": (N, (L, L)),
+    "on_tiles": (N, (L, L)),
     "linear_maxima": (None, (P, P, P, P, P, L, L, L, N)),
     "linear_bytes": (None, (P, P, P, P, L, L, L, N)),
     "absorb_room": (L, (P, L)),
@@ -170,6 +170,8 @@ def _has_bf16_units() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+TILE_ROWS = 16
+"""Rows of an AMX tile."""
 KERNEL_ROWS, DOT_ROWS = 64, 256
 """Above this many rows, the latter for products of bfloat16 pairs, oneDNN and MKL win."""
 
@@ -187,6 +189,14 @@ def few_rows(rows: int, weight: Tensor) -> bool:
     if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu":
         return False
     return rows <= _kernel_rows(library())
+
+
+def rows_at_once(weight: Tensor) -> int:
+    """How many rows, few of them, are multiplied with ``weight`` in about the time of one."""
+    native = library()
+    if native is None or not few_rows(1, weight) or not native.on_tiles(*weight.shape):
+        return 1
+    return TILE_ROWS
 
 
 def flow_dtype(rows: int, weight: torch.dtype) -> torch.dtype:
@@ -265,11 +275,11 @@ def linear_maxima(x: Tensor, weight: Tensor, room: Tensor | None = None) -> tupl
     the product."""
     native, (rows, inner), outer = library(), x.shape, len(weight)
     known = x.dtype is torch.float32 and few_rows(rows, weight)
-    if native is None or not known or not native.linear_maxima_ready(outer, inner):
+    if native is None or not known or not native.on_tiles(outer, inner):
         return row_maxima(linear(x, weight, room=room))
     threads = torch.get_num_threads()
     values, places = x.new_empty(rows), x.new_empty(rows, dtype=torch.int64)
-    found = x.new_empty(threads * -(-rows // 16) * 32)
+    found = x.new_empty(threads * -(-rows // TILE_ROWS) * 2 * TILE_ROWS)
     native.linear_maxima(
         *(x.contiguous().data_ptr(), weight.data_ptr(), values.data_ptr(), places.data_ptr()),
         *(found.data_ptr(), rows, outer, inner, threads),

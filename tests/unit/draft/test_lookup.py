@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrows.contracts import Asked, Offer, Sort
-from narrows.draft.length import CAUTION, GAIN, WORTH, DraftLength, Times
+from narrows.draft.length import CAUTION, FIRST, GAIN, WORTH, DraftLength, Times
 from narrows.draft.lookup import EXPECTED
 from narrows.draft.specs import make_drafter
 from narrows.errors import ConfigError
@@ -250,9 +250,26 @@ def test_one_slow_step_does_not_keep_others_of_as_many_rows_away():
     assert times(44) < 1.15
 
 
-@given(st.lists(st.tuples(st.integers(1, 64), st.floats(1e-3, 1.0)), min_size=1, max_size=80))
-def test_no_step_is_expected_to_be_free_or_faster_with_more_rows(steps):
-    times = Times()
+def test_rows_that_are_multiplied_together_fill_up_cheaply():
+    apart, together = Times(), Times(together=16)
+    for times in (apart, together):
+        for _ in range(40):
+            for rows in (16, 32, 64):
+                times.observe(rows, 1 + rows / 16)
+    for times in (apart, together):
+        assert [times(rows) for rows in (16, 32, 64)] == pytest.approx([2, 3, 5], rel=0.05)
+    first, rest = together(17) - together(16), together(32) - together(17)
+    assert first == pytest.approx(FIRST + (1 - FIRST) / 16, rel=0.1)
+    assert rest == pytest.approx((1 - FIRST) * 15 / 16, rel=0.1)
+    assert apart(17) - apart(16) < 0.1
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 64), st.floats(1e-3, 1.0)), min_size=1, max_size=80),
+    st.sampled_from([1, 16]),
+)
+def test_no_step_is_expected_to_be_free_or_faster_with_more_rows(steps, together):
+    times = Times(together)
     for rows, seconds in steps:
         times.observe(rows, seconds)
     expected = [times(rows) for rows in range(1, 100)]
