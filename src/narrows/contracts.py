@@ -275,6 +275,16 @@ class Asked(NamedTuple):
     worth: float = 0.0
 
 
+class Reading(NamedTuple):
+    """Tokens of a sequence that a step is about to read: those from ``start`` up to ``stop``, of
+    the ``known`` ones it has so far. Guesses are not counted."""
+
+    number: int
+    start: int
+    stop: int
+    known: int
+
+
 class Kept(NamedTuple):
     """Rows of a step, from ``first`` up to ``stop``, whose tokens stay in a sequence: the first of
     them is its token number ``start``. The rows of one step after the other leave nothing out; a
@@ -305,9 +315,8 @@ class Drafter(ABC):
         """Upper bound on the bytes it holds for one sequence of that many tokens."""
         return 0
 
-    def wants(self, work: Sequence[tuple[int, int]]) -> bool:
-        """Whether ``read`` is to be shown a step that is about to read tokens of sequences, each
-        given by its number and the place of the first token read."""
+    def wants(self, work: Sequence[Reading]) -> bool:
+        """Whether ``read`` is to be shown a step that is about to read ``work``."""
         return bool(self.taps)
 
     def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:  # noqa: B027

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from narrows.contracts import Asked, Draft, Drafter, Kept, Offer
+from narrows.contracts import Asked, Draft, Drafter, Kept, Offer, Reading
 from narrows.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ class Combined(Drafter):
         """See Drafter."""
         return sum(one.estimate(tokens) for one in self.drafters)
 
-    def wants(self, work: Sequence[tuple[int, int]]) -> bool:
+    def wants(self, work: Sequence[Reading]) -> bool:
         """See Drafter."""
         return self._tapping is not None and self._tapping.wants(work)
 

@@ -20,6 +20,7 @@ from narrows.contracts import (
     Kept,
     LayerShape,
     Offer,
+    Reading,
     Sort,
     Span,
 )
@@ -33,6 +34,9 @@ from narrows.ops.ragged import MAX_GROUP
 PROMPT, AT_ONCE = 64, 256
 """A step that reads so many tokens of a sequence reads its prompt, which is taken in as soon as so
 many wait: once it is read, there are too many to wait for a draft that may never be made."""
+RECENT = 1024
+"""Tokens before the first draft that are looked at: a module learns from texts hardly longer, and a
+long prompt would take it a while."""
 LET_GO = 512
 IDLE = 32
 """All others wait for the next draft. A sequence for which so many wait, or those of so many
@@ -97,16 +101,18 @@ class SpecFormerDrafter(Drafter):
         """See Drafter."""
         return DensePolicy().estimate(self._held, tokens) + self._unread
 
-    def wants(self, work: Sequence[tuple[int, int]]) -> bool:
+    def wants(self, work: Sequence[Reading]) -> bool:
         """See Drafter. Chooses which new sequences are followed."""
-        size = len(work).bit_length()
-        for number, start in work:
+        size, wanted = len(work).bit_length(), False
+        for number, start, stop, known in work:
             if start == 0:
                 self._came[size] += 1
                 self._states.pop(number, None)
                 if self._came[size] <= RESTING or self._came[size] % (PROBED << size) == 0:
-                    self._states[number] = _State(self._cache())
-        return any(number in self._states for number, _ in work)
+                    self._states[number] = _State(self._cache(), max(0, known - RECENT))
+            state = self._states.get(number)
+            wanted |= state is not None and stop > state.first
+        return wanted
 
     def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:
         """See Drafter. A long prompt is taken in at once, the rest with the next draft."""
@@ -115,7 +121,10 @@ class SpecFormerDrafter(Drafter):
             state = self._states.get(rows.number)
             if state is None:
                 continue
+            rows = rows._replace(first=rows.first + max(0, state.first - rows.start))
             count = rows.stop - rows.first
+            if count <= 0:
+                continue
             state.waiting += count
             if count >= PROMPT and state.waiting >= AT_ONCE:
                 state.unread.append((taps, rows.first, rows.stop))
@@ -238,12 +247,13 @@ class SpecFormerDrafter(Drafter):
 
 
 class _State:
-    """What is known of one sequence: ``cache`` of the tokens read, the hidden states of the
-    ``waiting`` ones not yet read (rows, from and to, of tensors that sequences share), and the
-    context vector of the newest one that was."""
+    """What is known of one sequence: ``cache`` of the tokens read, from its token number ``first``
+    on, the hidden states of the ``waiting`` ones not yet read (rows, from and to, of tensors that
+    sequences share), and the context vector of the newest one that was."""
 
-    def __init__(self, cache: DenseLayer) -> None:
+    def __init__(self, cache: DenseLayer, first: int = 0) -> None:
         self.cache = cache
+        self.first = first
         self.unread: list[tuple[Tensor, int, int]] = []
         self.waiting = 0
         self.context = torch.empty(0)

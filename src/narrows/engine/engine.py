@@ -14,7 +14,7 @@ from narrows.cache.rehearse import rehearse
 from narrows.cache.saved import SavedCache
 from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
-from narrows.contracts import CachePolicy, Draft, Drafter, Kept
+from narrows.contracts import CachePolicy, Draft, Drafter, Kept, Reading
 from narrows.engine import memory, runner
 from narrows.engine.detokenize import StreamDecoder
 from narrows.engine.sampling import Sampled, Sampler
@@ -24,7 +24,7 @@ from narrows.engine.speculation import DraftingPolicy, Speculation
 from narrows.engine.verify import verify_batch
 from narrows.errors import ConfigError, RequestRejected
 from narrows.model.flat import FlatModel
-from narrows.ops.native import few_rows
+from narrows.ops.native import few_rows, rows_at_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,11 @@ class _Scores:
         return self.model.best(self.states, self.room)
 
 
+def _reading(item: Work) -> Reading:
+    sequence, start = item.sequence, item.sequence.computed
+    return Reading(sequence.number, start, start + item.count, len(sequence.tokens))
+
+
 class Engine:
     """Continuous batching over one model with one cache policy.
 
@@ -88,7 +93,10 @@ class Engine:
             policy = DraftingPolicy(policy, drafter).holding(ahead)
         self.policy = policy
         self.drafter = drafter
-        self.speculation = Speculation(drafter, config.draft_tokens) if drafter else None
+        self.speculation = None
+        if drafter:
+            together = rows_at_once(model.head)
+            self.speculation = Speculation(drafter, config.draft_tokens, together)
         budget = config.cache_bytes
         if budget is None:
             budget = int(memory.free_bytes(model.shape.device) * config.cache_share)
@@ -236,9 +244,9 @@ class Engine:
         drafts = [Draft([])] * len(work)
         if self.speculation:
             drafts = self.speculation.drafts(work)
-        starts = [(item.sequence.number, item.sequence.computed) for item in work]
+        reading = [_reading(item) for item in work]
         taps: tuple[int, ...] = ()
-        if self.drafter and self.drafter.wants(starts):
+        if self.drafter and self.drafter.wants(reading):
             taps = self.drafter.taps
         done = runner.forward(self.model, work, drafts, taps)
         for item in work:
@@ -247,10 +255,10 @@ class Engine:
         moved = self._verify(work, drafts, done) if done.ready else []
         if self.drafter and done.taps is not None:
             kept = []
-            for item, (number, start), (first, _) in zip(work, starts, done.spans, strict=True):
+            for item, one, (first, _) in zip(work, reading, done.spans, strict=True):
                 if item.sequence.state is State.RUNNING:
-                    stays = item.sequence.computed - start
-                    kept.append(Kept(number, start, first, first + stays))
+                    stays = item.sequence.computed - one.start
+                    kept.append(Kept(one.number, one.start, first, first + stays))
             self.drafter.read(done.taps, kept)
         return moved
 

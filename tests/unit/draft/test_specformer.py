@@ -13,7 +13,7 @@ from torch.nn.functional import rms_norm
 from narrows.cache.dense import DensePolicy
 from narrows.cache.stack import parse_cache
 from narrows.config import EngineConfig, SamplingParams
-from narrows.contracts import Asked, FlatBatch
+from narrows.contracts import Asked, FlatBatch, Reading
 from narrows.draft.combined import Combined
 from narrows.draft.length import Plan
 from narrows.draft.specformer import (
@@ -55,10 +55,11 @@ def taps_of(family: str, ids: list[int]) -> torch.Tensor:
     return flat.hidden_and_taps(torch.tensor(ids), torch.arange(len(ids)), batch, wanted)[1].clone()
 
 
-def contexts(made: SpecFormer, family: str, ids: list[int]) -> torch.Tensor:
-    cosine, sine = pair(family)[0].rotary(torch.arange(len(ids)))
+def contexts(made: SpecFormer, family: str, ids: list[int], first: int = 0) -> torch.Tensor:
+    count = len(ids) - first
+    cosine, sine = pair(family)[0].rotary(torch.arange(count))
     with torch.no_grad():
-        return made(taps_of(family, ids), cosine, sine, [len(ids)])
+        return made(taps_of(family, ids)[first:], cosine, sine, [count])
 
 
 EXTENDED = {"anchor": True, "markov": 8, "draft_vocab": 60}
@@ -129,25 +130,29 @@ def test_many_rows_are_each_by_itself(rows):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("chunk", "idle", "gather"), [(512, 0, 64), (7, 0, 64), (512, 12, 5)])
+@pytest.mark.parametrize(
+    ("chunk", "idle", "gather", "recent"),
+    [(512, 0, 64, 999), (7, 0, 64, 999), (512, 12, 5, 999), (512, 0, 64, 12), (7, 0, 5, 12)],
+)
 def test_in_the_engine_guesses_are_those_of_the_whole_sequence(
-    family, chunk, idle, gather, monkeypatch
+    family, chunk, idle, gather, recent, monkeypatch
 ):
-    """Whatever the chunks of the prompt, after any rollback, and after tokens behind which nothing
-    was guessed."""
+    """From a prompt's most recent tokens on, whatever its chunks, after any rollback, and after
+    tokens behind which nothing was guessed."""
     for name in ("PROMPT", "AT_ONCE"):
         monkeypatch.setattr(f"narrows.draft.specformer_drafter.{name}", gather)
+    monkeypatch.setattr("narrows.draft.specformer_drafter.RECENT", recent)
     flat = pair(family)[0]
-    asked = prompts(3, longest=40, seed=5)
+    texts = prompts(3, longest=40, seed=5)
     drafter = SpecFormerDrafter(module(family), flat)
     offer, propose, guesses, seen = drafter.offer, drafter.propose, drafter.guesses, []
     drafter.offer = lambda a: [
-        o if len(one.tokens) > idle + len(asked[one.number]) else []
+        o if len(one.tokens) > idle + len(texts[one.number]) else []
         for o, one in zip(offer(a), a, strict=True)
     ]
 
     def note(asked):
-        told = [list(one.tokens) for one in asked]
+        told = [(list(one.tokens), max(0, len(texts[one.number]) - recent)) for one in asked]
         drafter.guesses = lambda x, *more: (
             seen.extend(zip(told, x, strict=True)) or guesses(x, *more)
         )
@@ -156,14 +161,14 @@ def test_in_the_engine_guesses_are_those_of_the_whole_sequence(
     drafter.propose = note
     config = EngineConfig(cache_bytes=1 << 28, prefill_chunk=chunk, draft_tokens=3)
     machine = Engine(flat, parse_cache("dense"), config, drafter)
-    for prompt in asked:
+    for prompt in texts:
         machine.submit(prompt, SamplingParams(max_tokens=idle + 12, ignore_eos=True))
     for _ in machine.run():
         pass
     assert len(seen) > 8
     assert not drafter._states
-    for tokens, context in seen:
-        whole = contexts(module(family), family, tokens)
+    for (tokens, first), context in seen:
+        whole = contexts(module(family), family, tokens, first)
         torch.testing.assert_close(context, whole[-2], rtol=1e-3, atol=1e-4)
 
 
@@ -225,7 +230,9 @@ def test_drafts_for_few_at_a_time_do_not_count_for_many():
     drafter._states[999].context = torch.zeros(drafter.target.shape.hidden_size)
 
     def follows(number, others):
-        drafter.wants([(number, 0), *[(-1 - i, 7) for i in range(others)]])
+        drafter.wants(
+            [Reading(number, 0, 5, 5), *[Reading(-1 - i, 7, 8, 8) for i in range(others)]]
+        )
         return number in drafter._states
 
     for number in range(RESTING):
