@@ -103,7 +103,7 @@ class SmallerModel(Drafter):
             torch.tensor(places, device=device),
             FlatBatch(spans, [state.caches for state in states]),
         )
-        found: list[int] = self.model.logits(hidden[[end - 1 for end in ends]]).argmax(-1).tolist()
+        found: list[int] = self.model.best(hidden[[end - 1 for end in ends]])[1].tolist()
         return found
 
     def forget(self, number: int) -> None:

@@ -163,15 +163,14 @@ static void tile_dots(const float *q, int64_t rows, int64_t D, const bf16 *keys,
     _tile_zero(SCORES);
     for (int64_t i = 0; i < D; i += PAIRS) {
       _tile_loadd(KEYS, key + i, D * sizeof *key);
-      if (i < 2 * PAIRS) {
-        if (i)
-          _tile_dpbf16ps(SCORES, KEYS, SECOND);
-        else
-          _tile_dpbf16ps(SCORES, KEYS, FIRST);
-        continue;
+      if (i == 0) {
+        _tile_dpbf16ps(SCORES, KEYS, FIRST);
+      } else if (i == PAIRS) {
+        _tile_dpbf16ps(SCORES, KEYS, SECOND);
+      } else {
+        _tile_loadd(QUERIES, query + i / PAIRS * part, 64);
+        _tile_dpbf16ps(SCORES, KEYS, QUERIES);
       }
-      _tile_loadd(QUERIES, query + i / PAIRS * part, 64);
-      _tile_dpbf16ps(SCORES, KEYS, QUERIES);
     }
     _tile_stored(SCORES, sums[t], 64);
   }
