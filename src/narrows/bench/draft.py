@@ -77,6 +77,7 @@ def run(
     new_tokens: int = 192,
     requests: int = 4,
     rounds: int = 3,
+    prefill_chunk: int = 512,
     fixed: int | None = None,
     cache: str = "dense",
     peers: bool = False,
@@ -97,6 +98,8 @@ def run(
         requests: different prompts of a round for each one that is answered at a time.
         rounds: measured, on other prompts each as long as there are any, by the same engines, as a
             server goes on; one more before them, on yet others, is not counted.
+        prefill_chunk: prompt tokens of a step at most. Where the first of many long prompts are
+            answered before the last is read, only larger chunks let all decode together.
         fixed: guesses verified a step; None lets the engine choose.
         cache: spec of the target's cache.
         peers: at batch 1, transformers' own ``generate`` too, and its prompt lookup against that.
@@ -106,8 +109,10 @@ def run(
     """
     if not drafters or min(batches, default=0) < 1 or min(contexts, default=-1) < 0:
         raise ConfigError("give drafters, batches of at least 1 and contexts of at least 0 tokens")
-    if min(new_tokens - 3, requests, rounds) < 1:
-        raise ConfigError("new_tokens must be at least 4, requests and rounds at least 1")
+    if min(new_tokens - 3, requests, rounds, prefill_chunk) < 1:
+        raise ConfigError(
+            "new_tokens must be at least 4, requests, rounds and prefill_chunk at least 1"
+        )
     if quick:
         batches, contexts, new_tokens, requests, rounds = batches[:1], contexts[:1], 8, 2, 1
     folder = locate(data)
@@ -124,8 +129,11 @@ def run(
         for context in contexts:
             texts = _prompts(llm, folder, max(batches) * requests, rounds + 1, context, seed)
             for batch in batches:
+                limits = EngineConfig(
+                    draft_tokens=fixed, max_sequences=batch, prefill_chunk=prefill_chunk
+                )
                 writers = {
-                    spec: _Writer(llm, spec, cache, fixed, batch, new_tokens)
+                    spec: _Writer(llm, spec, cache, limits, new_tokens)
                     for spec in (NONE, *drafters)
                 }
                 sides: dict[str, list[Round]] = defaultdict(list)
@@ -141,7 +149,13 @@ def run(
                     if number >= 0:
                         for name, one in made.items():
                             sides[name].append(one)
-                where = {"context": context, "batch": batch, "cache": cache, "dtype": dtype}
+                where = {
+                    "context": context,
+                    "batch": batch,
+                    "cache": cache,
+                    "dtype": dtype,
+                    "prefill_chunk": prefill_chunk,
+                }
                 rows += _rows(model, sides, where)
                 progress.advance()
     return with_provenance(rows, provenance(seed))
@@ -208,13 +222,12 @@ class _Writer:
     """Answers queues with one engine and one drafter, which so know what earlier ones showed."""
 
     def __init__(
-        self, llm: LLM, spec: str, cache: str, fixed: int | None, batch: int, new_tokens: int
+        self, llm: LLM, spec: str, cache: str, limits: EngineConfig, new_tokens: int
     ) -> None:
         drafter = make_drafter(spec, llm.model)
         self.clock = _Clocked(drafter) if drafter else None
-        config = EngineConfig(draft_tokens=fixed, max_sequences=batch)
-        self.engine = Engine(llm.model, parse_cache(cache), config, self.clock)
-        self.batch = batch
+        self.engine = Engine(llm.model, parse_cache(cache), limits, self.clock)
+        self.batch = limits.max_sequences
         self.params = SamplingParams(max_tokens=new_tokens)
 
     def begin(self, prompts: Sequence[list[int]], texts: Sequence[list[int]] | None) -> None:
@@ -252,7 +265,8 @@ class _Writer:
         if not whole:
             raise ConfigError(
                 f"{self.batch} prompts are never decoded together: {self.params.max_tokens} "
-                "tokens are written while some are still being read; give more new_tokens"
+                "tokens are written, or a text ends, while some are still being read; give a "
+                "larger prefill_chunk, or more new_tokens"
             )
         told = [r.metrics for r in self._requests]
         passes = sum(m.steps for m in told)

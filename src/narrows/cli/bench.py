@@ -86,6 +86,7 @@ def draft(
         int, typer.Option(help="Prompts of a round for each answered at a time.")
     ] = 4,
     rounds: Rounds = 3,
+    prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens of a step at most.")] = 512,
     draft_tokens: Annotated[
         int | None, typer.Option(help="Guesses verified a step; default: what is fastest.")
     ] = None,
@@ -112,6 +113,7 @@ def draft(
         new_tokens=new_tokens,
         requests=requests,
         rounds=rounds,
+        prefill_chunk=prefill_chunk,
         fixed=draft_tokens,
         cache=cache,
         peers=peers,

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from narrows.bench import draft
+from narrows.config import EngineConfig
 from narrows.errors import ConfigError, InputError
 from narrows.llm import LLM
 
@@ -95,7 +96,8 @@ def writers(chatty):
     llm = LLM(chatty, dtype="float32", draft="none")
     prompts = [llm.encode(f"the red fox saw {i} apples in Rome") for i in range(5)]
     specs = ("none", "lookup:shortest=1")
-    return {spec: draft._Writer(llm, spec, "dense", 8, 2, 12) for spec in specs}, prompts
+    limits = EngineConfig(draft_tokens=8, max_sequences=2)
+    return {spec: draft._Writer(llm, spec, "dense", limits, 12) for spec in specs}, prompts
 
 
 def test_all_write_what_plain_decoding_wrote(writers):
@@ -124,6 +126,21 @@ def test_the_furthest_behind_takes_the_next_step(writers, monkeypatch):
     draft._abreast(both, prompts)
     assert len(ahead) > 20
     assert max(ahead) <= 0
+
+
+def test_only_prompts_read_in_large_enough_chunks_are_decoded_together(chatty):
+    llm = LLM(chatty, dtype="float32", draft="none")
+    prompts = [llm.encode(f"the red fox saw {i} apples in Rome " * 3) for i in range(2)]
+    longest = max(map(len, prompts))
+
+    def made(chunk):
+        limits = EngineConfig(max_sequences=2, prefill_chunk=chunk)
+        writer = draft._Writer(llm, "none", "dense", limits, 4)
+        return draft._abreast({"none": writer}, prompts)["none"]
+
+    assert made(2 * longest).step_ms > 0
+    with pytest.raises(ConfigError, match="larger prefill_chunk"):
+        made(2)  # the first text is written before the second prompt is read
 
 
 def test_peers_are_measured_at_batch_one(chatty, questions):
