@@ -46,18 +46,22 @@ ROW_COST = 0.02
 where steps are all of a size only a guess that is risked shows more."""
 TRUST = 0.5
 """Spread of rows (their variance) at which steps taken count as much as ROW_COST."""
+OTHERWISE = 0.01
+"""Spread of sequences likewise, at which steps taken count as much as that these cost no more than
+their rows. Little, as most do: where rows came with sequences alone, what they cost is told of
+sequences, and what a guess costs is not known."""
 NEGLIGIBLE = 0.005
 """Share of a step below which what making guesses costs decides nothing."""
 LEAST = 0.1
 """Share of the mean time below which nothing is expected to be done."""
 CHEAP = 0.25
-"""What a row may cost, of what it costs by the straight line: a guess that is not worth so much is
+"""What a row may cost, of what it costs by the plane: a guess that is not worth so much is
 never verified."""
 BUCKET = 4
-"""Rows that are taken to be as far off the straight line: kernels work on several at once, so that
+"""Rows that are taken to be as far off the plane: kernels work on several at once, so that
 the first of some more costs most."""
 BELIEF = 6.0
-"""Observations of a bucket that count as much as the line."""
+"""Observations of a bucket that count as much as the plane."""
 FIRST = 0.6
 """Of what rows that are multiplied together add to a step, what the first of them adds."""
 SLOW, ODD = 1.5, 1.25
@@ -73,22 +77,32 @@ UNHEARD = 8
 remembered."""
 
 
+ROWS, SEQUENCES, SECONDS = range(3)
+
+
 class Times:
-    """Seconds by rows of tokens, learnt from what was done: a straight line through the mean, the
-    latest weighing most, steeper or flatter than ROW_COST has it as far as different rows have
-    shown that; and, bucket by bucket, how many times as long as by the line it took. More rows are
-    never expected to take less. Where ``together`` rows are multiplied at once, most of what one of
-    them takes is taken by the first."""
+    """Seconds by rows of tokens and the sequences they are of, learnt from what was done: a plane
+    through the mean, the latest weighing most, by rows steeper or flatter than ROW_COST has it as
+    far as different rows of as many sequences have shown that; and, by buckets of rows, how many
+    times as long as by the plane it took. More rows are never expected to take less. Where
+    ``together`` rows are multiplied at once, most of what one of them takes is taken by the first.
+    """
 
     def __init__(self, together: int = 1) -> None:
         self.together = together
-        self._weight = self._rows = self._seconds = self._spread = self._joint = 0.0
+        self._weight = 0.0
+        self._mean = [0.0, 0.0, 0.0]
+        """Of ROWS, SEQUENCES and SECONDS."""
+        self._joint = [[0.0, 0.0, 0.0] for _ in range(3)]
+        """Their covariances."""
         self._apart: dict[int, _Record] = defaultdict(lambda: _Record(BELIEF, BELIEF))
-        self._stairs: list[tuple[float, float]] = []
-        """By bucket, seconds expected of fewer rows and times as long as by the line, as far as
-        anyone has asked since anything was learnt."""
+        self._stairs: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        """By sequences and then by bucket, seconds expected of fewer rows and times as long as by
+        the plane, as far as anyone has asked since anything was learnt."""
         self.slope = ROW_COST
-        """Seconds for one more row, by the straight line."""
+        """Seconds for one more row."""
+        self._each = 0.0
+        """Seconds for one more sequence, beyond those for its rows."""
 
     @property
     def known(self) -> bool:
@@ -97,52 +111,67 @@ class Times:
 
     def fade(self) -> None:
         """Expect a little less."""
-        self._seconds *= FADING
-        self._joint *= FADING
+        self._mean[SECONDS] *= FADING
+        for row in self._joint:
+            row[SECONDS] *= FADING
         self._draw()
 
-    def observe(self, rows: int, seconds: float) -> None:
-        """Note what ``rows`` took."""
+    def observe(self, rows: int, seconds: float, sequences: int = 0) -> None:
+        """Note what ``rows`` of so many ``sequences`` took."""
         if self._weight:
-            expected = self(rows)
+            expected = self(rows, sequences)
             seconds = min(seconds, SLOW * expected)
             for record in self._apart.values():
                 record.fade(BELIEF, BELIEF)
-            apart = min(seconds, ODD * expected) / self.line(rows)
+            apart = min(seconds, ODD * expected) / self.plane(rows, sequences)
             self._apart[(rows - 1) // BUCKET].add(apart)
         self._weight = self._weight * MEMORY + 1
         share = 1 / self._weight
-        more_rows, longer = self._counted(rows) - self._rows, seconds - self._seconds
-        self._rows += share * more_rows
-        self._seconds += share * longer
-        self._spread = (1 - share) * (self._spread + share * more_rows**2)
-        self._joint = (1 - share) * (self._joint + share * more_rows * longer)
+        seen = (self._counted(rows), sequences, seconds)
+        more = [one - usual for one, usual in zip(seen, self._mean, strict=True)]
+        self._mean = [usual + share * x for usual, x in zip(self._mean, more, strict=True)]
+        self._joint = [
+            [(1 - share) * (old + share * x * y) for old, y in zip(row, more, strict=True)]
+            for row, x in zip(self._joint, more, strict=True)
+        ]
         self._draw()
 
     def _draw(self) -> None:
-        """The line, and nothing answered by it yet."""
+        """The plane, and nothing answered by it yet."""
         self._stairs.clear()
-        if self._weight:
-            usual = ROW_COST * self._seconds / (1 + ROW_COST * (self._rows - 1))
-            self.slope = max(0.0, (self._joint + TRUST * usual) / (self._spread + TRUST))
+        if not self._weight:
+            return
+        rows, _, seconds = self._mean
+        usual = ROW_COST * seconds / (1 + ROW_COST * (rows - 1))
+        by_rows, by_sequences, _ = self._joint
+        both, longer = by_rows[SEQUENCES], by_rows[SECONDS] + TRUST * usual
+        own, others = by_rows[ROWS] + TRUST, by_sequences[SEQUENCES] + OTHERWISE
+        self._each = max(
+            0.0, (own * by_sequences[SECONDS] - both * longer) / (own * others - both**2)
+        )
+        self.slope = max(0.0, (longer - both * self._each) / own)
 
-    def __call__(self, rows: int) -> float:
-        """Seconds expected of ``rows``, in an arbitrary unit before the first observation."""
+    def __call__(self, rows: int, sequences: int = 0) -> float:
+        """Seconds expected of ``rows`` of so many ``sequences``, in an arbitrary unit before the
+        first observation."""
         bucket = max(rows - 1, 0) // BUCKET
-        while len(self._stairs) <= bucket:
-            last = BUCKET * len(self._stairs)
-            apart = self._apart.get(len(self._stairs))
+        stairs = self._stairs[sequences]
+        while len(stairs) <= bucket:
+            last = BUCKET * len(stairs)
+            apart = self._apart.get(len(stairs))
             off = apart.hits / apart.trials if apart else 1.0
-            self._stairs.append((self(last) if last else 0.0, off))
-        fewer, off = self._stairs[bucket]
-        return max(fewer, off * self.line(rows))
+            stairs.append((self(last, sequences) if last else 0.0, off))
+        fewer, off = stairs[bucket]
+        return max(fewer, off * self.plane(rows, sequences))
 
-    def line(self, rows: int) -> float:
-        """The same by the straight line alone."""
+    def plane(self, rows: int, sequences: int = 0) -> float:
+        """The same by the plane alone."""
         counted = self._counted(rows)
         if not self._weight:
             return 1 + ROW_COST * (counted - 1)
-        return max(self._seconds + self.slope * (counted - self._rows), LEAST * self._seconds)
+        mean_rows, mean_sequences, seconds = self._mean
+        more = self.slope * (counted - mean_rows) + self._each * (sequences - mean_sequences)
+        return max(seconds + more, LEAST * seconds)
 
     def _counted(self, rows: int) -> float:
         """Rows, those that would be multiplied with them counting FIRST each."""
@@ -240,7 +269,7 @@ class DraftLength:
         anyway: what they take makes no token worth more time than in a step without them."""
         untold = [(number, one) for number, some in asked for one in some if not one.chances]
         kinds = {offer.kind for _, offer in untold if not offer.tokens}
-        least = NEGLIGIBLE * self.steps(decoding)
+        least = NEGLIGIBLE * self.steps(decoding, decoding)
         costs = {kind: cost for kind in kinds if (cost := self._seconds(kind, 1)) > least}
         best = self._plan(asked, kinds, costs, rows, decoding)
         if costs:
@@ -270,8 +299,8 @@ class DraftLength:
     ) -> Plan:
         """The best that can be made of guesses there are and offers of ``kinds``; making some of
         those is ``costly``."""
-        tokens, alone = float(decoding), self.steps(decoding)
-        plain, least = self.steps(rows), CHEAP * CAUTION * self.steps.slope
+        tokens, alone = float(decoding), self.steps(decoding, decoding)
+        plain, least = self.steps(rows, decoding), CHEAP * CAUTION * self.steps.slope
         none = tokens / alone
         best = GAIN / self.kept * none
         best_of = [
@@ -299,7 +328,8 @@ class DraftLength:
                 making += taking - spent.get(offer.kind, 0.0)
                 spent[offer.kind] = taking
             tokens -= negative
-            speed = tokens / (alone + CAUTION * (self.steps(rows + count) - plain + making))
+            more = self.steps(rows + count, decoding) - plain + making
+            speed = tokens / (alone + CAUTION * more)
             if speed > best:
                 best, taken, expected = speed, count, tokens
         lengths = [0] * len(asked)
@@ -325,7 +355,8 @@ class DraftLength:
             return chosen, 0.0
         telling = [next((one for one in some if one.tells), None) for _, some in asked]
         total = rows + sum(plan.lengths)
-        more = (self.steps(total + decoding) - self.steps(total)) / decoding
+        with_one, without = (self.steps(x, decoding) for x in (total + decoding, total))
+        more = (with_one - without) / decoding
         price = min(1.0, CAUTION * more * plan.speed)
         drafts = self._drafts[first.kind]
         for (number, _), offer in zip(asked, telling, strict=True):

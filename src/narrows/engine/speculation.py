@@ -145,12 +145,13 @@ class Speculation:
         nothing, and that is more than thinking at each step is likely to gain."""
         size = self._decoding.bit_length()
         if self._idle:
-            gain = max(0.0, plan.speed * self.length.steps(self._decoding) / self._decoding - 1)
+            plain = self._decoding / self.length.steps(self._decoding, self._decoding)
+            gain = max(0.0, plan.speed / plain - 1)
             gain_a_step = gain / (self._latest_rest + 1)
             found = MEMORY * self._found[size] + (1 - MEMORY) * gain_a_step
             self._found[size] = max(found, LEAST_FOUND)
         self._idle = not any(plan.lengths)
-        if not self._idle or seconds < self._found[size] * self.length.steps(rows):
+        if not self._idle or seconds < self._found[size] * self.length.steps(rows, self._decoding):
             self._latest_rest = 0
             return
         self._latest_rest = self._rest = min(2 * self._latest_rest or 1, LONGEST_REST)
@@ -175,7 +176,7 @@ class Speculation:
 
     def observe(self, rows: int, seconds: float) -> None:
         """Note what a step of ``rows`` tokens took, drafting included."""
-        self.length.steps.observe(rows, seconds - self._drafting)
+        self.length.steps.observe(rows, seconds - self._drafting, self._decoding)
         if self._plan is not None:
             self.length.came(self._plan, self._tokens / seconds)
         known = (rows - 1) // BUCKET == (self._decoding - 1) // BUCKET

@@ -264,14 +264,41 @@ def test_rows_that_are_multiplied_together_fill_up_cheaply():
     assert apart(17) - apart(16) < 0.1
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_what_a_sequence_costs_is_not_taken_to_be_what_a_guess_costs(told):
+    """A sequence brings a row and a cache of its own to read, a guess only a row."""
+    times = Times()
+    for sequences in (64, 60, 56, 52, 48, 44, 40, 36) * 4:
+        guesses = sequences % 11
+        seconds = 0.5 * sequences + 0.3 * (sequences + guesses)
+        times.observe(sequences + guesses, seconds, sequences if told else 0)
+    guess = times(64 + 32, 64 if told else 0) - times(64, 64 if told else 0)
+    assert guess == pytest.approx(0.3 * 32, rel=0.15) if told else guess > 0.6 * 32
+    if told:
+        assert times(50, 50) == pytest.approx(40.0, rel=0.05)
+
+
+def test_sequences_that_come_and_go_do_not_tell_what_a_guess_costs():
+    times = Times()
+    for sequences in [*range(64, 8, -1)] * 2:
+        times.observe(sequences, 0.8 * sequences, sequences)
+    assert times.slope < 0.6 * 0.8
+    assert times(40, 40) == pytest.approx(32.0, rel=0.05)
+
+
 @given(
-    st.lists(st.tuples(st.integers(1, 64), st.floats(1e-3, 1.0)), min_size=1, max_size=80),
+    st.lists(
+        st.tuples(st.integers(1, 64), st.integers(0, 64), st.floats(1e-3, 1.0)),
+        min_size=1,
+        max_size=80,
+    ),
     st.sampled_from([1, 16]),
+    st.integers(0, 64),
 )
-def test_no_step_is_expected_to_be_free_or_faster_with_more_rows(steps, together):
+def test_no_step_is_expected_to_be_free_or_faster_with_more_rows(steps, together, sequences):
     times = Times(together)
-    for rows, seconds in steps:
-        times.observe(rows, seconds)
-    expected = [times(rows) for rows in range(1, 100)]
+    for rows, of, seconds in steps:
+        times.observe(rows, seconds, of)
+    expected = [times(rows, sequences) for rows in range(1, 100)]
     assert expected[0] > 0
     assert expected == sorted(expected)
