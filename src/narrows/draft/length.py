@@ -55,11 +55,11 @@ NEGLIGIBLE = 0.005
 LEAST = 0.1
 """Share of the mean time below which nothing is expected to be done."""
 CHEAP = 0.25
-"""What a row may cost, of what it costs by the plane: a guess that is not worth so much is
-never verified."""
+"""What a row may cost, of what it costs by the plane: a guess that is not worth so much is never
+verified."""
 BUCKET = 4
-"""Rows that are taken to be as far off the plane: kernels work on several at once, so that
-the first of some more costs most."""
+"""Rows that are taken to be as far off the plane: kernels work on several at once, so that the
+first of some more costs most."""
 BELIEF = 6.0
 """Observations of a bucket that count as much as the plane."""
 FIRST = 0.6
@@ -93,8 +93,8 @@ class Times:
         self._weight = 0.0
         self._mean = [0.0, 0.0, 0.0]
         """Of ROWS, SEQUENCES and SECONDS."""
-        self._joint = [[0.0, 0.0, 0.0] for _ in range(3)]
-        """Their covariances."""
+        self._joint = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+        """Covariances of ROWS and of SEQUENCES with all of them."""
         self._apart: dict[int, _Record] = defaultdict(lambda: _Record(BELIEF, BELIEF))
         self._stairs: dict[int, list[tuple[float, float]]] = defaultdict(list)
         """By sequences and then by bucket, seconds expected of fewer rows and times as long as by
@@ -132,7 +132,7 @@ class Times:
         self._mean = [usual + share * x for usual, x in zip(self._mean, more, strict=True)]
         self._joint = [
             [(1 - share) * (old + share * x * y) for old, y in zip(row, more, strict=True)]
-            for row, x in zip(self._joint, more, strict=True)
+            for row, x in zip(self._joint, more[:SECONDS], strict=True)
         ]
         self._draw()
 
@@ -143,7 +143,7 @@ class Times:
             return
         rows, _, seconds = self._mean
         usual = ROW_COST * seconds / (1 + ROW_COST * (rows - 1))
-        by_rows, by_sequences, _ = self._joint
+        by_rows, by_sequences = self._joint
         both, longer = by_rows[SEQUENCES], by_rows[SECONDS] + TRUST * usual
         own, others = by_rows[ROWS] + TRUST, by_sequences[SEQUENCES] + OTHERWISE
         self._each = max(
@@ -355,8 +355,7 @@ class DraftLength:
             return chosen, 0.0
         telling = [next((one for one in some if one.tells), None) for _, some in asked]
         total = rows + sum(plan.lengths)
-        with_one, without = (self.steps(x, decoding) for x in (total + decoding, total))
-        more = (with_one - without) / decoding
+        more = (self.steps(total + decoding, decoding) - self.steps(total, decoding)) / decoding
         price = min(1.0, CAUTION * more * plan.speed)
         drafts = self._drafts[first.kind]
         for (number, _), offer in zip(asked, telling, strict=True):
