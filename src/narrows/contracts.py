@@ -286,9 +286,9 @@ class Reading(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Rows of a step, from ``first`` up to ``stop``, whose tokens stay in a sequence: the first of
-    them is its token number ``start``. The rows of one step after the other leave nothing out; a
-    sequence that lost its caches begins at 0 again."""
+    """Rows that are shown of a step, from ``first`` up to ``stop``, whose tokens stay in a
+    sequence: the first of them is its token number ``start``. A sequence that lost its caches
+    begins at 0 again."""
 
     number: int
     start: int
@@ -315,13 +315,14 @@ class Drafter(ABC):
         """Upper bound on the bytes it holds for one sequence of that many tokens."""
         return 0
 
-    def wants(self, work: Sequence[Reading]) -> bool:
-        """Whether ``read`` is to be shown a step that is about to read ``work``."""
-        return bool(self.taps)
+    def wants(self, work: Sequence[Reading]) -> list[int]:
+        """Of each in ``work``, which a step is about to read, the first token that ``read`` is to
+        be shown, and all behind it with it; its ``stop`` if none."""
+        return [one.start if self.taps else one.stop for one in work]
 
     def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:  # noqa: B027
-        """See the hidden states ``[T, len(taps), hidden_size]`` of a step's rows, and which rows
-        stay of every sequence that goes on. Called if it ``wants`` to."""
+        """See the hidden states ``[T, len(taps), hidden_size]`` of what it ``wants`` of a step,
+        and which of these rows stay of every sequence that goes on. Called if it wants any."""
 
     @abstractmethod
     def offer(self, asked: Sequence[Asked]) -> list[list[Offer]]:

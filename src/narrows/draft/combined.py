@@ -28,9 +28,9 @@ class Combined(Drafter):
         """See Drafter."""
         return sum(one.estimate(tokens) for one in self.drafters)
 
-    def wants(self, work: Sequence[Reading]) -> bool:
+    def wants(self, work: Sequence[Reading]) -> list[int]:
         """See Drafter."""
-        return self._tapping is not None and self._tapping.wants(work)
+        return self._tapping.wants(work) if self._tapping else super().wants(work)
 
     def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:
         """See Drafter."""

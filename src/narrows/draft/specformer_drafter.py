@@ -101,9 +101,9 @@ class SpecFormerDrafter(Drafter):
         """See Drafter."""
         return DensePolicy().estimate(self._held, tokens) + self._unread
 
-    def wants(self, work: Sequence[Reading]) -> bool:
+    def wants(self, work: Sequence[Reading]) -> list[int]:
         """See Drafter. Chooses which new sequences are followed."""
-        size, wanted = len(work).bit_length(), False
+        size, firsts = len(work).bit_length(), []
         for number, start, stop, known in work:
             if start == 0:
                 self._came[size] += 1
@@ -111,20 +111,14 @@ class SpecFormerDrafter(Drafter):
                 if self._came[size] <= RESTING or self._came[size] % (PROBED << size) == 0:
                     self._states[number] = _State(self._cache(), max(0, known - RECENT))
             state = self._states.get(number)
-            wanted |= state is not None and stop > state.first
-        return wanted
+            firsts.append(stop if state is None else min(max(start, state.first), stop))
+        return firsts
 
     def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:
         """See Drafter. A long prompt is taken in at once, the rest with the next draft."""
         due, few, taken = [], [], 0
         for rows in kept:
-            state = self._states.get(rows.number)
-            if state is None:
-                continue
-            rows = rows._replace(first=rows.first + max(0, state.first - rows.start))
-            count = rows.stop - rows.first
-            if count <= 0:
-                continue
+            state, count = self._states[rows.number], rows.stop - rows.first
             state.waiting += count
             if count >= PROMPT and state.waiting >= AT_ONCE:
                 state.unread.append((taps, rows.first, rows.stop))

@@ -244,21 +244,21 @@ class Engine:
         drafts = [Draft([])] * len(work)
         if self.speculation:
             drafts = self.speculation.drafts(work)
-        reading = [_reading(item) for item in work]
         taps: tuple[int, ...] = ()
-        if self.drafter and self.drafter.wants(reading):
-            taps = self.drafter.taps
-        done = runner.forward(self.model, work, drafts, taps)
+        wanted: list[int] = []
+        if self.drafter and self.drafter.taps:
+            taps, wanted = self.drafter.taps, self.drafter.wants(list(map(_reading, work)))
+        done = runner.forward(self.model, work, drafts, taps, wanted)
         for item in work:
             if item.sequence.computed >= item.sequence.prompt_length:
                 self._seal(item.sequence)
         moved = self._verify(work, drafts, done) if done.ready else []
         if self.drafter and done.taps is not None:
             kept = []
-            for item, one, (first, _) in zip(work, reading, done.spans, strict=True):
-                if item.sequence.state is State.RUNNING:
-                    stays = item.sequence.computed - one.start
-                    kept.append(Kept(one.number, one.start, first, first + stays))
+            for item, start, (first, stop) in zip(work, wanted, done.seen, strict=True):
+                if first < stop and item.sequence.state is State.RUNNING:
+                    stays = item.sequence.computed - start
+                    kept.append(Kept(item.sequence.number, start, first, first + stays))
             self.drafter.read(done.taps, kept)
         return moved
 

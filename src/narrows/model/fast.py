@@ -60,28 +60,35 @@ class FastDecoder:
         positions: Tensor,
         batch: FlatBatch,
         taps: Mapping[int, Tensor] | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """As ``FlatModel.hidden``; float32 whatever the weights are. What enters layer ``i`` is
-        written to ``taps[i]``, float32 ``[T, hidden_size]``."""
+        written to ``taps[i]``, float32 ``[n, hidden_size]``: those of ``rows``, None: of all."""
         h, taps = gather_rows(self.embed, ids), taps or {}
         cosine, sine = self.rotary(positions)
         places = batch.places() if self.at_once.takes(len(h)) else None
         if places is None:
-            delta = self._one_by_one(h, cosine, sine, batch, taps)
+            delta = self._one_by_one(h, cosine, sine, batch, taps, rows)
         else:
-            delta = self.at_once(h, cosine, sine, places, taps)
+            delta = self.at_once(h, cosine, sine, places, taps, rows)
             batch.settle()
         return add_rms_norm(h, delta, self.norm, self.eps)
 
     def _one_by_one(
-        self, h: Tensor, cosine: Tensor, sine: Tensor, batch: FlatBatch, taps: Mapping[int, Tensor]
+        self,
+        h: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        batch: FlatBatch,
+        taps: Mapping[int, Tensor],
+        rows: Tensor | None,
     ) -> Tensor | None:
         """As ``at_once``, for all caches."""
         count, delta = len(h), None
         for number, layer in enumerate(self.layers):
             qkv = before_attention(layer, h, delta, cosine, sine)
             if number in taps:
-                taps[number].copy_(h)
+                taps[number].copy_(h if rows is None else h[rows])
             q, k, v = qkv.tensor_split(layer.ends, 1)
             mixed = batch.attend(
                 number,

@@ -99,23 +99,29 @@ class FlatModel:
 
     @torch.inference_mode()
     def hidden_and_taps(
-        self, ids: Tensor, positions: Tensor, batch: FlatBatch, taps: Sequence[int]
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        batch: FlatBatch,
+        taps: Sequence[int],
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``hidden``, and with it other hidden states, ``[T, len(taps), hidden_size]``: number
-        ``i`` enters decoder layer ``i``, 0 is the embedding, and one past the last layer are the
-        states after the final norm, which ``hidden`` gives. All in the dtype of ``hidden``."""
+        """``hidden``, and with it other hidden states, ``[n, len(taps), hidden_size]``, of those
+        ``rows`` int64 ``[n]`` of the T, None: of all: number ``i`` enters decoder layer ``i``, 0 is
+        the embedding, and one past the last layer are the states after the final norm, which
+        ``hidden`` gives. All in the dtype of ``hidden``."""
         dtype = self.shape.dtype if self._fast is None else torch.float32
-        sizes = (len(ids), len(taps), self.shape.hidden_size)
+        sizes = (len(ids) if rows is None else len(rows), len(taps), self.shape.hidden_size)
         seen = torch.empty(sizes, dtype=dtype, device=self.shape.device)
         last, wanted = len(self.shape.layers), dict(zip(taps, seen.unbind(1), strict=True))
         if self._fast is not None:
             inner = {number: place for number, place in wanted.items() if number < last}
-            hidden = self._fast.hidden(ids, positions, batch, inner)
+            hidden = self._fast.hidden(ids, positions, batch, inner, rows)
         else:
-            with tapped(self.model.base_model, wanted):
+            with tapped(self.model.base_model, wanted, rows):
                 hidden = self.reference_hidden(ids, positions, batch)
         if last in wanted:
-            wanted[last].copy_(hidden)
+            wanted[last].copy_(hidden if rows is None else hidden[rows])
         return hidden, seen
 
     @torch.inference_mode()

@@ -51,12 +51,13 @@ int64_t decode_room(const layer *const *layers, int64_t count, int64_t M) {
 
 /* `count` layers one after the other: h [M, hidden] becomes what enters the last one's second half,
  * and delta [M, hidden] what is still to be added to it. Layer i's places end at dense[i],
- * its packed ones at coded[i]. What enters it goes to taps[i], if that is one, rows `tap_stride`
- * floats apart. Returns 0, or -1 if there was no memory. */
+ * its packed ones at coded[i]. What enters it goes to taps[i], if that is one: its `seen_count` rows
+ * seen, `tap_stride` floats apart. Returns 0, or -1 if there was no memory. */
 int decode(const layer *const *layers, int64_t count, float *h, float *delta, const float *cosine,
            const float *sine, const place *const *places, const int64_t *dense,
            const packed_place *const *packed, const int64_t *coded, int is_bf16,
-           float *const *taps, int64_t tap_stride, float *room, int64_t M, int threads) {
+           float *const *taps, int64_t tap_stride, const int64_t *seen, int64_t seen_count,
+           float *room, int64_t M, int threads) {
   int64_t first = 0, coded_first = 0;
   for (int64_t i = 0; i < count; first = dense[i], coded_first = coded[i], i++) {
     const layer *l = layers[i];
@@ -65,8 +66,8 @@ int decode(const layer *const *layers, int64_t count, float *h, float *delta, co
     float *x = room, *qkv = x + M * l->hidden, *mixed = qkv + M * row;
     float *y = mixed + M * l->heads * l->value_dim;
     before_attention(l, h, i ? delta : 0, cosine, sine, x, qkv, M, threads);
-    for (int64_t m = 0; taps[i] && m < M; m++)
-      memcpy(taps[i] + m * tap_stride, h + m * l->hidden, l->hidden * sizeof *h);
+    for (int64_t r = 0; taps[i] && r < seen_count; r++)
+      memcpy(taps[i] + r * tap_stride, h + seen[r] * l->hidden, l->hidden * sizeof *h);
     const float *k = qkv + queries, *v = k + keys;
     if (dense[i] > first &&
         append_attend(places + first, dense[i] - first, qkv, row, k, row, v, row, mixed, l->heads,

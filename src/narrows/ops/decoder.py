@@ -147,12 +147,14 @@ class Decoder:
         sine: Tensor,
         places: Places,
         taps: Mapping[int, Tensor],
+        seen: Tensor | None = None,
     ) -> Tensor:
         """Run ``h`` float32 ``[m, hidden]`` through all layers, in place but for what is still to
         be added to it, which is given back: as ``before_attention``, ``append_attend`` of
         ``ragged`` and of ``packed`` at the layer's ``places``, and ``after_attention`` of one layer
-        after the other, which define it. What enters layer ``i`` goes to ``taps[i]`` ``[m,
-        hidden]``, alike in stride. Raises MemoryError."""
+        after the other, which define it. What enters layer ``i`` goes to ``taps[i]`` ``[n,
+        hidden]``, alike in stride: the rows ``seen`` int64 ``[n]``, None: all. Raises
+        MemoryError."""
         native, layers = library(), self.layers
         assert native is not None
         rows, delta = len(h), torch.empty_like(h)
@@ -161,13 +163,14 @@ class Decoder:
         for number, tap in taps.items():
             wanted[number] = tap.data_ptr()
         stride = next((tap.stride(0) for tap in taps.values()), 0)
+        seen = torch.arange(rows) if seen is None else seen
         failed = native.decode(
             *(self._told, len(layers), h.data_ptr(), delta.data_ptr()),
             *(cosine.data_ptr(), sine.data_ptr()),
             *(ragged.tell(places.dense), _told(places.dense_ends)),
             *(packed.tell(places.coded), _told(places.coded_ends)),
-            *(int(places.dtype is torch.bfloat16), wanted, stride, room.data_ptr()),
-            *(rows, torch.get_num_threads()),
+            *(int(places.dtype is torch.bfloat16), wanted, stride),
+            *(seen.data_ptr(), len(seen), room.data_ptr(), rows, torch.get_num_threads()),
         )
         if failed:
             raise MemoryError(NO_ROOM)

@@ -52,7 +52,7 @@ SIGNATURES = {
     "before_attention": (None, (P, P, P, P, P, P, P, L, N)),
     "after_attention": (None, (P, P, P, P, P, P, L, N)),
     "decode_room": (L, (P, L, L)),
-    "decode": (N, (P, L, P, P, P, P, P, P, P, P, N, P, L, P, L, N)),
+    "decode": (N, (P, L, P, P, P, P, P, P, P, P, N, P, L, P, L, P, L, N)),
     "add_rms_norm": (None, (P, P, N, P, F, P, N, L, L, N)),
     "row_maxima": (None, (P, L, L, P, P, N)),
     "gather_rows": (N, (P, N, L, L, P, L, P)),

@@ -158,6 +158,8 @@ def test_in_the_engine_guesses_are_those_of_the_whole_sequence(
         )
         return propose(asked)
 
+    read, shown = drafter.read, []
+    drafter.read = lambda taps, kept: shown.append(len(taps)) or read(taps, kept)
     drafter.propose = note
     config = EngineConfig(cache_bytes=1 << 28, prefill_chunk=chunk, draft_tokens=3)
     machine = Engine(flat, parse_cache("dense"), config, drafter)
@@ -166,6 +168,7 @@ def test_in_the_engine_guesses_are_those_of_the_whole_sequence(
     for _ in machine.run():
         pass
     assert len(seen) > 8
+    assert max(shown) <= len(texts) * recent  # nothing is kept of tokens before
     assert not drafter._states
     for (tokens, first), context in seen:
         whole = contexts(module(family), family, tokens, first)

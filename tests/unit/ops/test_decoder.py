@@ -76,8 +76,9 @@ def test_float32_weights_need_no_kernel():
 
 
 @pytest.mark.skipif(library() is None, reason="no compiler here")
+@pytest.mark.parametrize("rows", [None, [2, 3, 20]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_all_layers_in_one_call_are_one_after_the_other(dtype):
+def test_all_layers_in_one_call_are_one_after_the_other(dtype, rows):
     """With caches of ``dtype``, a window in one layer, sequences of one row and of several, and a
     place for all key heads, or one for each."""
     torch.manual_seed(0)
@@ -111,16 +112,17 @@ def test_all_layers_in_one_call_are_one_after_the_other(dtype):
         for column in places:
             gathered.add(column)
             gathered.end_layer()
-        states, seen = h.clone(), torch.zeros(len(h), 2, HIDDEN)
+        states, only = h.clone(), None if rows is None else torch.tensor(rows)
+        seen = torch.zeros(len(rows or h), 2, HIDDEN)
         taps = {0: seen[:, 0], 2: seen[:, 1]}
         if at_once:
-            delta = Decoder(layers)(states, cosine, sine, gathered, taps)
+            delta = Decoder(layers)(states, cosine, sine, gathered, taps, only)
         else:
             delta = None
             for number, (one, column) in enumerate(zip(layers, places, strict=True)):
                 qkv = before_attention(one, states, delta, cosine, sine)
                 if number in taps:
-                    taps[number].copy_(states)
+                    taps[number].copy_(states if only is None else states[only])
                 q, k, v = qkv.tensor_split(one.ends, 1)
                 parts = (
                     x.unflatten(1, (n, -1)) for x, n in ((q, HEADS), (k, KV_HEADS), (v, KV_HEADS))
