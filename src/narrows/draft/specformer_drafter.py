@@ -7,11 +7,15 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from narrows.cache.dense import DenseLayer, DensePolicy
+from narrows.config import Settings
 from narrows.contracts import (
     Asked,
     Draft,
@@ -25,18 +29,19 @@ from narrows.contracts import (
     Span,
 )
 from narrows.draft.specformer import GroupedRMSNorm, SpecFormer, SpecFormerConfig
+from narrows.draft.specs import shipped_for
 from narrows.errors import ConfigError
 from narrows.model.flat import FlatModel
 from narrows.ops import native
 from narrows.ops.forecast import Forecaster
 from narrows.ops.ragged import MAX_GROUP
 
-PROMPT, AT_ONCE = 64, 256
-"""A step that reads so many tokens of a sequence reads its prompt, which is taken in as soon as so
-many wait: once it is read, there are too many to wait for a draft that may never be made."""
-RECENT = 1024
-"""Tokens before the first draft that are looked at: a module learns from texts hardly longer, and a
-long prompt would take it a while."""
+RECENT = 128
+"""Tokens of a prompt that are looked at, its last. The shipped module guesses no worse than from
+all, and reading a long prompt would take it a while."""
+PROMPT = 64
+"""A step that shows so many tokens of a sequence reads its prompt, and they are taken in at once:
+what a draft costs is so what it costs most times."""
 LET_GO = 512
 IDLE = 32
 """All others wait for the next draft. A sequence for which so many wait, or those of so many
@@ -56,24 +61,32 @@ EXPECTED = 0.4, 0.45
 """Chances of the first slot and of later ones, to begin with: on texts unlike its lessons."""
 
 
+class SpecFormerOptions(Settings):
+    """``folder`` holds the module, the one that comes with the package by default; ``recent`` as
+    RECENT."""
+
+    folder: Path | None = None
+    recent: Annotated[int, Field(ge=1)] = RECENT
+
+
 class SpecFormerDrafter(Drafter):
     """A trained module beside its target. Guesses are the likeliest tokens of the slots, each given
-    the guess before it where the module looks at that. It makes none for a sequence whose first
-    tokens it has not seen, such as one that goes on from a saved cache.
+    the guess before it where the module looks at that. It makes none for a sequence whose prompt
+    it has not seen, such as one that goes on from a saved cache. ``recent`` as RECENT.
 
     Raises ConfigError if the module belongs to another target.
     """
 
     name = "specformer"
 
-    def __init__(self, module: SpecFormer, target: FlatModel) -> None:
+    def __init__(self, module: SpecFormer, target: FlatModel, recent: int = RECENT) -> None:
         config = module.config
         check_target(config, target)
         self.target = target
         self.module = (
             module.to(target.shape.device, target.shape.dtype).eval().requires_grad_(False)
         )
-        self.most, self.taps = config.slots, config.taps
+        self.most, self.taps, self.recent = config.slots, config.taps, recent
         self._sorts = Sort.by_place(*EXPECTED, self.most)
         head = target.head
         self.named: Tensor | None = None
@@ -109,21 +122,21 @@ class SpecFormerDrafter(Drafter):
                 self._came[size] += 1
                 self._states.pop(number, None)
                 if self._came[size] <= RESTING or self._came[size] % (PROBED << size) == 0:
-                    self._states[number] = _State(self._cache(), max(0, known - RECENT))
+                    self._states[number] = _State(self._cache(), max(0, known - self.recent))
             state = self._states.get(number)
             firsts.append(stop if state is None else min(max(start, state.first), stop))
         return firsts
 
     def read(self, taps: Tensor, kept: Sequence[Kept]) -> None:
-        """See Drafter. A long prompt is taken in at once, the rest with the next draft."""
+        """See Drafter. A prompt is taken in at once, the rest with the next draft."""
         due, few, taken = [], [], 0
         for rows in kept:
             state, count = self._states[rows.number], rows.stop - rows.first
             state.waiting += count
-            if count >= PROMPT and state.waiting >= AT_ONCE:
+            if count >= PROMPT:
                 state.unread.append((taps, rows.first, rows.stop))
                 due.append(state)
-            elif count < PROMPT and (state.waiting > LET_GO or len(state.unread) == IDLE):
+            elif state.waiting > LET_GO or len(state.unread) == IDLE:
                 del self._states[rows.number]
             else:
                 few.append((state, rows))
@@ -309,6 +322,16 @@ def _forecaster(drafter: SpecFormerDrafter) -> Forecaster | None:
         "final_eps": norm[1],
     }
     return Forecaster(weights, sizes)
+
+
+def specformer(target: FlatModel, **options: Any) -> SpecFormerDrafter:
+    """The drafter of SpecFormerOptions for ``target``. Raises ConfigError if there is none for it
+    or it is of another model, ModelError if it cannot be read."""
+    chosen = SpecFormerOptions(**options)
+    folder = chosen.folder or shipped_for(target)
+    if folder is None:
+        raise ConfigError(f"no drafter is shipped for {target.name}; see `narrows train`")
+    return SpecFormerDrafter(SpecFormer.load(folder), target, chosen.recent)
 
 
 def check_target(config: SpecFormerConfig, target: FlatModel) -> None:

@@ -10,9 +10,6 @@ from pathlib import Path
 
 from narrows.contracts import Drafter
 from narrows.draft.combined import Combined
-from narrows.draft.specformer import SpecFormer
-from narrows.draft.specformer_drafter import SpecFormerDrafter
-from narrows.errors import ConfigError
 from narrows.model.flat import FlatModel
 from narrows.model.saved import CONFIG
 from narrows.registry import Registry, build
@@ -23,6 +20,8 @@ DRAFTERS: Registry[Callable[..., Drafter]] = Registry("drafter")
 DRAFTERS.add("lookup", "narrows.draft.lookup:lookup")
 DRAFTERS.add("phrases", "narrows.draft.phrases:phrases")
 DRAFTERS.add("model", "narrows.draft.smaller:smaller_model")
+SPECFORMER = "specformer"
+DRAFTERS.add(SPECFORMER, "narrows.draft.specformer_drafter:specformer")
 
 AUTO, NONE, TRAINED = "auto", "none", "shipped"
 UNTRAINED, BEST = "lookup", f"lookup+phrases+{TRAINED}"
@@ -34,21 +33,18 @@ SHIPPED = Path(__file__).with_name("shipped")
 
 def make_drafter(spec: str, target: FlatModel) -> Drafter | None:
     """The drafter ``spec`` names for ``target``: None for "none", a trained SpecFormer for a
-    folder, else a name with options; several joined by "+" are combined. "shipped" is the drafter
-    that comes with the package for this model, and "auto" the best that was measured: prompt
-    lookup, with what is shipped for the model. Raises ConfigError for an unknown name or option, or
-    a drafter of another model, ModelError for a folder that cannot be read."""
+    folder, else a name with options; several joined by "+" are combined. "shipped" is the
+    SpecFormer that comes with the package for this model, and "auto" the best that was measured:
+    prompt lookup, with what is shipped for the model. Raises ConfigError for an unknown name or
+    option, or a drafter of another model, ModelError for a folder that cannot be read."""
     if spec == NONE:
         return None
     if spec == AUTO:
         spec = UNTRAINED if shipped_for(target) is None else BEST
     if spec == TRAINED:
-        folder = shipped_for(target)
-        if folder is None:
-            raise ConfigError(f"no drafter is shipped for {target.name}; see `narrows train`")
-        spec = str(folder)
+        spec = SPECFORMER
     if spec.partition(":")[0] not in DRAFTERS and os.path.isdir(spec):
-        return SpecFormerDrafter(SpecFormer.load(Path(spec)), target)
+        return DRAFTERS.get(SPECFORMER)(target, folder=spec)
     parts = spec.split("+")
     if len(parts) > 1:
         made = [one for part in parts if (one := make_drafter(part, target)) is not None]

@@ -139,12 +139,10 @@ def test_in_the_engine_guesses_are_those_of_the_whole_sequence(
 ):
     """From a prompt's most recent tokens on, whatever its chunks, after any rollback, and after
     tokens behind which nothing was guessed."""
-    for name in ("PROMPT", "AT_ONCE"):
-        monkeypatch.setattr(f"narrows.draft.specformer_drafter.{name}", gather)
-    monkeypatch.setattr("narrows.draft.specformer_drafter.RECENT", recent)
+    monkeypatch.setattr("narrows.draft.specformer_drafter.PROMPT", gather)
     flat = pair(family)[0]
     texts = prompts(3, longest=40, seed=5)
-    drafter = SpecFormerDrafter(module(family), flat)
+    drafter = SpecFormerDrafter(module(family), flat, recent)
     offer, propose, guesses, seen = drafter.offer, drafter.propose, drafter.guesses, []
     drafter.offer = lambda a: [
         o if len(one.tokens) > idle + len(texts[one.number]) else []
