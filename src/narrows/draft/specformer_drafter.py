@@ -324,7 +324,7 @@ def _forecaster(drafter: SpecFormerDrafter) -> Forecaster | None:
     return Forecaster(weights, sizes)
 
 
-def specformer(target: FlatModel, **options: Any) -> SpecFormerDrafter:
+def trained(target: FlatModel, **options: Any) -> SpecFormerDrafter:
     """The drafter of SpecFormerOptions for ``target``. Raises ConfigError if there is none for it
     or it is of another model, ModelError if it cannot be read."""
     chosen = SpecFormerOptions(**options)

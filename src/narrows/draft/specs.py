@@ -20,10 +20,10 @@ DRAFTERS: Registry[Callable[..., Drafter]] = Registry("drafter")
 DRAFTERS.add("lookup", "narrows.draft.lookup:lookup")
 DRAFTERS.add("phrases", "narrows.draft.phrases:phrases")
 DRAFTERS.add("model", "narrows.draft.smaller:smaller_model")
-SPECFORMER = "specformer"
-DRAFTERS.add(SPECFORMER, "narrows.draft.specformer_drafter:specformer")
+TRAINED = "shipped"
+DRAFTERS.add(TRAINED, "narrows.draft.specformer_drafter:trained")
 
-AUTO, NONE, TRAINED = "auto", "none", "shipped"
+AUTO, NONE = "auto", "none"
 UNTRAINED, BEST = "lookup", f"lookup+phrases+{TRAINED}"
 """What "auto" stands for: without anything shipped for a model, and with it."""
 
@@ -41,10 +41,8 @@ def make_drafter(spec: str, target: FlatModel) -> Drafter | None:
         return None
     if spec == AUTO:
         spec = UNTRAINED if shipped_for(target) is None else BEST
-    if spec == TRAINED:
-        spec = SPECFORMER
     if spec.partition(":")[0] not in DRAFTERS and os.path.isdir(spec):
-        return DRAFTERS.get(SPECFORMER)(target, folder=spec)
+        return DRAFTERS.get(TRAINED)(target, folder=spec)
     parts = spec.split("+")
     if len(parts) > 1:
         made = [one for part in parts if (one := make_drafter(part, target)) is not None]

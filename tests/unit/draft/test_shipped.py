@@ -27,7 +27,7 @@ def test_all_are_whole_and_have_a_card():
 @pytest.mark.model
 def test_the_default_model_has_one(smollm: FlatModel):
     assert isinstance(make_drafter("shipped", smollm), SpecFormerDrafter)
-    assert make_drafter("specformer:recent=7", smollm).recent == 7
+    assert make_drafter("shipped:recent=7", smollm).recent == 7
     assert make_drafter("auto", smollm).name == "lookup+phrases+specformer"
 
 
