@@ -9,8 +9,8 @@ Peers follow, another one first in each round. A drafter keeps its engine, and s
 learnt, from one round of a batch size to the next.
 
 A ``speed`` counts the steps in which the whole batch was decoding and nothing else happened;
-``overall`` counts all, from the first prompt read to the last text alone. ``mean_speed_up`` is the
-mean over rounds of the former, against a combination's parts, too.
+``overall`` counts all, from the first prompt read to the last text alone. ``mean_speed_up`` and
+``mean_speed_up_overall`` are means over rounds of either, against a combination's parts, too.
 """
 
 from __future__ import annotations
@@ -179,21 +179,23 @@ def _rows(model: str, sides: dict[str, list[Round]], where: dict[str, Any]) -> l
         overall = [a.overall / b.overall for a, b in pairs]
         rows.append(one("speed_up_overall", "1", overall, versus=base))
         for other in (base, *(part for part in spec.split("+") if part != spec and part in sides)):
-            ratios = [a.speed / b.speed for a, b in zip(made, sides[other], strict=True)]
-            rows.append(
-                row(
-                    "draft",
-                    method=spec,
-                    model=model,
-                    metric="mean_speed_up",
-                    unit="1",
-                    value=fmean(ratios),
-                    interval=bootstrap(ratios),
-                    n=len(ratios),
-                    versus=other,
-                    **where,
+            for metric, of in (("mean_speed_up", "speed"), ("mean_speed_up_overall", "overall")):
+                both = zip(made, sides[other], strict=True)
+                ratios = [getattr(a, of) / getattr(b, of) for a, b in both]
+                rows.append(
+                    row(
+                        "draft",
+                        method=spec,
+                        model=model,
+                        metric=metric,
+                        unit="1",
+                        value=fmean(ratios),
+                        interval=bootstrap(ratios),
+                        n=len(ratios),
+                        versus=other,
+                        **where,
+                    )
                 )
-            )
         rows.append(one("drafting", "share", [r.drafting for r in made]))
         rows.append(one("kappa", "tokens/step", [r.kappa for r in made]))
         rows.append(one("drafted", "tokens/step", [r.drafted for r in made]))

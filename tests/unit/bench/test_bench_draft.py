@@ -69,11 +69,13 @@ def test_a_combination_is_compared_with_its_parts_too(chatty, questions):
         dtype="float32",
         show_progress=False,
     )
-    told = [r for r in rows if r["metric"] == "mean_speed_up"]
     both = f"lookup+model:name={chatty}"
-    pairs = [(r["method"], r["versus"]) for r in told]
-    assert pairs == [("lookup", "none"), (both, "none"), (both, "lookup")]
-    assert all(r["interval"][0] <= r["value"] <= r["interval"][1] and r["n"] == 3 for r in told)
+    for metric in ("mean_speed_up", "mean_speed_up_overall"):
+        told = [r for r in rows if r["metric"] == metric]
+        pairs = [(r["method"], r["versus"]) for r in told]
+        assert pairs == [("lookup", "none"), (both, "none"), (both, "lookup")]
+        assert all(r["interval"][0] <= r["value"] <= r["interval"][1] for r in told)
+        assert all(r["n"] == 3 for r in told)
     assert [r["metric"] for r in draft.curves(rows)] == ["speed_up"] * 2
 
 
