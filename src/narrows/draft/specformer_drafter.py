@@ -40,8 +40,8 @@ RECENT = 128
 """Tokens of a prompt that are looked at, its last. The shipped module guesses no worse than from
 all, and reading a long prompt would take it a while."""
 PROMPT = 64
-"""A step that shows so many tokens of a sequence reads its prompt, and they are taken in at once, so
-that the first draft costs no more than others."""
+"""A step that shows so many tokens of a sequence reads its prompt, and they are taken in at once,
+so that the first draft costs no more than others."""
 LET_GO = 512
 IDLE = 32
 """All others wait for the next draft. A sequence for which so many wait, or those of so many
