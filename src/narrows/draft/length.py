@@ -184,9 +184,9 @@ class _Record:
     def __init__(self, hits: float, trials: float) -> None:
         self.hits, self.trials = hits, trials
 
-    def add(self, hit: float) -> None:
+    def add(self, hit: float, trials: float = 1.0) -> None:
         self.hits = self.hits * MEMORY + hit
-        self.trials = self.trials * MEMORY + 1
+        self.trials = self.trials * MEMORY + trials
 
     def fade(self, hits: float, trials: float) -> None:
         """Come a little nearer to ``hits`` of ``trials``."""
@@ -225,6 +225,9 @@ class DraftLength:
         """What came of plans with guesses, of the tokens a second they promised."""
         self._met: set[int] = set()
         """Sequences for which something that tells was offered."""
+        self._beside = _Record(0.0, 0.0)
+        """Seconds that steps which read prompts took beyond those that decoding alone takes, and
+        the rows they had beyond it."""
 
     def chances(self, number: int, offer: Offer, least: float = 0.0) -> list[float]:
         """Chance of each guess of an offer for a sequence that it stays, and so those before it;
@@ -266,7 +269,8 @@ class DraftLength:
     ) -> Plan:
         """What to verify of the offers for each sequence, given with its number. Without any, the
         step has ``rows`` rows, and ``decoding`` sequences get a token each. The other rows are read
-        anyway: what they take makes no token worth more time than in a step without them."""
+        anyway: what they take makes no token worth more time than in a step without them, and a
+        guess costs as much as one of them."""
         untold = [(number, one) for number, some in asked for one in some if not one.chances]
         kinds = {offer.kind for _, offer in untold if not offer.tokens}
         least = NEGLIGIBLE * self.steps(decoding, decoding)
@@ -300,7 +304,7 @@ class DraftLength:
         """The best that can be made of guesses there are and offers of ``kinds``; making some of
         those is ``costly``."""
         tokens, alone = float(decoding), self.steps(decoding, decoding)
-        plain, least = self.steps(rows, decoding), CHEAP * CAUTION * self.steps.slope
+        least = CHEAP * CAUTION * self.steps.slope
         none = tokens / alone
         best = GAIN / self.kept * none
         best_of = [
@@ -328,7 +332,7 @@ class DraftLength:
                 making += taking - spent.get(offer.kind, 0.0)
                 spent[offer.kind] = taking
             tokens -= negative
-            more = self.steps(rows + count, decoding) - plain + making
+            more = making + self._verifying(count, rows, decoding)
             speed = tokens / (alone + CAUTION * more)
             if speed > best:
                 best, taken, expected = speed, count, tokens
@@ -337,6 +341,14 @@ class DraftLength:
             lengths[i] += 1
         chosen = [offer if k else None for offer, k in zip(offers, lengths, strict=True)]
         return Plan(chosen, lengths, expected, best if taken else none)
+
+    def _verifying(self, count: int, rows: int, decoding: int) -> float:
+        """Seconds that ``count`` guesses add to a step of ``rows``. Steps that decode alone do
+        not tell it of those that read prompts: beside so many rows, none is multiplied for nothing
+        while weights come from memory."""
+        if rows > decoding and self._beside.trials:
+            return count * self._beside.hits / self._beside.trials
+        return self.steps(rows + count, decoding) - self.steps(rows, decoding)
 
     def _seconds(self, kind: str, count: int) -> float:
         """What making ``count`` guesses of a kind takes; nothing before it was first done."""
@@ -354,9 +366,9 @@ class DraftLength:
         if first is None:
             return chosen, 0.0
         telling = [next((one for one in some if one.tells), None) for _, some in asked]
-        total = rows + sum(plan.lengths)
-        more = (self.steps(total + decoding, decoding) - self.steps(total, decoding)) / decoding
-        price = min(1.0, CAUTION * more * plan.speed)
+        given = sum(plan.lengths)
+        fewer, more = (self._verifying(n, rows, decoding) for n in (given, given + decoding))
+        price = min(1.0, CAUTION * (more - fewer) / decoding * plan.speed)
         drafts = self._drafts[first.kind]
         for (number, _), offer in zip(asked, telling, strict=True):
             if offer is not None and number not in self._met:
@@ -409,6 +421,16 @@ class DraftLength:
             self._promises.fade(PRIOR_TRIALS, PRIOR_TRIALS)
         elif plan.speed:
             self._promises.add(min(speed / plan.speed, 2.0))
+
+    def read(self, rows: int, decoding: int, seconds: float) -> None:
+        """Note what a step of ``rows`` took that read prompts beside ``decoding`` sequences."""
+        if not decoding or not self.steps.known:
+            return
+        rows, known = rows - decoding, self._beside
+        more = max(0.0, seconds - self.steps(decoding, decoding))
+        if known.trials:
+            more = min(more, SLOW * rows * known.hits / known.trials)
+        known.add(more, rows)
 
     def learn(self, number: int, offer: Offer, tried: int, kept: int) -> None:
         """Note that the first ``kept`` of ``tried`` guesses of an ``offer`` stayed."""

@@ -214,8 +214,9 @@ class Engine:
             raise
         running = self.scheduler.running
         seconds = time.perf_counter() - started
-        if self.speculation and len(moved) == sum(w.count for w in work):  # only decoding
-            self.speculation.observe(len(moved) + sum(m.drafted for m in moved), seconds)
+        if self.speculation and work:
+            read = sum(w.count for w in work)
+            self.speculation.observe(read + sum(m.drafted for m in moved), seconds)
         for m in moved:
             if m.text:
                 m.sequence.news.append(m.text)

@@ -58,6 +58,8 @@ class Speculation:
         """Whether the latest thought found nothing."""
         self._decoding = 0
         """Sequences that get a token in this step."""
+        self._reads = False
+        """Whether prompts are read in it, too."""
         self._plan: Plan | None = None
         """What was chosen for this step, if any thought was given to it."""
         self._tokens = 0
@@ -74,10 +76,11 @@ class Speculation:
         rows = sum(item.count for item in work)
         ready = [i for i, item in enumerate(work) if item.count == item.sequence.pending]
         self._decoding = len(ready)
+        self._reads = rows > self._decoding
         if self._rest:
             self._rest -= 1
             return [Draft([])] * len(work)
-        if self.adapts and rows == self._decoding and self._plain[rows.bit_length()].due:
+        if self.adapts and not self._reads and self._plain[rows.bit_length()].due:
             return [Draft([])] * len(work)
         started = time.perf_counter()
         asked: dict[int, Asked] = {}
@@ -176,6 +179,9 @@ class Speculation:
 
     def observe(self, rows: int, seconds: float) -> None:
         """Note what a step of ``rows`` tokens took, drafting included."""
+        if self._reads:
+            self.length.read(rows, self._decoding, seconds - self._drafting)
+            return
         self.length.steps.observe(rows, seconds - self._drafting, self._decoding)
         if self._plan is not None:
             self.length.came(self._plan, self._tokens / seconds)

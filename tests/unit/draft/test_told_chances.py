@@ -68,6 +68,17 @@ def test_prompts_read_in_the_same_step_make_no_guess_worth_more():
         assert beside.speed == pytest.approx(alone.speed, rel=0.05)
 
 
+@pytest.mark.parametrize(("a_row", "most"), [(0.0, 3), (0.1, 2), (0.2, 1), (0.5, 0)])
+def test_a_guess_costs_what_rows_of_prompts_were_seen_to_add(a_row, most):
+    """Whatever such a row would cost in steps that decode alone."""
+    length = length_for(1.0, 0.1)
+    for rows in (40, 300) * 5:
+        length.read(3 + rows, 3, length.steps(3, 3) + a_row * rows)
+    assert length.choose([(0, [told(0.9, 0.5, 0.2)])], 300, 3).lengths == [most]
+    alone = length.choose([(0, [told(0.9, 0.5, 0.2)])], 3, 3).lengths
+    assert alone == length_for(1.0, 0.1).choose([(0, [told(0.9, 0.5, 0.2)])], 3, 3).lengths
+
+
 def test_the_better_of_two_drafts_is_taken():
     length = length_for(1.0, 0.01)
     for number, chances, kind in ((0, (0.9, 0.9), "x"), (1, (0.2,), "other")):

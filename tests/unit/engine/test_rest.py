@@ -135,6 +135,25 @@ def test_a_fixed_draft_length_is_kept_to():
         made.observe(16, 1.0)
 
 
+def test_steps_that_read_prompts_tell_nothing_of_those_that_only_decode():
+    made = Speculation(Asked())  # type: ignore[arg-type]
+    sequence = SimpleNamespace(number=0, tokens=[1, 2, 3], sealed=True, pending=1, limit=100)
+    decoding = [SimpleNamespace(sequence=sequence, count=1)] * 4
+    reader = SimpleNamespace(number=1, tokens=[1] * 300, sealed=False, pending=300, limit=400)
+    verified = []
+    for _ in range(40):
+        for work in (decoding, [*decoding, SimpleNamespace(sequence=reader, count=200)]):
+            drafts = made.drafts(work)  # type: ignore[arg-type]
+            rows = sum(item.count for item in work) + sum(len(d.tokens) for d in drafts)
+            verified.append(any(d.tokens for d in drafts))
+            for item, draft in zip(work[:4], drafts, strict=False):
+                made.learn(item.sequence, draft, len(draft.tokens))
+            made.observe(rows, 1.0 + rows / (1 if work is not decoding else 100))
+    assert made.length.steps(4, 4) == pytest.approx(1.04, rel=0.05)
+    assert any(verified[20::2])
+    assert not any(verified[21::2])
+
+
 @pytest.mark.parametrize(("true", "lasting"), [(1.0, True), (0.8, False)])
 def test_promises_that_are_not_kept_are_believed_less(true, lasting):
     """Guesses promise a fifth more than none give; they keep it, or nothing of it comes true."""
