@@ -253,7 +253,7 @@ def token_surprisal(model: FlatModel, states: Tensor, targets: Tensor) -> Floats
         rows = states[a : a + LOGIT_ROWS]
         if rows.dtype is torch.float32:
             # Rounded here as the product would, they give logits that are not widened yet.
-            rows = rows.to(flow_dtype(len(rows), model.shape.dtype))
+            rows = rows.to(flow_dtype(len(rows), model.head))
         logits = model.logits(rows)
         for i in range(0, len(logits), LOSS_ROWS):
             few = slice(a + i, min(a + i + LOSS_ROWS, len(targets)))

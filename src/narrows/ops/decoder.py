@@ -97,7 +97,7 @@ def before_attention(
             *(rows, torch.get_num_threads()),
         )
         return qkv
-    x = add_rms_norm(h, delta, layer.first_norm, layer.eps, flow_dtype(rows, layer.qkv.dtype))
+    x = add_rms_norm(h, delta, layer.first_norm, layer.eps, flow_dtype(rows, layer.qkv))
     qkv = linear(x, layer.qkv, layer.qkv_bias).float()
     turning = qkv[:, : turned * layer.key_dim].view(rows, turned, layer.key_dim)
     if layer.q_norm is None:
@@ -122,7 +122,7 @@ def after_attention(layer: Layer, h: Tensor, mixed: Tensor) -> Tensor:
             *(room.data_ptr(), rows, torch.get_num_threads()),
         )
         return delta
-    flow = flow_dtype(rows, layer.out.dtype)
+    flow = flow_dtype(rows, layer.out)
     delta = linear(mixed.to(flow), layer.out, layer.out_bias)
     x = add_rms_norm(h, delta, layer.second_norm, layer.eps, flow)
     return linear(silu_mul(linear(x, layer.gate_up)), layer.down)

@@ -172,15 +172,18 @@ def _has_bf16_units() -> bool:
 
 TILE_ROWS = 16
 """Rows of an AMX tile."""
-KERNEL_ROWS, DOT_ROWS = 64, 256
-"""Above this many rows, the latter for products of bfloat16 pairs, oneDNN and MKL win."""
+KERNEL_ROWS, DOT_ROWS, TILED_ROWS = 64, 256, 1536
+"""Above this many rows, by units for products of bfloat16 pairs and on tiles if there are any,
+oneDNN and MKL win."""
 
 
 @functools.cache
-def _kernel_rows(native: ctypes.CDLL | None) -> int:
-    """Rows up to which a bfloat16 weight is multiplied by a kernel of ours."""
+def _kernel_rows(native: ctypes.CDLL | None, outer: int, inner: int) -> int:
+    """Rows up to which a bfloat16 weight ``[outer, inner]`` is multiplied by a kernel of ours."""
     if native is None:
         return 0
+    if native.on_tiles(outer, inner):
+        return TILED_ROWS
     return DOT_ROWS if native.bf16_dots() else KERNEL_ROWS
 
 
@@ -188,7 +191,7 @@ def few_rows(rows: int, weight: Tensor) -> bool:
     """Whether so many rows are multiplied with ``weight`` by a kernel of ours."""
     if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu":
         return False
-    return rows <= _kernel_rows(library())
+    return rows <= _kernel_rows(library(), *weight.shape)
 
 
 def rows_at_once(weight: Tensor) -> int:
@@ -199,10 +202,10 @@ def rows_at_once(weight: Tensor) -> int:
     return TILE_ROWS
 
 
-def flow_dtype(rows: int, weight: torch.dtype) -> torch.dtype:
+def flow_dtype(rows: int, weight: Tensor) -> torch.dtype:
     """In which precision ``rows`` activations go into and come out of products with ``weight``:
     bfloat16 where those are done in it anyway, which saves converting, else float32."""
-    if weight is torch.bfloat16 and rows > _kernel_rows(library()):
+    if weight.dtype is torch.bfloat16 and rows > _kernel_rows(library(), *weight.shape):
         return wide_matmul_dtype()
     return torch.float32
 

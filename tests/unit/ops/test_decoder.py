@@ -43,7 +43,7 @@ def layer(dtype: torch.dtype, biased: bool, normed: bool) -> Layer:
 
 
 @pytest.mark.skipif(library() is None, reason="no compiler here")
-@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("rows", [1, 5, 64, 300])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("normed", [False, True])
 def test_kernels_are_the_operators_they_are_made_of(monkeypatch, rows, biased, normed):
