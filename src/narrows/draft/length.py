@@ -19,20 +19,16 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import Counter, defaultdict, deque
-from collections.abc import Container, Iterator, Sequence, Set
+from collections.abc import Callable, Container, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from narrows.contracts import Offer, Sort
+from narrows.draft.learnt import SLOW, Record, Times
 
 PRIOR_TRIALS = 10.0
 """Trials that a sort of guess is credited with before any, with what is expected of them."""
 OWN_TRIALS = 4.0
 """Trials of a sequence's own after which its record weighs as much as that of all."""
-MEMORY = 0.98
-"""Weight of the past at each new trial, and at each new step."""
-FADING = 0.999
-"""Weight of the past at each step that leaves a sort or a kind untried: of its misses and of what
-making it cost, so that it is tried again."""
 CAUTION = 1.1
 """What drafting is taken to cost, of what it seems to, so that doubtful gains are left."""
 GAIN = 1.06
@@ -41,32 +37,11 @@ is got without any; and drafts that tell, of what is got without those."""
 WORTH = 1.05
 """Tokens a second that the kind dearest to make must promise, of what the others alone would give:
 what it costs beyond what is timed, and being wrong about it, eat a smaller gain."""
-ROW_COST = 0.02
-"""What a row adds to a step, of a step of one row, until steps have shown it. Rather little, since
-where steps are all of a size only a guess that is risked shows more."""
-TRUST = 0.5
-"""Spread of rows (their variance) at which steps taken count as much as ROW_COST."""
-OTHERWISE = 0.01
-"""Spread of sequences likewise, at which steps taken count as much as that these cost no more than
-their rows. Little, as most do: where rows came with sequences alone, what they cost is told of
-sequences, and what a guess costs is not known."""
 NEGLIGIBLE = 0.005
 """Share of a step below which what making guesses costs decides nothing."""
-LEAST = 0.1
-"""Share of the mean time below which nothing is expected to be done."""
 CHEAP = 0.25
 """What a row may cost, of what it costs by the plane: a guess that is not worth so much is never
 verified."""
-BUCKET = 4
-"""Rows that are taken to be as far off the plane: kernels work on several at once, so that the
-first of some more costs most."""
-BELIEF = 6.0
-"""Observations of a bucket that count as much as the plane."""
-FIRST = 0.6
-"""Of what rows that are multiplied together add to a step, what the first of them adds."""
-SLOW, ODD = 1.5, 1.25
-"""Times as long as expected that anything is taken to have taken at most, and what of it may be a
-bucket's own: what else the machine does now and then must not seem to come of so many rows."""
 SURENESS = 10
 """Parts of the way from 0 to 1 that a drafter's own chances are told apart by."""
 DRAFTS = 48
@@ -75,123 +50,6 @@ takes with it the share of one of those that decode, as texts differ in what dra
 UNHEARD = 8
 """Drafts that are taken to have been as their kind is expected to be, as far as fewer are
 remembered."""
-
-
-ROWS, SEQUENCES, SECONDS = range(3)
-
-
-class Times:
-    """Seconds by rows of tokens and the sequences they are of, learnt from what was done: a plane
-    through the mean, the latest weighing most, by rows steeper or flatter than ROW_COST has it as
-    far as different rows of as many sequences have shown that; and, by buckets of rows, how many
-    times as long as by the plane it took. More rows are never expected to take less. Where
-    ``together`` rows are multiplied at once, most of what one of them takes is taken by the first.
-    """
-
-    def __init__(self, together: int = 1) -> None:
-        self.together = together
-        self._weight = 0.0
-        self._mean = [0.0, 0.0, 0.0]
-        """Of ROWS, SEQUENCES and SECONDS."""
-        self._joint = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
-        """Covariances of ROWS and of SEQUENCES with all of them."""
-        self._apart: dict[int, _Record] = defaultdict(lambda: _Record(BELIEF, BELIEF))
-        self._stairs: dict[int, list[tuple[float, float]]] = defaultdict(list)
-        """By sequences and then by bucket, seconds expected of fewer rows and times as long as by
-        the plane, as far as anyone has asked since anything was learnt."""
-        self.slope = ROW_COST
-        """Seconds for one more row."""
-        self._each = 0.0
-        """Seconds for one more sequence, beyond those for its rows."""
-
-    @property
-    def known(self) -> bool:
-        """Whether anything has been observed."""
-        return self._weight > 0
-
-    def fade(self) -> None:
-        """Expect a little less."""
-        self._mean[SECONDS] *= FADING
-        for row in self._joint:
-            row[SECONDS] *= FADING
-        self._draw()
-
-    def observe(self, rows: int, seconds: float, sequences: int = 0) -> None:
-        """Note what ``rows`` of so many ``sequences`` took."""
-        if self._weight:
-            expected = self(rows, sequences)
-            seconds = min(seconds, SLOW * expected)
-            for record in self._apart.values():
-                record.fade(BELIEF, BELIEF)
-            apart = min(seconds, ODD * expected) / self.plane(rows, sequences)
-            self._apart[(rows - 1) // BUCKET].add(apart)
-        self._weight = self._weight * MEMORY + 1
-        share = 1 / self._weight
-        seen = (self._counted(rows), sequences, seconds)
-        more = [one - usual for one, usual in zip(seen, self._mean, strict=True)]
-        self._mean = [usual + share * x for usual, x in zip(self._mean, more, strict=True)]
-        self._joint = [
-            [(1 - share) * (old + share * x * y) for old, y in zip(row, more, strict=True)]
-            for row, x in zip(self._joint, more[:SECONDS], strict=True)
-        ]
-        self._draw()
-
-    def _draw(self) -> None:
-        """The plane, and nothing answered by it yet."""
-        self._stairs.clear()
-        if not self._weight:
-            return
-        rows, _, seconds = self._mean
-        usual = ROW_COST * seconds / (1 + ROW_COST * (rows - 1))
-        by_rows, by_sequences = self._joint
-        both, longer = by_rows[SEQUENCES], by_rows[SECONDS] + TRUST * usual
-        own, others = by_rows[ROWS] + TRUST, by_sequences[SEQUENCES] + OTHERWISE
-        self._each = max(
-            0.0, (own * by_sequences[SECONDS] - both * longer) / (own * others - both**2)
-        )
-        self.slope = max(0.0, (longer - both * self._each) / own)
-
-    def __call__(self, rows: int, sequences: int = 0) -> float:
-        """Seconds expected of ``rows`` of so many ``sequences``, in an arbitrary unit before the
-        first observation."""
-        bucket = max(rows - 1, 0) // BUCKET
-        stairs = self._stairs[sequences]
-        while len(stairs) <= bucket:
-            last = BUCKET * len(stairs)
-            apart = self._apart.get(len(stairs))
-            off = apart.hits / apart.trials if apart else 1.0
-            stairs.append((self(last, sequences) if last else 0.0, off))
-        fewer, off = stairs[bucket]
-        return max(fewer, off * self.plane(rows, sequences))
-
-    def plane(self, rows: int, sequences: int = 0) -> float:
-        """The same by the plane alone."""
-        counted = self._counted(rows)
-        if not self._weight:
-            return 1 + ROW_COST * (counted - 1)
-        mean_rows, mean_sequences, seconds = self._mean
-        more = self.slope * (counted - mean_rows) + self._each * (sequences - mean_sequences)
-        return max(seconds + more, LEAST * seconds)
-
-    def _counted(self, rows: int) -> float:
-        """Rows, those that would be multiplied with them counting FIRST each."""
-        return rows + FIRST * (-rows % self.together)
-
-
-class _Record:
-    """Hits and trials of guesses at one place, the latest weighing most."""
-
-    def __init__(self, hits: float, trials: float) -> None:
-        self.hits, self.trials = hits, trials
-
-    def add(self, hit: float, trials: float = 1.0) -> None:
-        self.hits = self.hits * MEMORY + hit
-        self.trials = self.trials * MEMORY + trials
-
-    def fade(self, hits: float, trials: float) -> None:
-        """Come a little nearer to ``hits`` of ``trials``."""
-        self.hits = hits + (self.hits - hits) * FADING
-        self.trials = trials + (self.trials - trials) * FADING
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,16 +74,16 @@ class DraftLength:
     def __init__(self, together: int = 1) -> None:
         self.steps = Times(together)
         self.making: dict[str, Times] = defaultdict(Times)
-        self._sorts: dict[Sort, _Record] = {}
-        self._own: dict[int, dict[Sort, _Record]] = defaultdict(dict)
-        self._sure: dict[tuple[str, int], _Record] = {}
+        self._sorts: dict[Sort, Record] = {}
+        self._own: dict[int, dict[Sort, Record]] = defaultdict(dict)
+        self._sure: dict[tuple[str, int], Record] = {}
         self._drafts: dict[str, deque[list[float]]] = defaultdict(lambda: deque(maxlen=DRAFTS))
         """Of kinds that tell, the chances of the latest drafts' guesses."""
-        self._promises = _Record(PRIOR_TRIALS, PRIOR_TRIALS)
+        self._promises = Record(PRIOR_TRIALS, PRIOR_TRIALS)
         """What came of plans with guesses, of the tokens a second they promised."""
         self._met: set[int] = set()
         """Sequences for which something that tells was offered."""
-        self._beside = _Record(0.0, 0.0)
+        self._beside = Record(0.0, 0.0)
         """Seconds that steps which read prompts took beyond those that decoding alone takes, and
         the rows they had beyond it."""
 
@@ -320,6 +178,7 @@ class DraftLength:
         guesses.sort()  # those of one draft stay in their order, as chances fall along it
         made: Counter[str] = Counter()
         spent: dict[str, float] = {}
+        verifying = self._verifying(rows, decoding)
         making, taken, expected = 0.0, 0, tokens
         for count, (negative, _, i) in enumerate(guesses, 1):
             if -negative < best * least:  # nor can any of the rest, likely as this or less
@@ -332,8 +191,7 @@ class DraftLength:
                 making += taking - spent.get(offer.kind, 0.0)
                 spent[offer.kind] = taking
             tokens -= negative
-            more = making + self._verifying(count, rows, decoding)
-            speed = tokens / (alone + CAUTION * more)
+            speed = tokens / (alone + CAUTION * (making + verifying(count)))
             if speed > best:
                 best, taken, expected = speed, count, tokens
         lengths = [0] * len(asked)
@@ -342,13 +200,15 @@ class DraftLength:
         chosen = [offer if k else None for offer, k in zip(offers, lengths, strict=True)]
         return Plan(chosen, lengths, expected, best if taken else none)
 
-    def _verifying(self, count: int, rows: int, decoding: int) -> float:
-        """Seconds that ``count`` guesses add to a step of ``rows``. Steps that decode alone do
-        not tell it of those that read prompts: beside so many rows, none is multiplied for nothing
+    def _verifying(self, rows: int, decoding: int) -> Callable[[int], float]:
+        """Seconds that so many guesses add to a step of ``rows``. Steps that decode alone do not
+        tell it of those that read prompts: beside so many rows, none is multiplied for nothing
         while weights come from memory."""
         if rows > decoding and self._beside.trials:
-            return count * self._beside.hits / self._beside.trials
-        return self.steps(rows + count, decoding) - self.steps(rows, decoding)
+            each = self._beside.hits / self._beside.trials
+            return lambda count: count * each
+        without = self.steps(rows, decoding)
+        return lambda count: self.steps(rows + count, decoding) - without
 
     def _seconds(self, kind: str, count: int) -> float:
         """What making ``count`` guesses of a kind takes; nothing before it was first done."""
@@ -367,8 +227,9 @@ class DraftLength:
             return chosen, 0.0
         telling = [next((one for one in some if one.tells), None) for _, some in asked]
         given = sum(plan.lengths)
-        fewer, more = (self._verifying(n, rows, decoding) for n in (given, given + decoding))
-        price = min(1.0, CAUTION * (more - fewer) / decoding * plan.speed)
+        verifying = self._verifying(rows, decoding)
+        more = verifying(given + decoding) - verifying(given)
+        price = min(1.0, CAUTION * more / decoding * plan.speed)
         drafts = self._drafts[first.kind]
         for (number, _), offer in zip(asked, telling, strict=True):
             if offer is not None and number not in self._met:
@@ -441,21 +302,21 @@ class DraftLength:
         own = self._own[number]
         for place, sort in enumerate(offer.sorts[: min(kept + 1, tried)]):
             self._common(sort).add(place < kept)
-            own.setdefault(sort, _Record(0.0, 0.0)).add(place < kept)
+            own.setdefault(sort, Record(0.0, 0.0)).add(place < kept)
 
-    def _common(self, sort: Sort) -> _Record:
+    def _common(self, sort: Sort) -> Record:
         found = self._sorts.get(sort)
         if found is None:
-            found = self._sorts[sort] = _Record(sort.expected * PRIOR_TRIALS, PRIOR_TRIALS)
+            found = self._sorts[sort] = Record(sort.expected * PRIOR_TRIALS, PRIOR_TRIALS)
         return found
 
-    def _surely(self, offer: Offer, place: int) -> _Record:
+    def _surely(self, offer: Offer, place: int) -> Record:
         """What became of guesses that a drafter was as sure of."""
         part = min(int(offer.chances[place] * SURENESS), SURENESS - 1)
         found = self._sure.get((offer.kind, part))
         if found is None:
             middle = (part + 0.5) / SURENESS
-            found = self._sure[offer.kind, part] = _Record(middle * PRIOR_TRIALS, PRIOR_TRIALS)
+            found = self._sure[offer.kind, part] = Record(middle * PRIOR_TRIALS, PRIOR_TRIALS)
         return found
 
     def forget(self, number: int) -> None:

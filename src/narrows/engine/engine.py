@@ -214,8 +214,8 @@ class Engine:
             raise
         running = self.scheduler.running
         seconds = time.perf_counter() - started
+        read = sum(w.count for w in work)
         if self.speculation and work:
-            read = sum(w.count for w in work)
             self.speculation.observe(read + sum(m.drafted for m in moved), seconds)
         for m in moved:
             if m.text:
@@ -225,7 +225,7 @@ class Engine:
             pieces=[(m.sequence, m.text) for m in moved],
             running=len(running),
             waiting=len(self.scheduler.waiting),
-            prompt_tokens=sum(w.count for w in work) - len(moved),
+            prompt_tokens=read - len(moved),
             generated_tokens=written,
             seconds=seconds,
         )

@@ -7,7 +7,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from narrows.contracts import Asked, CachePolicy, Draft, Drafter, LayerCache, ModelShape, Offer
-from narrows.draft.length import BUCKET, MEMORY, DraftLength, Plan
+from narrows.draft.learnt import BUCKET, MEMORY
+from narrows.draft.length import DraftLength, Plan
 from narrows.engine.scheduler import Work
 from narrows.engine.sequence import Sequence
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrows.contracts import Asked, Offer, Sort
-from narrows.draft.length import CAUTION, FIRST, GAIN, WORTH, DraftLength, Times
+from narrows.draft.learnt import FIRST, Times
+from narrows.draft.length import CAUTION, GAIN, WORTH, DraftLength
 from narrows.draft.lookup import EXPECTED
 from narrows.draft.specs import make_drafter
 from narrows.errors import ConfigError
